@@ -1,0 +1,81 @@
+"""The folder on disk: names, write, read, validate."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_ptune.errors import AdapterFileError
+
+WEIGHTS_NAME = "model.safetensors"
+
+
+def write_tensors(folder: str | os.PathLike[str], tensors: dict[str, Tensor]) -> Path:
+    """Write the adapter's tensors so that the folder holds the old file or the new one, never a part.
+
+    Args:
+        folder: an existing folder.
+        tensors: adapter tensors only, by their names in the wrapper's state dict.
+
+    Returns:
+        Path of the written file.
+    """
+    target = Path(folder) / WEIGHTS_NAME
+    partial = target.with_name(f".{WEIGHTS_NAME}.{os.getpid()}.partial")
+    try:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, metadata={"format": "pt"})
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read an adapter's tensors.
+
+    Args:
+        path: the safetensors file.
+
+    Returns:
+        Tensors by name.
+
+    Raises:
+        AdapterFileError: no safetensors file, or a damaged one, or one with values that are not finite.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterFileError(
+            f"{path} cannot be read as safetensors ({error}). It may be cut short or damaged; fetch it again."
+        ) from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AdapterFileError(f"{path}: {name} holds values that are not finite; the adapter is broken.")
+    return tensors
+
+
+def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
+    """Refuse tensors that are missing, unexpected or of another shape.
+
+    Raises:
+        AdapterFileError: names what differs.
+    """
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    shapes = [
+        f"{n}: {tuple(found[n].shape)} in the file, {tuple(expected[n].shape)} expected"
+        for n in sorted(set(found) & set(expected))
+        if found[n].shape != expected[n].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = [
+            f"missing {missing[:5]}" if missing else "",
+            f"unexpected {unexpected[:5]}" if unexpected else "",
+            f"other shapes {shapes[:5]}" if shapes else "",
+        ]
+        raise AdapterFileError(
+            f"{source} does not hold the adapter that its config.json describes: {'; '.join(p for p in parts if p)}."
+        )

@@ -1,0 +1,196 @@
+"""The base under an adapter: what it is, how it is loaded, and what of it belongs to the adapter."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto import modeling_auto
+
+from hf_ptune.errors import BackboneError
+from hf_ptune.methods.bitfit import bias_names
+
+# task -> Auto class that loads the base, names of the classes that do the task, whether a fresh head comes with it
+_TABLE: dict[str, tuple[Any, str, bool]] = {
+    "SEQ_CLS": (AutoModelForSequenceClassification, "SEQUENCE_CLASSIFICATION", True),
+    "TOKEN_CLS": (AutoModelForTokenClassification, "TOKEN_CLASSIFICATION", True),
+    "QUESTION_ANS": (AutoModelForQuestionAnswering, "QUESTION_ANSWERING", True),
+    "MULTIPLE_CHOICE": (AutoModelForMultipleChoice, "MULTIPLE_CHOICE", True),
+    "MASKED_LM": (AutoModelForMaskedLM, "MASKED_LM", False),
+    "SEQ_2_SEQ_LM": (AutoModelForSeq2SeqLM, "SEQ_TO_SEQ_CAUSAL_LM", False),
+    "CAUSAL_LM": (AutoModelForCausalLM, "CAUSAL_LM", False),
+    "FEATURE_EXTRACTION": (AutoModel, "", False),
+}
+TASKS: dict[str, Any] = {task: row[0] for task, row in _TABLE.items()}
+_PACKAGE = "package:"
+_HEAD_NAMES = ("classifier", "score", "qa_outputs", "classification_head", "head", "pooler", "sequence_summary")
+
+
+def task_of(backbone: PreTrainedModel) -> str:
+    """Infer the task from a backbone's class.
+
+    Raises:
+        BackboneError: the class does none of the known tasks.
+    """
+    name = type(backbone).__name__
+    for task, (_, mapping, _) in _TABLE.items():
+        names = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {})
+        known = {n for value in names.values() for n in (value if isinstance(value, (list, tuple)) else [value])}
+        if name in known:
+            return task
+    suffixes = {
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+        "ForMultipleChoice": "MULTIPLE_CHOICE",
+        "ForMaskedLM": "MASKED_LM",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM" if backbone.config.is_encoder_decoder else "CAUSAL_LM",
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "Model": "FEATURE_EXTRACTION",
+    }
+    for suffix, task in suffixes.items():
+        if name.endswith(suffix):
+            return task
+    raise BackboneError(
+        f"the task of {name} is not known. Load the backbone by an AutoModelFor… class of "
+        "sequence or token classification, question answering, multiple choice, masked, causal or seq2seq LM."
+    )
+
+
+def resolve(base: str) -> str:
+    """Find the folder of a base named `package:<module>/<folder>`; other names pass through.
+
+    Raises:
+        BackboneError: the package is not installed, or has no such folder.
+    """
+    if not base.startswith(_PACKAGE):
+        return base
+    module, _, folder = base.removeprefix(_PACKAGE).partition("/")
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise BackboneError(f"the base {base!r} is in the package {module}, which is not installed; install it.")
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    path = (root / folder).resolve()
+    if not path.is_relative_to(root) or not path.is_dir():
+        raise BackboneError(f"the package {module} has no folder {folder!r}; found {sorted(_folders(root))}.")
+    return str(path)
+
+
+def _folders(root: Path) -> list[str]:
+    return [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("_")]
+
+
+def load_backbone(task: str, base: str, config: PreTrainedConfig, **kwargs: Any) -> tuple[PreTrainedModel, set[str]]:
+    """Load the base of an adapter.
+
+    Args:
+        task: a key of `TASKS`.
+        base: id on the Hub, local folder, or `package:` name.
+        config: the base's configuration, labels already set.
+        kwargs: what `from_pretrained` takes (dtype, device_map, attn_implementation, …).
+
+    Returns:
+        The backbone, and the names of its parameters that the checkpoint does not hold.
+    """
+    backbone, info = TASKS[task].from_pretrained(resolve(base), config=config, output_loading_info=True, **kwargs)
+    return backbone, set(info["missing_keys"])
+
+
+def head_names(backbone: PreTrainedModel, task: str, further: list[str] | None = None) -> set[str]:
+    """Names of the backbone's parameters and buffers that an adapter trains and keeps: its task head, and more.
+
+    Args:
+        backbone: the task model.
+        task: a key of `TASKS`; language models have no head of their own.
+        further: names of further modules, as `modules_to_save`.
+
+    Raises:
+        BackboneError: a further module is not in the backbone.
+    """
+    names = {n for n, p in backbone.named_parameters()}
+    chosen: set[str] = set()
+    if _TABLE[task][2]:
+        prefix = backbone.base_model_prefix + "."
+        outside = {n for n in names if not n.startswith(prefix)} if backbone.base_model is not backbone else set()
+        tied = set(getattr(backbone, "all_tied_weights_keys", {}) or {})
+        chosen = outside - tied or {n for n in names if n.split(".")[0] in _HEAD_NAMES}
+    for module in further or []:
+        found = {n for n in names if n.startswith(module + ".") or f".{module}." in n}
+        if not found:
+            raise BackboneError(f"modules_to_save names {module!r}, which {type(backbone).__name__} does not have.")
+        chosen |= found
+    return chosen
+
+
+def adapter_names(backbone: PreTrainedModel, method: str, task: str, further: list[str] | None = None) -> set[str]:
+    """The one predicate: names under the backbone that are trained, counted, saved and reported.
+
+    Args:
+        backbone: the task model.
+        method: name of the method; BitFit trains the backbone's bias terms.
+        task: a key of `TASKS`.
+        further: names of further modules.
+
+    Raises:
+        BackboneError: BitFit on a backbone without bias terms.
+    """
+    chosen = head_names(backbone, task, further)
+    if method == "bitfit":
+        biases = set(bias_names(backbone))
+        if not biases:
+            raise BackboneError(
+                f"{type(backbone).__name__} has no bias terms for bitfit to train. "
+                "Methods that work there: p_tuning_v2, prefix_tuning, p_tuning, prompt_tuning."
+            )
+        chosen |= biases
+    return chosen
+
+
+def count_parameter(parameter: nn.Parameter) -> int:
+    """Number of values in a parameter, also where it is partitioned (ZeRO-3) or packed (4 bit)."""
+    count = parameter.numel() or int(getattr(parameter, "ds_numel", 0))
+    if type(parameter).__name__ == "Params4bit":
+        return count * 2 * parameter.element_size()
+    return count
+
+
+def describe(geometry: dict[str, Any]) -> str:
+    """Name a geometry's attention in one phrase, for messages."""
+    sites = geometry["sites"]
+    if not sites:
+        return "no attention"
+    shapes = sorted({(s["heads"], s["key_dim"], s["value_dim"]) for s in sites})
+    return f"{len(sites)} attention layers of (heads, key, value) {shapes}"
+
+
+def embedding_sample(backbone: PreTrainedModel, count: int = 4096) -> torch.Tensor:
+    """Input embeddings `[M, H]` of the first tokens of the vocabulary."""
+    embed = backbone.get_input_embeddings()
+    size = vocabulary_size(backbone)
+    ids = torch.arange(min(size, count), device=next(embed.parameters()).device)
+    with torch.no_grad():
+        embedded: torch.Tensor = embed(ids[None])[0]
+    return embedded.float()
+
+
+def vocabulary_size(backbone: PreTrainedModel) -> int:
+    """Number of tokens that the input embeddings know."""
+    embed = backbone.get_input_embeddings()
+    size = getattr(embed, "num_embeddings", None) or getattr(backbone.config.get_text_config(), "vocab_size", None)
+    if not isinstance(size, int):
+        raise BackboneError(f"{type(backbone).__name__} does not say how many tokens its embeddings know.")
+    return size

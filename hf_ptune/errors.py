@@ -1,0 +1,29 @@
+"""The errors users meet; each message says what was found, what was expected and the cure."""
+
+
+class PTuneError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(PTuneError, ValueError):
+    """Raised when a configuration cannot describe a prompt."""
+
+
+class BackboneError(PTuneError):
+    """Raised when a backbone cannot take a method, or is not the one an adapter was trained on."""
+
+
+class AdapterFileError(PTuneError):
+    """Raised when a folder or file does not hold the adapter that its configuration describes."""
+
+
+class GuardError(PTuneError):
+    """Raised before training starts when one batch shows that training could not work."""
+
+
+class RecipeError(PTuneError, ValueError):
+    """Raised when a recipe file cannot be read as a recipe."""
+
+
+class InjectionError(PTuneError):
+    """Raised when a prompt cannot be put into the computation that was asked for."""

@@ -1,0 +1,152 @@
+"""Route 1: the attention interface. A registered function meets the prefix of its module, and only there.
+
+The function that a backbone uses ("sdpa", "flex_attention", "flash_attention_2", one of the user's own) keeps
+its name, since models branch on that name for their masks; it is wrapped once per process, and answers modules
+without a site by the very call it wraps.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+from transformers.utils.generic import is_flash_attention_requested
+
+from hf_ptune.errors import InjectionError
+from hf_ptune.injection.sites import Site, site_of
+
+_WRAPPED = "_ptune_wrapped"
+_LOCK = threading.Lock()
+Listener = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], None]
+_listening = threading.local()
+
+
+def listen(listener: Listener | None) -> None:
+    """Report every attention call of this thread to `listener(module, query, key, value)`; `None` stops."""
+    _listening.to = listener
+
+
+def install(name: str) -> None:
+    """Make the attention function registered under `name` see the prefixes of wrapped backbones."""
+    with _LOCK:
+        function = AttentionInterface._global_mapping.get(name)
+        if function is not None and not hasattr(function, _WRAPPED):
+            AttentionInterface.register(name, _wrap(name, function))
+
+
+def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    flash = is_flash_attention_requested(requested_attention_implementation=name)
+
+    @functools.wraps(function)
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        site = site_of(module)
+        if site is None:
+            if not torch.compiler.is_compiling() and (listener := getattr(_listening, "to", None)) is not None:
+                listener(module, query, key, value)
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
+        if site.recording:
+            site.record(key[0], value[0])
+        if site.key is None:
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
+        if flash:
+            _refuse_flash(site, kwargs)
+        mask = _extend_mask(module, site, query, key, attention_mask, kwargs, flash)
+        if (bias := kwargs.get("position_bias")) is not None:
+            kwargs["position_bias"] = F.pad(bias, (site.num_virtual_tokens, 0))
+        key, value = prepend(site, key, value)
+        return function(module, query, key, value, mask, *args, **kwargs)
+
+    setattr(attention, _WRAPPED, function)
+    return attention
+
+
+def prepend(site: Site, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put the shared prefix before the own keys and values `[B, K, T, D]`; the reference of every faster path."""
+    prefix_key, prefix_value = site.prefix(key)
+    batch = key.shape[0]
+    if (key.shape[1], key.shape[3], value.shape[3]) != (
+        prefix_key.shape[0],
+        prefix_key.shape[2],
+        prefix_value.shape[2],
+    ):
+        raise InjectionError(
+            f"{site.name} attends with keys of {key.shape[1]} heads x {key.shape[3]} and values x {value.shape[3]}, "
+            f"but its prefix has {prefix_key.shape[0]} heads x {prefix_key.shape[2]} and x {prefix_value.shape[2]}. "
+            "The backbone differs from the one the adapter was made for; load that one, or make a new adapter."
+        )
+    return (
+        torch.cat([prefix_key[None].expand(batch, -1, -1, -1), key], dim=2),
+        torch.cat([prefix_value[None].expand(batch, -1, -1, -1), value], dim=2),
+    )
+
+
+def _refuse_flash(site: Site, kwargs: dict[str, Any]) -> None:
+    # these kernels take no mask with which a prefix could stay visible
+    packed = kwargs.get("cu_seq_lens_q") is not None
+    if packed or kwargs.get("sliding_window") is not None:
+        what = "packed sequences" if packed else "a sliding window"
+        raise InjectionError(
+            f"{site.name} runs {what} on a flash attention kernel, which would hide the prefix from later tokens. "
+            'Call model.set_attn_implementation("sdpa") or "flex_attention".'
+        )
+
+
+def _extend_mask(
+    module: nn.Module,
+    site: Site,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
+    flash: bool,
+) -> Any:
+    """Let every query see the whole prefix, whatever the own mask says."""
+    virtual, queries, keys = site.num_virtual_tokens, query.shape[2], key.shape[2]
+    if mask is None:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if flash or queries == 1 or not causal:
+            return None
+        # `is_causal` of the kernels is aligned to the upper left: with a prefix it has to become a mask
+        return torch.ones(queries, virtual + keys, dtype=torch.bool, device=query.device).tril(virtual)[None, None]
+    if not isinstance(mask, torch.Tensor):
+        return _extend_block_mask(mask, virtual, queries, keys)
+    if flash:
+        return F.pad(mask, (virtual, 0), value=1)
+    return extend_dense_mask(mask, virtual, keys)
+
+
+def extend_dense_mask(mask: torch.Tensor, virtual: int, keys: int) -> torch.Tensor:
+    """Add `virtual` visible columns before a boolean or additive mask `[..., T]`."""
+    mask = mask[..., :keys]
+    if mask.dtype == torch.bool:
+        return F.pad(mask, (virtual, 0), value=True)
+    return F.pad(mask, (virtual, 0))
+
+
+def _extend_block_mask(mask: Any, virtual: int, queries: int, keys: int) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    made: dict[int, Any] = mask.__dict__.setdefault("_ptune_extended", {})
+    if virtual not in made:
+        own = mask.mask_mod
+
+        def visible(b: Any, h: Any, q: Any, kv: Any) -> Any:
+            return (kv < virtual) | own(b, h, q, torch.clamp(kv - virtual, min=0))
+
+        made[virtual] = create_block_mask(
+            visible, mask.shape[0], None, queries, virtual + keys, device=mask.kv_num_blocks.device
+        )
+    return made[virtual]

@@ -1,0 +1,45 @@
+"""Carry a prompt's gradient past reentrant checkpoints.
+
+A reentrant checkpoint runs a backward of its own for every layer. Were the layers' prefixes parts of one graph,
+the second layer would meet it freed ("backward through the graph a second time"). So layers see leaves; their
+gradients gather there, and enter the encoder's graph once, when the backward has come down to the embeddings.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Bridge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaves: list[Tensor], embeds: Tensor, *encoded: Tensor) -> Tensor:
+        ctx.leaves = leaves
+        return embeds.view_as(embeds)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        gathered = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in ctx.leaves]
+        for leaf in ctx.leaves:
+            leaf.grad = None
+        return None, grads[0], *gathered
+
+
+def bridge(encoded: list[Tensor]) -> tuple[list[Tensor], Callable[[Tensor], Tensor]]:
+    """Put leaves between an encoded prompt and the layers that use it.
+
+    Args:
+        encoded: the prefix's tensors, parts of the encoder's graph.
+
+    Returns:
+        A leaf for every encoded tensor, and the function through which the input embeddings have to go: first in
+        the forward pass, and so last in the backward.
+    """
+    leaves = [t.detach().requires_grad_() for t in encoded]
+
+    def cross(embeds: Tensor) -> Tensor:
+        crossed: Tensor = _Bridge.apply(leaves, embeds, *encoded)  # type: ignore[no-untyped-call]
+        return crossed
+
+    return leaves, cross

@@ -1,0 +1,136 @@
+"""Route 3: prompts among the input embeddings of bidirectional encoders.
+
+Virtual tokens of an encoder attend to the sample, so they run with every row. They stand after the first token,
+where [CLS] pooling does not meet them, and leave the encoder's outputs before a head sees them. The encoder of an
+encoder-decoder takes them at the front, and its decoder goes on seeing them.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from hf_ptune.errors import InjectionError
+
+
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a forward call."""
+    signature = inspect.signature(module.forward)
+    bound = signature.bind_partial(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound.update(bound.pop(name, {}))
+    return dict(bound)
+
+
+class InputPrompt:
+    """Insert the prompt `[P, H]` into the inputs of one encoder and cut it from its outputs.
+
+    Args:
+        encoder: the module whose forward takes `input_ids` or `inputs_embeds`.
+        embed: the word embeddings.
+        index: number of own tokens before the prompt.
+    """
+
+    def __init__(self, encoder: nn.Module, embed: nn.Module, index: int) -> None:
+        self.encoder = encoder
+        self.embed = embed
+        self.index = index
+        self.accepted = set(inspect.signature(encoder.forward).parameters)
+
+    def insert(self, prompt: Tensor, named: dict[str, Any]) -> dict[str, Any]:
+        """Rewrite the named arguments of a call so that every row holds the prompt."""
+        ids, embeds = named.pop("input_ids", None), named.pop("inputs_embeds", None)
+        if embeds is None:
+            if ids is None:
+                raise InjectionError("neither input_ids nor inputs_embeds were given; pass one of them.")
+            embeds = self.embed(ids)
+        batch, length = embeds.shape[:2]
+        virtual = prompt.shape[0]
+        rows = prompt.to(embeds.device, embeds.dtype)[None].expand(batch, -1, -1)
+        positions = self._positions(ids, named, batch, length, embeds.device)
+        named["inputs_embeds"] = self._splice(embeds, rows)
+        mask = named.get("attention_mask")
+        if mask is not None:
+            if mask.dim() != 2:
+                raise InjectionError(
+                    f"attention_mask has {mask.dim()} axes; a prompt among the inputs of an encoder needs [B, S]."
+                )
+            named["attention_mask"] = self._splice(mask, mask.new_ones(batch, virtual))
+        if (types := named.get("token_type_ids")) is not None:
+            named["token_type_ids"] = self._splice(types, types[:, :1].expand(batch, virtual))
+        if positions is not None:
+            named["position_ids"] = self._splice(positions, positions[:, :1].expand(-1, virtual))
+        return named
+
+    def _splice(self, own: Tensor, virtual: Tensor) -> Tensor:
+        return torch.cat([own[:, : self.index], virtual, own[:, self.index :]], dim=1)
+
+    def _positions(
+        self, ids: Tensor | None, named: dict[str, Any], batch: int, length: int, device: torch.device
+    ) -> Tensor | None:
+        """Positions that the own tokens would have without a prompt; virtual ones share the first's."""
+        if "position_ids" not in self.accepted:
+            return None
+        if (given := named.get("position_ids")) is not None:
+            return torch.as_tensor(given).expand(batch, -1)
+        table = getattr(getattr(self.encoder, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        if padding is None:
+            return torch.arange(length, device=device)[None].expand(batch, -1)
+        # RoBERTa and its kin count from padding_idx + 1 and skip pads
+        real = torch.ones(batch, length, dtype=torch.long, device=device) if ids is None else ids.ne(padding).long()
+        return real.cumsum(1) * real + padding
+
+    def cut(self, output: Any, virtual: int, length: int) -> Any:
+        """Take the virtual positions out of everything that has them."""
+        return _map(output, lambda t: self._cut_tensor(t, virtual, length + virtual))
+
+    def _cut_tensor(self, tensor: Tensor, virtual: int, total: int) -> Tensor:
+        axes = [1] if tensor.dim() == 3 else [2, 3] if tensor.dim() == 4 else []
+        for axis in axes:
+            if tensor.shape[axis] == total:
+                head = tensor.narrow(axis, 0, self.index)
+                tail = tensor.narrow(axis, self.index + virtual, total - self.index - virtual)
+                tensor = torch.cat([head, tail], dim=axis)
+        return tensor
+
+
+def _map(output: Any, change: Any) -> Any:
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, ModelOutput):
+        for name in list(output.keys()):
+            output[name] = _map(output[name], change)
+        return output
+    if type(output) in (tuple, list):
+        return type(output)(_map(o, change) for o in output)
+    return output
+
+
+def cut_encoder_fields(output: Any, virtual: int, length: int) -> Any:
+    """Cut the front positions from what an encoder-decoder reports of its encoder."""
+    if not isinstance(output, ModelOutput):
+        return output
+    total = length + virtual
+
+    def front(t: Tensor) -> Tensor:
+        axes = [1] if t.dim() == 3 else [a for a in (2, 3) if t.shape[a] == total]
+        for axis in axes:
+            if t.shape[axis] == total:
+                t = t.narrow(axis, virtual, length)
+        return t
+
+    for name in ("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions"):
+        if output.get(name) is not None:
+            output[name] = _map(output[name], front)
+    return output
+
+
+def word_embeddings(backbone: PreTrainedModel) -> nn.Module:
+    """The module that turns token ids into input embeddings."""
+    embed: nn.Module = backbone.get_input_embeddings()
+    return embed

@@ -1,0 +1,274 @@
+"""The one seam: an encoder's prompt, embeddings or prefix, meets a backbone here and nowhere else."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_ptune.errors import InjectionError
+from hf_ptune.injection import attention, embeddings, own_attention, sites
+from hf_ptune.injection.bridge import bridge
+from hf_ptune.injection.embeddings import InputPrompt, bind
+from hf_ptune.injection.probe import body_of, parameters_of
+from hf_ptune.injection.sites import Site
+from hf_ptune.methods.base import PromptKind, SiteShape, split_prefix
+
+
+class Injector:
+    """Attach a prompt to a backbone, for as long as `detach` has not been called.
+
+    Args:
+        backbone: a loaded task model.
+        geometry: what `find_geometry` said of it.
+        kind: what the encoder returns.
+        encode: returns the encoded prompt, `[P, H]` or `[P, W]`.
+        num_virtual_tokens: P.
+        chosen: the sites that take a prefix.
+        shift: whether own tokens stand P positions later.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        geometry: dict[str, Any],
+        kind: PromptKind,
+        encode: Callable[[], Tensor],
+        num_virtual_tokens: int,
+        chosen: list[dict[str, Any]],
+        shift: bool,
+    ) -> None:
+        self.backbone = backbone
+        self.body = body_of(backbone)
+        self.causal: bool = geometry["causal"]
+        self.kind = kind
+        self.encode = encode
+        self.num_virtual_tokens = num_virtual_tokens
+        self.shift = shift
+        self.enabled = True
+        self.busy = False  # while the prompt itself runs through the backbone
+        self.cached: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
+        self.crossing: Callable[[Tensor], Tensor] | None = None
+        self.handles: list[Any] = []
+        self.sites = [
+            Site(c["name"], c["where"], c["layer"], SiteShape(c["heads"], c["key_dim"], c["value_dim"]))
+            for c in chosen
+        ]
+        self.inputs: InputPrompt | None = None
+        if kind is PromptKind.EMBEDDINGS and not self.causal:
+            self.inputs = self._input_prompt()
+        self._attach()
+
+    # attaching ---------------------------------------------------------------------------------------------
+
+    @property
+    def in_attention(self) -> bool:
+        return self.inputs is None
+
+    def _input_prompt(self) -> InputPrompt:
+        embed = embeddings.word_embeddings(self.backbone)
+        if self.backbone.config.is_encoder_decoder:
+            return InputPrompt(self.body.get_encoder(), embed, index=0)
+        return InputPrompt(self.body, embed, index=1)
+
+    def _attach(self) -> None:
+        add = self.handles.append
+        if self.in_attention:
+            for site in self.sites:
+                module = self.body.get_submodule(site.name)
+                sites.place(module, site)
+                add(module.register_forward_pre_hook(own_attention.before, with_kwargs=True))
+                add(module.register_forward_hook(own_attention.after, always_call=True))
+            self.install()
+            add(self.body.register_forward_pre_hook(self._before_body, with_kwargs=True, prepend=True))
+            add(embeddings.word_embeddings(self.backbone).register_forward_hook(self._after_words))
+            return
+        assert self.inputs is not None
+        add(self.inputs.encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True, prepend=True))
+        if self.backbone.config.is_encoder_decoder:
+            decoder = self.body.get_decoder()
+            add(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True, prepend=True))
+            add(self.backbone.register_forward_hook(self._after_seq2seq))
+        else:
+            add(self.inputs.encoder.register_forward_hook(self._after_encoder))
+
+    def install(self) -> None:
+        """Make the attention functions that the backbone uses now see the prefixes."""
+        for module in self.backbone.modules():
+            config = getattr(module, "config", None)
+            name = getattr(config, "_attn_implementation", None)
+            if name not in (None, "eager"):
+                attention.install(name)
+
+    def detach(self) -> None:
+        """Give the backbone back as it was."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        if self.in_attention:
+            for site in self.sites:
+                sites.remove(self.body.get_submodule(site.name))
+
+    # prefixes ----------------------------------------------------------------------------------------------
+
+    def _before_body(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.busy:
+            return None
+        if not self.enabled:
+            self.fill(None)
+            return None
+        if torch.compiler.is_compiling():
+            pairs = self._pairs()
+        else:
+            pairs = self._current_pairs()
+        named = bind(module, args, kwargs)
+        if torch.is_grad_enabled() and self._reentrant():
+            pairs = self._bridged(pairs, named)
+        self.fill(pairs)
+        if self.shift:
+            self._shift_positions(named)
+        return (), named
+
+    def fill(self, pairs: list[tuple[Tensor, Tensor]] | None) -> None:
+        for number, site in enumerate(self.sites):
+            site.fill(None if pairs is None else pairs[number])
+
+    def _current_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The prefix of every site; encoded anew while it trains, once and kept otherwise."""
+        if torch.is_grad_enabled():
+            self.cached = None
+            return self._pairs()
+        version = self._version()
+        if self.cached is None or self.cached[0] != version:
+            self.cached = (version, self._pairs())
+        return self.cached[1]
+
+    def _version(self) -> Any:
+        owner = getattr(self.encode, "__self__", None)
+        tensors = [] if owner is None else list(owner.prompt.parameters()) + list(owner.prompt.buffers())
+        training = owner is not None and owner.prompt.training
+        return (training, self.backbone.dtype, *((t.data_ptr(), t._version, t.device) for t in tensors))
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        encoded = self.encode()
+        if self.kind is PromptKind.PREFIX:
+            return split_prefix(encoded, [s.shape for s in self.sites])
+        return self.run_prompt(encoded)
+
+    def run_prompt(self, prompt: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Turn a prompt `[P, H]` into keys and values by one pass of the backbone with batch 1."""
+        accepted = parameters_of(self.body)
+        weight = embeddings.word_embeddings(self.backbone)
+        like = next(weight.parameters())
+        dtype = like.dtype if like.is_floating_point() else prompt.dtype
+        inputs: dict[str, Any] = {"inputs_embeds": prompt.to(like.device, dtype)[None]}
+        if "position_ids" in accepted:
+            inputs["position_ids"] = torch.arange(prompt.shape[0], device=like.device)[None]
+        if "use_cache" in accepted:
+            inputs["use_cache"] = False
+        return self.record(inputs)
+
+    def record(self, inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """Run the body and keep every site's keys and values `[K, P, D]`."""
+        self.fill(None)
+        self.busy = True
+        for site in self.sites:
+            site.recording = True
+        try:
+            with _without_checkpointing(self.body):
+                self.body(**inputs)
+            missing = [s.name for s in self.sites if s.recorded is None]
+            if missing:
+                raise InjectionError(f"no keys were seen at {', '.join(missing)} while the prompt ran.")
+            return [s.recorded for s in self.sites if s.recorded is not None]
+        finally:
+            self.busy = False
+            for site in self.sites:
+                site.recording, site.recorded = False, None
+
+    def _reentrant(self) -> bool:
+        if not self.backbone.training:
+            return False
+        for module in self.body.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                function: Any = getattr(module, "_gradient_checkpointing_func", None)
+                return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
+        return False
+
+    def _bridged(self, pairs: list[tuple[Tensor, Tensor]], named: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        leaves, cross = bridge([t for pair in pairs for t in pair])
+        if named.get("inputs_embeds") is not None:
+            named["inputs_embeds"] = cross(named["inputs_embeds"])
+        else:
+            self.crossing = cross  # taken up by the word embeddings, so that input_ids stay input_ids
+        return [(leaves[i], leaves[i + 1]) for i in range(0, len(leaves), 2)]
+
+    def _after_words(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        cross, self.crossing = self.crossing, None
+        return None if cross is None else cross(output)
+
+    def _shift_positions(self, named: dict[str, Any]) -> None:
+        given = named.get("position_ids")
+        if given is None:
+            given = self._own_positions(named)
+        named["position_ids"] = given + self.num_virtual_tokens
+
+    def _own_positions(self, named: dict[str, Any]) -> Tensor:
+        own = named.get("input_ids")
+        own = named["inputs_embeds"] if own is None else own
+        length = own.shape[1]
+        mask = named.get("attention_mask")
+        past = named.get("past_key_values")
+        seen = past.get_seq_length() if past is not None and hasattr(past, "get_seq_length") else 0
+        if isinstance(mask, Tensor) and mask.dim() == 2 and isinstance(seen, int):
+            counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            return counted[:, seen : seen + length].to(own.device)
+        return (torch.arange(length, device=own.device) + seen)[None]
+
+    # input prompts -----------------------------------------------------------------------------------------
+
+    def _before_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.enabled:
+            return None
+        assert self.inputs is not None
+        return (), self.inputs.insert(self.encode(), bind(module, args, kwargs))
+
+    def _after_encoder(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if not self.enabled:
+            return None
+        assert self.inputs is not None
+        length = output[0].shape[1] - self.num_virtual_tokens
+        return self.inputs.cut(output, self.num_virtual_tokens, length)
+
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.enabled:
+            return None
+        named = bind(module, args, kwargs)
+        states, mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
+        if states is not None and mask is not None and mask.shape[1] == states.shape[1] - self.num_virtual_tokens:
+            ones = mask.new_ones(mask.shape[0], self.num_virtual_tokens)
+            named["encoder_attention_mask"] = torch.cat([ones, mask], dim=1)
+        return (), named
+
+    def _after_seq2seq(self, module: nn.Module, args: Any, output: Any) -> Any:
+        states = getattr(output, "encoder_last_hidden_state", None)
+        if not self.enabled or states is None:
+            return None
+        return embeddings.cut_encoder_fields(
+            output, self.num_virtual_tokens, states.shape[1] - self.num_virtual_tokens
+        )
+
+
+@contextmanager
+def _without_checkpointing(body: nn.Module) -> Iterator[None]:
+    # a reentrant checkpoint keeps no graph of what it computes; the prompt's own pass is short
+    stopped = [m for m in body.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in stopped:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in stopped:
+            module.gradient_checkpointing = True  # type: ignore[assignment]

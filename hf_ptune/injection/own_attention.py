@@ -1,0 +1,349 @@
+"""Route 2: families, and eager kernels, that compute attention by themselves.
+
+Between the product of queries with keys and the product of probabilities with values every family does as it
+likes: scales, biases, masks, sinks, soft caps. While such a module runs, a function mode follows its scores and
+keeps a second tensor beside them, the scores of the prefix. Scalar steps apply to both; masks and biases over
+the own keys leave the prefix as it is; the softmax is taken over both together; the prefix's share of the output
+is added where the probabilities meet the values. The module's own tensors keep their shapes.
+"""
+
+import threading
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hf_ptune.errors import InjectionError
+from hf_ptune.injection import alibi
+from hf_ptune.injection.attention import extend_dense_mask
+from hf_ptune.injection.sites import Site, key_groups, site_of
+
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
+_BIASED_PRODUCTS = {torch.baddbmm, Tensor.baddbmm}
+_SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax}
+_ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
+_MASKINGS = {torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_, torch.where, Tensor.where}
+_VIEWS = {Tensor.view, Tensor.reshape, torch.reshape}
+_UNRELATED = {
+    Tensor.expand_as,
+    torch.zeros_like,
+    torch.ones_like,
+    torch.full_like,
+    torch.empty_like,
+    Tensor.new_zeros,
+    Tensor.new_ones,
+    Tensor.new_full,
+    Tensor.new_tensor,
+}
+_running = threading.local()
+
+
+def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attention module: follow its scores."""
+    site = site_of(module)
+    mode = None
+    if site is not None and (site.key is not None or site.recording) and is_own(module):
+        mode = ScoreShadow(site, module, args, kwargs)
+        mode.__enter__()
+    _stack().append(mode)
+
+
+def after(module: nn.Module, args: Any, output: Any) -> None:
+    """Forward hook of an attention module: stop following, and refuse to have missed the prefix."""
+    mode = _stack().pop()
+    if mode is not None:
+        mode.__exit__(None, None, None)
+        if output is not None and not mode.site.probing:
+            mode.check()
+
+
+def _stack() -> list[Any]:
+    if not hasattr(_running, "stack"):
+        _running.stack = []
+    stack: list[Any] = _running.stack
+    return stack
+
+
+def uses_interface(module: nn.Module) -> bool:
+    """Whether the module's forward calls the attention interface."""
+    forward: Any = type(module).forward
+    while hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    code = getattr(forward, "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def is_own(module: nn.Module) -> bool:
+    if not uses_interface(module):
+        return True
+    config = getattr(module, "config", None)
+    return getattr(config, "_attn_implementation", None) in ("eager", None)
+
+
+class ScoreShadow(TorchFunctionMode):
+    """Carry the prefix's scores `[..., S, P]` beside the own scores `[..., S, T]` of one attention call."""
+
+    def __init__(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.site = site
+        self.module = module
+        self.groups = key_groups(module)
+        hidden = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() >= 2), None)
+        self.batch = 1 if hidden is None else hidden.shape[0]
+        self.bias = alibi.prefix_bias(module, site, kwargs)
+        self.shadows: dict[int, Tensor] = {}
+        self.owners: list[Tensor] = []  # keeps the ids above alive
+        self.key_operand: Tensor | None = None
+        self.done = False
+
+    def check(self) -> None:
+        if not self.done:
+            raise InjectionError(
+                f"{self.site.name} ({type(self.module).__name__}) ran without a product of probabilities and values "
+                'that a prefix could join. Use attn_implementation="sdpa" if the model has it, or another backbone.'
+            )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._kernel(*args, **kwargs)
+        if not self.owners:
+            return self._find_scores(func, args, kwargs)
+        shadow = self._shadow_of(args, kwargs)
+        if shadow is None or func in _UNRELATED:
+            return func(*args, **kwargs)
+        return self._follow(func, shadow, args, kwargs)
+
+    def _shadow_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        flat: list[Any] = []
+        for a in (*args, *kwargs.values()):
+            flat.extend(a) if isinstance(a, (list, tuple)) else flat.append(a)
+        return next((self.shadows[id(a)] for a in flat if isinstance(a, Tensor) and id(a) in self.shadows), None)
+
+    def _track(self, own: Tensor, shadow: Tensor) -> Tensor:
+        self.owners.append(own)
+        self.shadows[id(own)] = shadow
+        return own
+
+    # scores ------------------------------------------------------------------------------------------------
+
+    def _find_scores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        scores = func(*args, **kwargs)
+        if func in _PRODUCTS and _is_score_product(*args[:2]):
+            query, key = args[:2]  # [..., S, D], [..., D, T]
+            shadow = self._score(query, key.transpose(-1, -2))
+        elif func in _BIASED_PRODUCTS:
+            bound = dict(zip(("input", "batch1", "batch2"), args, strict=False)) | kwargs
+            shadow = self._score(bound["batch1"], bound["batch2"].transpose(-1, -2))
+            if shadow is not None:
+                shadow = shadow * kwargs.get("alpha", 1.0)
+                shadow = self._add_bias(shadow)
+        elif func is torch.einsum and (axes := _Einsum.of_scores(args)) is not None:
+            operands = _operands(args)
+            query, key = axes.standard(operands[0], axes.first), axes.standard(operands[1], axes.second)
+            shadow = self._score(query, key)
+            if shadow is not None:
+                shadow = axes.restore(shadow)
+        else:
+            return scores
+        return scores if shadow is None and not self.site.recording else self._start(scores, shadow)
+
+    def _start(self, scores: Tensor, shadow: Tensor | None) -> Tensor:
+        return self._track(scores, scores.new_empty(0) if shadow is None else shadow)
+
+    def _score(self, query: Tensor, key: Tensor) -> Tensor | None:
+        self.key_operand = key  # [B, Hq, T, D] or [B * Hq, T, D]
+        if self.site.key is None:
+            return None
+        prefix = self._expand(self.site.prefix(query)[0], query)
+        return query @ prefix.transpose(-1, -2)
+
+    def _expand(self, prefix: Tensor, like: Tensor) -> Tensor:
+        """Give `[K, P, D]` the leading axes of `like`: `[1, Hq, P, D]`, or `[B * Hq, P, D]`."""
+        if like.dim() == 4:
+            return prefix.repeat_interleave(like.shape[1] // prefix.shape[0], dim=0)[None]
+        rows = like.shape[0] // prefix.shape[0]
+        return prefix[None].expand(rows, -1, -1, -1).reshape(like.shape[0], *prefix.shape[1:])
+
+    def _add_bias(self, shadow: Tensor) -> Tensor:
+        if self.bias is None:
+            return shadow
+        bias, self.bias = self.bias.to(shadow), None  # [B, H, 1, P], added once
+        if shadow.dim() == 3:
+            return (shadow.unflatten(0, (-1, bias.shape[1])) + bias).flatten(0, 1)
+        return shadow + bias
+
+    # between the products ----------------------------------------------------------------------------------
+
+    def _follow(self, func: Any, shadow: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in _PRODUCTS and id(args[0]) in self.shadows:
+            return self._values(func(*args, **kwargs), shadow, args[1], None)
+        if func is torch.einsum and id(_operands(args)[0]) in self.shadows:
+            axes = _Einsum.of_values(args)
+            value = axes.standard(_operands(args)[1], axes.second)
+            return self._values(func(*args, **kwargs), shadow, value, axes)
+        if func in _SOFTMAX and self.site.key is not None:
+            own = args[0] if args else kwargs["input"]
+            both = func(torch.cat([shadow, own], dim=-1), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+            virtual = shadow.shape[-1]
+            return self._track(both[..., virtual:], both[..., :virtual])
+        own = next(a for a in _tensors(args, kwargs) if id(a) in self.shadows)
+        width = own.shape[-1]
+        result = func(*args, **kwargs)
+        if not isinstance(result, Tensor) or result.dtype == torch.bool or result.dim() == 0:
+            return result
+        if self.site.key is None:
+            return self._track(result, shadow)
+        return self._track(result, self._step(func, shadow, own, width, result, args, kwargs))
+
+    def _step(
+        self,
+        func: Any,
+        shadow: Tensor,
+        own: Tensor,
+        width: int,
+        result: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """What one step on the own scores does to the prefix's."""
+        if func in _MASKINGS or func in (torch.cat, torch.concat):
+            return shadow
+        if func is Tensor.__getitem__:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if Ellipsis in [i for i in index if i is Ellipsis] or len(index) == own.dim():
+                index = (*index[:-1], slice(None))
+            return shadow[index]
+        if func in _VIEWS:
+            sizes = list(args[1]) if len(args) == 2 and isinstance(args[1], (tuple, list, torch.Size)) else list(args[1:])
+            if sizes[-1] == width:
+                sizes[-1] = shadow.shape[-1]
+            return shadow.reshape(sizes)
+        over_keys = any(
+            t is not own and t.dim() > 0 and t.shape[-1] == width and width > 1 for t in _tensors(args, kwargs)
+        )
+        if over_keys or (width == 1 and self.bias is not None):
+            return self._add_bias(shadow) if func in _ADDITIONS else shadow
+        swapped = [shadow if a is own else a for a in args]
+        return func(*swapped, **{k: shadow if v is own else v for k, v in kwargs.items()})
+
+    # outputs -----------------------------------------------------------------------------------------------
+
+    def _values(self, output: Tensor, shadow: Tensor, value: Tensor, axes: "_Einsum | None") -> Tensor:
+        self.done = True
+        if self.site.recording:
+            assert self.key_operand is not None
+            self.site.record(self._heads(self.key_operand), self._heads(value))
+        if self.site.key is None:
+            return output
+        if axes is not None:
+            shadow = axes.standard(shadow, axes.first)
+        share = shadow @ self._expand(self.site.prefix(value)[1], value).to(shadow.dtype)
+        return output + (axes.restore(share) if axes is not None else share)
+
+    def _heads(self, operand: Tensor) -> Tensor:
+        """Keys or values `[K, P, D]` of batch 1."""
+        heads = operand[0] if operand.dim() == 4 else operand
+        return heads[:: self.groups]
+
+    def _kernel(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        self.done = True
+        if self.site.recording:
+            self.site.record(self._heads(key), self._heads(value))
+        if self.site.key is not None:
+            virtual, keys, queries = self.site.num_virtual_tokens, key.shape[-2], query.shape[-2]
+            prefix_key, prefix_value = self.site.prefix(key)
+            if is_causal:
+                attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
+            if attn_mask is not None:
+                attn_mask = self._extend_kernel_mask(attn_mask, virtual, keys, query.shape[-1])
+            key = torch.cat([self._expand(prefix_key, key).expand(*key.shape[:-2], -1, -1), key], dim=-2)
+            value = torch.cat([self._expand(prefix_value, value).expand(*value.shape[:-2], -1, -1), value], dim=-2)
+            is_causal = False
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **kwargs
+        )
+
+    def _extend_kernel_mask(self, mask: Tensor, virtual: int, keys: int, width: int) -> Tensor:
+        mask = extend_dense_mask(mask, virtual, keys)
+        if self.bias is None:
+            return mask
+        # Falcon scales its alibi with the scores
+        bias = F.pad(self.bias.to(mask.device, torch.float32) * width**-0.5, (0, keys))
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return (mask + bias).to(mask.dtype)
+
+
+def _is_score_product(query: Any, key: Any) -> bool:
+    if not isinstance(query, Tensor) or not isinstance(key, Tensor):
+        return False
+    return query.dim() == key.dim() >= 3 and not isinstance(key, nn.Parameter) and query.shape[:-2] == key.shape[:-2]
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    flat: list[Tensor] = []
+    for a in (*args, *kwargs.values()):
+        flat.extend(x for x in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(x, Tensor))
+    return flat
+
+
+def _operands(args: tuple[Any, ...]) -> list[Tensor]:
+    return list(args[1]) if isinstance(args[1], (list, tuple)) else list(args[1:])
+
+
+class _Einsum:
+    """Axes of a product of queries and keys, or probabilities and values, written as an einsum."""
+
+    def __init__(self, first: str, second: str, out: str, order_first: str, order_second: str, order_out: str) -> None:
+        self.first, self.second, self.out = (first, order_first), (second, order_second), (out, order_out)
+
+    @classmethod
+    def of_scores(cls, args: tuple[Any, ...]) -> "_Einsum | None":
+        left, _, out = args[0].replace(" ", "").partition("->")
+        parts = left.split(",")
+        if len(parts) != 2 or not all(len(p) == 4 for p in (*parts, out)):
+            return None
+        shared = [c for c in parts[0] if c in parts[1] and c in out]
+        depth = [c for c in parts[0] if c in parts[1] and c not in out]
+        if len(shared) != 2 or len(depth) != 1 or parts[1][-1] != depth[0]:
+            return None
+        head = parts[1][-2]
+        batch = next(c for c in shared if c != head)
+        q = next(c for c in parts[0] if c not in (head, batch, depth[0]))
+        k = next(c for c in parts[1] if c not in (head, batch, depth[0]))
+        lead = batch + head
+        return cls(parts[0], parts[1], out, lead + q + depth[0], lead + k + depth[0], lead + q + k)
+
+    @classmethod
+    def of_values(cls, args: tuple[Any, ...]) -> "_Einsum":
+        left, _, out = args[0].replace(" ", "").partition("->")
+        first, second = left.split(",")
+        depth, head = second[-1], second[-2]
+        k = next(c for c in first if c in second and c not in out)
+        batch = next(c for c in second if c not in (depth, head, k))
+        q = next(c for c in first if c not in (batch, head, k))
+        lead = batch + head
+        return cls(first, second, out, lead + q + k, lead + k + depth, lead + q + depth)
+
+    def standard(self, tensor: Tensor, axes: tuple[str, str]) -> Tensor:
+        """Bring a tensor from its written axes into [batch, head, rows, columns]."""
+        written, order = axes
+        return tensor.permute([written.index(c) for c in order])
+
+    def restore(self, tensor: Tensor) -> Tensor:
+        written, order = self.out
+        return tensor.permute([order.index(c) for c in written])

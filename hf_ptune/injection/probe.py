@@ -1,0 +1,194 @@
+"""Find the attention sites of a backbone by watching it run on a handful of tokens."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_ptune.errors import BackboneError, PTuneError
+from hf_ptune.injection import attention, own_attention, sites
+from hf_ptune.injection.sites import Site, key_groups
+from hf_ptune.methods.base import SiteShape
+
+_ENCODER_TOKENS, _DECODER_TOKENS = 5, 3
+_NAMED_ATTENTION = re.compile("atten|attn", re.IGNORECASE)
+
+
+def parameters_of(module: nn.Module) -> set[str]:
+    """Names of the arguments that a module's forward takes."""
+    return set(inspect.signature(module.forward).parameters)
+
+
+def body_of(backbone: PreTrainedModel) -> PreTrainedModel:
+    """The backbone without its task head."""
+    body: PreTrainedModel = backbone.base_model
+    return body
+
+
+def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
+    """Describe where and how a backbone attends.
+
+    Args:
+        backbone: a loaded task model.
+
+    Returns:
+        A JSON-ready dictionary: `sites` (name, where, layer, heads, key_dim, value_dim), `causal` (whether the
+        first token ignores the second), `skipped` (layers without attention), `embedding_dim`.
+
+    Raises:
+        BackboneError: it cannot run on plain tokens.
+    """
+    body = body_of(backbone)
+    with _quiet(backbone), torch.no_grad():
+        seen, first = _watch(body)
+        second = _run(body, changed=True)
+    found = [
+        {
+            "name": name,
+            "where": _where(body, name, key),
+            "heads": key.shape[0],
+            "key_dim": key.shape[2],
+            "value_dim": value.shape[2],
+        }
+        for name, (key, value) in seen.items()
+    ]
+    counts: dict[str, int] = {}
+    for site in found:
+        site["layer"] = counts[site["where"]] = counts.get(site["where"], -1) + 1
+    embeddings = backbone.get_input_embeddings()
+    width = _embed(backbone, embeddings).shape[-1]
+    return {
+        "sites": found,
+        "causal": not backbone.config.is_encoder_decoder and torch.allclose(first[:, 0], second[:, 0], atol=1e-5),
+        "skipped": _layers_without(body, [s["name"] for s in found]),
+        "embedding_dim": width,
+    }
+
+
+def _embed(backbone: PreTrainedModel, embeddings: nn.Module) -> Tensor:
+    with torch.no_grad():
+        embedded: Tensor = embeddings(torch.tensor([[0]], device=_device(backbone)))
+    return embedded
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+@contextmanager
+def _quiet(backbone: nn.Module) -> Iterator[None]:
+    modes = {m: m.training for m in backbone.modules()}
+    backbone.eval()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    for module, training in modes.items():
+        module.training = training
+
+
+def _tokens(body: PreTrainedModel, count: int, changed: bool) -> Tensor:
+    vocabulary = int(getattr(body.config.get_text_config(), "vocab_size", 100) or 100)
+    ids = torch.arange(count) * 7 + 11
+    if changed:
+        ids[1:] += 5
+    return (ids % max(vocabulary - 3, 1))[None].to(_device(body))
+
+
+def _run(body: PreTrainedModel, changed: bool = False) -> Tensor:
+    accepted = parameters_of(body)
+    inputs: dict[str, Any] = {"input_ids": _tokens(body, _ENCODER_TOKENS, changed)}
+    if body.config.is_encoder_decoder and "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = _tokens(body, _DECODER_TOKENS, changed)
+    if "attention_mask" in accepted:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    try:
+        output = body(**inputs)
+    except PTuneError:
+        raise
+    except Exception as error:  # whatever a family raises, the user needs the same cure
+        raise BackboneError(
+            f"{type(body).__name__} could not run on {_ENCODER_TOKENS} plain tokens "
+            f"({type(error).__name__}: {error}). Expected a text backbone that takes input_ids alone."
+        ) from error
+    hidden: Any = output[0]
+    return torch.as_tensor(hidden).float()
+
+
+def _watch(body: PreTrainedModel) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """Keys and values `[K, T, D]` that each attention module used, in order of use, and the hidden states."""
+    names = {module: name for name, module in body.named_modules()}
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    candidates: dict[str, tuple[nn.Module, Site]] = {}
+    handles = []
+
+    def heard(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
+        if module in names:
+            seen[names[module]] = (key[0], value[0])
+
+    for module, name in names.items():
+        if _NAMED_ATTENTION.search(type(module).__name__) and own_attention.is_own(module):
+            site = Site(name, "decoder", 0, SiteShape(1, 1, 1))
+            site.recording = site.probing = True
+            candidates[name] = (module, site)
+            sites.place(module, site)
+            handles.append(module.register_forward_pre_hook(own_attention.before, with_kwargs=True))
+            handles.append(module.register_forward_hook(own_attention.after, always_call=True))
+    for function in _implementations(body):
+        attention.install(function)
+    attention.listen(heard)
+    try:
+        hidden = _run(body)
+    finally:
+        attention.listen(None)
+        for handle in handles:
+            handle.remove()
+        for module, _ in candidates.values():
+            sites.remove(module)
+    for name, (module, site) in candidates.items():
+        if site.recorded is not None:
+            seen.setdefault(name, _ungrouped(module, site.recorded))
+    order = {name: i for i, name in enumerate(names.values())}
+    inner = [n for n in seen if not any(other != n and other.startswith(n + ".") for other in seen)]
+    return {name: seen[name] for name in sorted(inner, key=order.__getitem__)}, hidden
+
+
+def _ungrouped(module: nn.Module, recorded: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    key, value = recorded
+    return key, value if key.shape[0] == value.shape[0] else value[:: key_groups(module)]
+
+
+def _implementations(body: PreTrainedModel) -> set[str]:
+    configs = [m.config for m in body.modules() if isinstance(m, PreTrainedModel)]
+    configs += [body.config.get_text_config()]
+    return {c._attn_implementation for c in configs if c._attn_implementation not in (None, "eager")}
+
+
+def _where(body: PreTrainedModel, name: str, key: Tensor) -> str:
+    if not body.config.is_encoder_decoder:
+        return "decoder"
+    if name.startswith("encoder"):
+        return "encoder"
+    return "cross" if key.shape[1] == _ENCODER_TOKENS else "decoder"
+
+
+def _layers_without(body: PreTrainedModel, found: list[str]) -> list[str]:
+    """Members of the layer lists in which no attention was seen."""
+    skipped: list[str] = []
+    lists = [n for n, m in body.named_modules() if isinstance(m, nn.ModuleList)]
+    for name in lists:
+        nested = any(name.startswith(other + ".") for other in lists)
+        if nested or not any(f.startswith(name + ".") for f in found):
+            continue
+        module = body.get_submodule(name)
+        assert isinstance(module, nn.ModuleList)
+        for number, _ in enumerate(module):
+            layer = f"{name}.{number}"
+            if not any(f == layer or f.startswith(layer + ".") for f in found):
+                skipped.append(layer)
+    return skipped

@@ -1,0 +1,31 @@
+"""Where a prompt starts: random with a backbone's own deviation, or at given tokens."""
+
+import torch
+from torch import Tensor
+
+
+def random_like(sample: Tensor, num_virtual_tokens: int) -> Tensor:
+    """Draw `[P, N]` with the deviation of a sample `[M, N]`; the mean stays 0 (Lester et al. 2021, section 3.2).
+
+    The paper's uniform range fits T5 alone: a deviation of 1 against embeddings of 0.02 does not converge.
+    """
+    spread = sample.float().std().to(sample.device)
+    return torch.randn(num_virtual_tokens, sample.shape[1], device=sample.device) * spread
+
+
+def fit_length(ids: list[int], num_virtual_tokens: int) -> list[int]:
+    """Repeat or cut token ids to P, as the prompt's length asks."""
+    if not ids:
+        raise ValueError("no tokens to start a prompt from")
+    return (ids * (num_virtual_tokens // len(ids) + 1))[:num_virtual_tokens]
+
+
+def sample_vocabulary(vocab_size: int, num_virtual_tokens: int) -> list[int]:
+    """Draw P token ids, without repeats where the vocabulary allows (Lester et al. 2021, section 3.2).
+
+    The paper draws from the 5,000 most common tokens; low ids are those in most vocabularies.
+    """
+    pool = min(vocab_size, 5000)
+    if pool >= num_virtual_tokens:
+        return [int(i) for i in torch.randperm(pool)[:num_virtual_tokens]]
+    return [int(i) for i in torch.randint(pool, (num_virtual_tokens,))]

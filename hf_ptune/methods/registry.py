@@ -1,0 +1,58 @@
+"""Names of the methods and the one place where a method is made known."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hf_ptune.errors import ConfigError
+from hf_ptune.methods.base import EncoderSpec, PromptEncoder, PromptKind
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method.
+
+    Args:
+        name: value of `PTuneConfig.method`.
+        title: name in prose.
+        paper: author, year, section.
+        kind: what its encoder returns; `None` where no virtual token exists (BitFit).
+        build: makes the encoder; `None` with `kind=None`.
+        reparameterised: whether a network stands between the trained tensor and the prompt.
+    """
+
+    name: str
+    title: str
+    paper: str
+    kind: PromptKind | None
+    build: Callable[[EncoderSpec], PromptEncoder] | None
+    reparameterised: bool = False
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register_method(method: Method) -> Method:
+    """Make a method known under its name.
+
+    Raises:
+        ConfigError: the name is taken by another method.
+    """
+    if _METHODS.setdefault(method.name, method) is not method:
+        raise ConfigError(f"a method named {method.name!r} is registered already; choose another name.")
+    return method
+
+
+def get_method(name: str) -> Method:
+    """Look a method up by name.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    if name not in _METHODS:
+        raise ConfigError(f"method={name!r} is not known; choose one of {', '.join(method_names())}.")
+    return _METHODS[name]
+
+
+def method_names() -> list[str]:
+    """Names of all registered methods, in order of registration."""
+    return list(_METHODS)

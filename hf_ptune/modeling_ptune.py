@@ -1,0 +1,491 @@
+"""A wrapped backbone as a transformers model: one class per task."""
+
+import functools
+import inspect
+import os
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import cached_file
+from transformers.utils import logging as hf_logging
+
+from hf_ptune import prompt_start
+from hf_ptune.adapter_file import WEIGHTS_NAME, check_tensors, read_tensors, write_tensors
+from hf_ptune.backbone import adapter_names, count_parameter, describe, load_backbone, task_of
+from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
+from hf_ptune.injection import Injector, body_of, find_geometry, parameters_of
+from hf_ptune.methods import PromptKind, get_method
+from hf_ptune.methods.base import DirectEmbeddings, DirectPrefix, EncoderSpec, PromptEncoder, flatten
+
+_OWNER = "_ptune_owner"
+_HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+
+
+class PTunePreTrainedModel(PreTrainedModel):
+    """Hold a backbone, a prompt, and the injection between them; the backbone answers every call."""
+
+    config_class = PTuneConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    task: ClassVar[str] = "FEATURE_EXTRACTION"
+
+    def __init__(self, config: PTuneConfig, backbone: PreTrainedModel | None = None) -> None:
+        if backbone is None:
+            from hf_ptune.backbone import TASKS
+
+            backbone = cast(PreTrainedModel, TASKS[self.task].from_config(config.base))
+        config._attn_implementation_internal = backbone.config._attn_implementation
+        super().__init__(config)
+        self.backbone = backbone
+        if self.can_generate():
+            self.generation_config = backbone.generation_config
+        if hasattr(backbone, "accepts_loss_kwargs"):
+            self.accepts_loss_kwargs = backbone.accepts_loss_kwargs
+        self._was_trainable = {n for n, p in backbone.named_parameters() if p.requires_grad}
+        self.prompt: PromptEncoder | None = None
+        self._injector: Injector | None = None
+        method = get_method(config.method)
+        if not config.geometry:
+            config.geometry = find_geometry(backbone)
+        self._adopt(backbone)
+        if method.kind is not None:
+            self._build_prompt(method.kind)
+        self.post_init()
+        self.freeze_backbone()
+        self.__class__ = _with_signature(type(self), type(backbone))
+
+    def init_weights(self) -> None:
+        """Leave the loaded backbone alone: transformers would initialise layers that it did not load itself."""
+
+    # construction ------------------------------------------------------------------------------------------
+
+    def _adopt(self, backbone: PreTrainedModel) -> None:
+        owner = backbone.__dict__.get(_OWNER)
+        previous = owner() if owner is not None else None
+        if previous is not None and previous._injector is not None:
+            warnings.warn(
+                "the backbone had a prompt already; the new one takes its place and the old wrapper stops working.",
+                stacklevel=4,
+            )
+            previous._injector.detach()
+            previous._injector = None
+        backbone.__dict__[_OWNER] = weakref.ref(self)
+
+    def _build_prompt(self, kind: PromptKind) -> None:
+        config, geometry = self.config, self.config.geometry
+        chosen = self._choose_sites(kind)
+        width = sum(s["heads"] * (s["key_dim"] + s["value_dim"]) for s in chosen)
+        spec = EncoderSpec(
+            num_virtual_tokens=config.num_virtual_tokens,
+            embedding_dim=geometry["embedding_dim"],
+            prefix_width=width,
+            encoder_hidden_size=config.encoder_hidden_size,
+            encoder_reparameterization_type=config.encoder_reparameterization_type,
+            encoder_num_layers=config.encoder_num_layers,
+            encoder_dropout=config.encoder_dropout,
+        )
+        embed = self.backbone.get_input_embeddings()
+        device = next((p.device for p in embed.parameters()), torch.device("cpu"))
+        if config.flattened:
+            direct = DirectEmbeddings if kind is PromptKind.EMBEDDINGS else DirectPrefix
+            prompt: PromptEncoder = direct(
+                config.num_virtual_tokens, width if kind is PromptKind.PREFIX else spec.embedding_dim
+            )
+        else:
+            build = get_method(config.method).build
+            assert build is not None
+            prompt = build(spec)
+        # in full precision beside a half-precision base: updates would be lost below its resolution
+        dtype = torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
+        self.prompt = prompt.to(device=device, dtype=dtype)
+        self._injector = Injector(
+            self.backbone, geometry, kind, self._encode, config.num_virtual_tokens, chosen, self._shifts(kind)
+        )
+
+    def _choose_sites(self, kind: PromptKind) -> list[dict[str, Any]]:
+        config, geometry = self.config, self.config.geometry
+        name = type(self.backbone).__name__
+        if not geometry["sites"]:
+            raise BackboneError(
+                f"{name} has no attention that a prompt could enter (found {describe(geometry)}). "
+                "Methods that work there: bitfit."
+            )
+        if kind is PromptKind.EMBEDDINGS:
+            if geometry["causal"] and geometry["skipped"]:
+                raise BackboneError(
+                    f"{name} has layers without attention ({', '.join(geometry['skipped'][:4])}, …), through which a "
+                    f"prompt among the inputs cannot be shared by a batch. Methods that work there: p_tuning_v2, "
+                    "prefix_tuning, bitfit."
+                )
+            return list(geometry["sites"])
+        where = set(config.sites or ("encoder", "decoder", "cross"))
+        chosen = [s for s in geometry["sites"] if s["where"] in where]
+        if config.layers is not None:
+            count = 1 + max(s["layer"] for s in chosen)
+            wrong = [n for n in config.layers if not -count <= n < count]
+            if wrong:
+                raise ConfigError(f"layers={config.layers} names {wrong}; {name} has layers 0 to {count - 1}.")
+            layers = {n % count for n in config.layers}
+            chosen = [s for s in chosen if s["layer"] in layers]
+        if not chosen:
+            raise ConfigError(f"sites={config.sites} and layers={config.layers} leave no attention of {name}.")
+        return chosen
+
+    def _shifts(self, kind: PromptKind) -> bool:
+        config = self.config
+        accepted = parameters_of(body_of(self.backbone))
+        possible = bool(config.geometry["causal"]) and "position_ids" in accepted
+        if config.position_shift and not possible:
+            raise ConfigError(f"position_shift=True, but {type(self.backbone).__name__} takes no position_ids.")
+        return possible if config.position_shift is None else config.position_shift
+
+    def _encode(self) -> Tensor:
+        assert self.prompt is not None
+        encoded: Tensor = self.prompt()
+        if self.config.prefix_dropout and self.prompt.training:
+            encoded = nn.functional.dropout(encoded, self.config.prefix_dropout)
+        return encoded
+
+    # what is adapter ---------------------------------------------------------------------------------------
+
+    def adapter_parameter_names(self) -> set[str]:
+        """Names, as in `named_parameters()`, of all that is trained, counted and saved."""
+        names = adapter_names(self.backbone, self.config.method, self.task, self.config.modules_to_save)
+        prompt = [] if self.prompt is None else [f"prompt.{n}" for n, _ in self.prompt.named_parameters()]
+        return {f"backbone.{n}" for n in names} | set(prompt)
+
+    def adapter_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The adapter's tensors by name, buffers of the prompt included.
+
+        Args:
+            state_dict: a gathered state dict of the whole wrapper, where parameters are sharded.
+        """
+        whole = self.state_dict() if state_dict is None else state_dict
+        wanted = self.adapter_parameter_names()
+        return {n: t for n, t in whole.items() if n in wanted or n.startswith("prompt.")}
+
+    def freeze_backbone(self) -> None:
+        """Let gradients reach the adapter's parameters and no others."""
+        wanted = self.adapter_parameter_names()
+        for name, parameter in self.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(name in wanted)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Count parameters: (trainable, all)."""
+        trainable = sum(count_parameter(p) for p in self.parameters() if p.requires_grad)
+        return trainable, sum(count_parameter(p) for p in self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, of how many."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total}")
+
+    # the backbone answers ----------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self, "_is_replica", False):
+            raise PTuneError("torch.nn.DataParallel is not supported; start one process per device: accelerate launch.")
+        if self.prompt is not None and self._injector is None:
+            raise PTuneError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
+        return self.backbone(*args, **kwargs)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Let the backbone answer as if it had no prompt; trained heads and biases stay."""
+        injector = self._injector
+        if injector is not None:
+            injector.enabled = False
+        try:
+            yield
+        finally:
+            if injector is not None:
+                injector.enabled = True
+
+    def unwrap(self) -> PreTrainedModel:
+        """Give the backbone back as it was before it was wrapped, with the head that has been trained."""
+        if self._injector is not None:
+            self._injector.detach()
+            self._injector = None
+        self.backbone.__dict__.pop(_OWNER, None)
+        for name, parameter in self.backbone.named_parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(name in self._was_trainable)
+        return self.backbone
+
+    def flatten(self) -> "PTunePreTrainedModel":
+        """Fold the reparameterisation into the prompt, in place; outputs stay the same, training it does not."""
+        if self.prompt is not None and not self.config.flattened:
+            training = self.prompt.training
+            self.prompt = flatten(self.prompt).train(training)
+            self.config.flattened = True
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.backbone.get_output_embeddings()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        resized = self.backbone.resize_token_embeddings(*args, **kwargs)
+        self.config.base_config["vocab_size"] = self.backbone.config.get_text_config().vocab_size
+        return cast(nn.Embedding, resized)
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.backbone.get_encoder(*args, **kwargs)
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.backbone.get_decoder(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        reentrant = bool((gradient_checkpointing_kwargs or {}).get("use_reentrant", False))
+        if reentrant and self.prompt is None:
+            self.backbone.enable_input_require_grads()
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.backbone.gradient_checkpointing_disable()
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self.backbone.set_attn_implementation(attn_implementation, *args, **kwargs)
+        self.config._attn_implementation_internal = self.backbone.config._attn_implementation
+        if self._injector is not None:
+            self._injector.install()
+
+    # disk --------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        flatten: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write configuration and adapter, never the backbone.
+
+        Args:
+            save_directory: the folder; made where it is missing.
+            is_main_process: whether this rank writes.
+            state_dict: a gathered state dict of the whole wrapper.
+            push_to_hub: also upload the folder.
+            flatten: fold the reparameterisation into the written prompt; it cannot be trained further then.
+        """
+        tensors = self.adapter_state_dict(state_dict)
+        config = self.config
+        if flatten and self.prompt is not None and not config.flattened:
+            folded = globals()["flatten"](self.prompt)
+            tensors = {n: t for n, t in tensors.items() if not n.startswith("prompt.")} | {"prompt.weight": folded.weight}
+            config = type(config).from_dict(config.to_dict() | {"flattened": True})
+        if is_main_process:
+            os.makedirs(save_directory, exist_ok=True)
+            task_class = next(c for c in type(self).__mro__ if "backbone_class" not in c.__dict__)
+            config.architectures = [task_class.__name__]
+            config.save_pretrained(save_directory)
+            if self.can_generate():
+                self.generation_config.save_pretrained(save_directory)
+            write_tensors(save_directory, tensors)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """Load the base that the adapter names, then the adapter.
+
+        Args:
+            pretrained_model_name_or_path: adapter folder or Hub id.
+            config: its configuration, where it has been read already.
+            kwargs: `revision` is the adapter's; `cache_dir`, `token`, `local_files_only` serve both; dtype,
+                device_map, attn_implementation, quantization_config and the like go to the base.
+
+        Raises:
+            AdapterFileError: the folder does not hold what its configuration describes.
+            BackboneError: the base lacks weights or has another geometry.
+        """
+        hub = {k: kwargs.pop(k) for k in _HUB_KEYS if k in kwargs}
+        own = hub | {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
+        with_info = kwargs.pop("output_loading_info", False)
+        for name in ("use_safetensors", "weights_only", "_from_auto", "_commit_hash", "state_dict", "adapter_kwargs"):
+            kwargs.pop(name, None)
+        if not isinstance(config, PTuneConfig):
+            config, rest = PTuneConfig.from_pretrained(
+                pretrained_model_name_or_path, return_unused_kwargs=True, **own, **kwargs
+            )
+            kwargs = {k: v for k, v in kwargs.items() if k in rest or k not in config.__dict__}
+        source = os.fspath(pretrained_model_name_or_path)
+        tensors = read_tensors(_weights_file(source, own))
+        backbone, absent = _load_base(cls.task, config, hub | kwargs)
+        absent = {n for n in absent if f"backbone.{n}" not in tensors}
+        model = cls(config, backbone)
+        expected = model.adapter_state_dict()
+        check_tensors(tensors, expected, source)
+        if unknown := sorted(n for n in absent if f"backbone.{n}" not in expected):
+            raise BackboneError(
+                f"the base {config.base_model_name_or_path!r} has no weights for {unknown[:5]}: "
+                "its checkpoint is not the one this adapter was trained on."
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                expected[name].copy_(tensor)
+        model.eval()
+        info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return (model, info) if with_info else model
+
+
+def _weights_file(source: str, hub: dict[str, Any]) -> str:
+    path = cached_file(source, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:
+        raise AdapterFileError(f"{source} has no {WEIGHTS_NAME}; expected an adapter that save_pretrained wrote.")
+    return cast(str, path)
+
+
+def _load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
+    if config.base_model_name_or_path is None:
+        raise ConfigError("config.json names no base_model_name_or_path; set it to the base's folder or id.")
+    base = type(config.base).from_dict(config.base.to_dict())
+    for name in ("id2label", "label2id", "problem_type"):
+        setattr(base, name, getattr(config, name))
+    attention = kwargs.pop("attn_implementation", None) or config._attn_implementation
+    if attention is not None:
+        kwargs["attn_implementation"] = attention
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # a head that the base does not have is the adapter's to bring
+    try:
+        return load_backbone(
+            task, config.base_model_name_or_path, base, revision=config.base_model_revision or "main", **kwargs
+        )
+    finally:
+        hf_logging.set_verbosity(level)
+
+
+@functools.cache
+def _with_signature(cls: type, backbone_class: type) -> type:
+    """A class whose forward takes what the backbone's takes: the Trainer reads columns and labels off it."""
+
+    @functools.wraps(backbone_class.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    forward.__signature__ = inspect.signature(backbone_class.forward)  # type: ignore[attr-defined]
+    names = {"forward": forward, "__module__": cls.__module__, "backbone_class": backbone_class}
+    return type(cls.__name__, (cls,), names)
+
+
+class _Generating(PTunePreTrainedModel, GenerationMixin):
+    """Tasks that generate: the backbone does, with its own cache and inputs."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self.backbone.generation_config = self.generation_config
+        return self.backbone.generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
+
+
+class PTuneModel(PTunePreTrainedModel):
+    """Return a prompted backbone's hidden states."""
+
+
+class PTuneForCausalLM(_Generating, GenerationMixin):
+    """Model text from left to right with a prompted decoder."""
+
+    task = "CAUSAL_LM"
+
+
+class PTuneForSeq2SeqLM(_Generating, GenerationMixin):
+    """Turn text into text with a prompted encoder-decoder."""
+
+    task = "SEQ_2_SEQ_LM"
+
+
+class PTuneForMaskedLM(PTunePreTrainedModel):
+    """Fill masks with a prompted encoder."""
+
+    task = "MASKED_LM"
+
+
+class PTuneForSequenceClassification(PTunePreTrainedModel):
+    """Classify sequences with a prompted backbone and its head."""
+
+    task = "SEQ_CLS"
+
+
+class PTuneForTokenClassification(PTunePreTrainedModel):
+    """Tag tokens with a prompted backbone and its head."""
+
+    task = "TOKEN_CLS"
+
+
+class PTuneForQuestionAnswering(PTunePreTrainedModel):
+    """Extract answers with a prompted backbone and its head."""
+
+    task = "QUESTION_ANS"
+
+
+class PTuneForMultipleChoice(PTunePreTrainedModel):
+    """Choose among answers with a prompted backbone and its head."""
+
+    task = "MULTIPLE_CHOICE"
+
+
+CLASSES: dict[str, type[PTunePreTrainedModel]] = {
+    c.task: c
+    for c in (
+        PTuneModel,
+        PTuneForCausalLM,
+        PTuneForSeq2SeqLM,
+        PTuneForMaskedLM,
+        PTuneForSequenceClassification,
+        PTuneForTokenClassification,
+        PTuneForQuestionAnswering,
+        PTuneForMultipleChoice,
+    )
+}
+
+
+def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: Any = None) -> PTunePreTrainedModel:
+    """Wrap a loaded transformers model; the task is inferred from its class.
+
+    Args:
+        backbone: the whole task model; it is frozen, and changed only by hooks until `unwrap()`.
+        config: method and options; a copy is kept.
+        tokenizer: reads the text of prompt_tuning_init "TEXT" and "CLASS_LABELS"; the base's own when unset.
+
+    Returns:
+        The model of the task, with its prompt initialised.
+
+    Raises:
+        BackboneError: the backbone cannot take the method.
+        ConfigError: options that contradict each other or the backbone.
+    """
+    if isinstance(backbone, PTunePreTrainedModel):
+        raise ConfigError("the model is wrapped already; pass its backbone, or continue training it as it is.")
+    if not isinstance(backbone, PreTrainedModel):
+        raise BackboneError(f"expected a transformers PreTrainedModel, found {type(backbone).__name__}.")
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("base_config", "geometry", "model_type")}
+    config = PTuneConfig.from_dict(settings)
+    config.task = task_of(backbone)
+    config.base_class = type(backbone).__name__
+    config.set_base(backbone.config)
+    config.base_config.pop("quantization_config", None)
+    config.base_model_name_or_path = config.base_model_name_or_path or backbone.name_or_path or None
+    config.base_model_revision = config.base_model_revision or getattr(backbone.config, "_commit_hash", None)
+    model = CLASSES[config.task](config, backbone)
+    prompt_start.initialise(model, tokenizer)
+    return model

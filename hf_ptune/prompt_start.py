@@ -1,0 +1,108 @@
+"""Start a prompt at random, at zero, or at the backbone's own embeddings, keys and values of given tokens."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from hf_ptune.backbone import embedding_sample, resolve, vocabulary_size
+from hf_ptune.errors import ConfigError
+from hf_ptune.injection import Injector, body_of
+from hf_ptune.methods import PromptKind, get_method
+from hf_ptune.methods.base import join_prefix
+from hf_ptune.methods.initializers import fit_length, random_like, sample_vocabulary
+
+
+def initialise(model: Any, tokenizer: Any = None) -> None:
+    """Set the prompt of a freshly wrapped model as its configuration asks.
+
+    Args:
+        model: a wrapped model.
+        tokenizer: reads text and labels; loaded from the base when unset.
+
+    Raises:
+        ConfigError: a text or label start without a tokenizer or labels.
+    """
+    config, prompt, injector = model.config, model.prompt, model._injector
+    if prompt is None:
+        return
+    kind, start = prompt.kind, config.prompt_tuning_init
+    virtual = config.num_virtual_tokens
+    if start == "RANDOM" and get_method(config.method).reparameterised:
+        return
+    with torch.no_grad():
+        if start == "ZERO":
+            encoded = torch.zeros_like(prompt())
+        elif start == "RANDOM":
+            encoded = _random(model, injector, kind, virtual)
+        else:
+            rows = _token_rows(model, start, virtual, tokenizer)
+            if kind is PromptKind.EMBEDDINGS:
+                encoded = _embed(model, rows)
+            else:
+                encoded = join_prefix(_keys_of(injector, [row[0] for row in rows]))
+        prompt.start_from(encoded)
+
+
+def _random(model: Any, injector: Injector, kind: PromptKind, virtual: int) -> Tensor:
+    if kind is PromptKind.EMBEDDINGS:
+        return random_like(embedding_sample(model.backbone), virtual)
+    ids = sample_vocabulary(vocabulary_size(model.backbone), min(virtual, 32))
+    pairs = _keys_of(injector, ids)
+    draws = [
+        torch.randn(t.shape[0], virtual, t.shape[2], device=t.device) * t.float().std() for pair in pairs for t in pair
+    ]
+    return join_prefix([(draws[i], draws[i + 1]) for i in range(0, len(draws), 2)])
+
+
+def _keys_of(injector: Injector, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """The backbone's own keys and values `[K, P, D]` of P tokens, at every site."""
+    body = injector.body
+    device = next(p.device for p in body.parameters())
+    tokens = torch.tensor([ids], device=device)
+    inputs = {"input_ids": tokens}
+    if body.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens
+    training = body.training
+    body.eval()
+    try:
+        return injector.record(inputs)
+    finally:
+        body.train(training)
+
+
+def _embed(model: Any, rows: list[list[int]]) -> Tensor:
+    """Embeddings `[P, H]`; several ids in a row are averaged."""
+    embed = model.backbone.get_input_embeddings()
+    device = next(embed.parameters()).device
+    return torch.stack([embed(torch.tensor([row], device=device))[0].float().mean(0) for row in rows])
+
+
+def _token_rows(model: Any, start: str, virtual: int, tokenizer: Any) -> list[list[int]]:
+    """Token ids behind every virtual token; a label of several tokens keeps them together."""
+    size = vocabulary_size(model.backbone)
+    if start == "SAMPLE_VOCAB":
+        return [[i] for i in sample_vocabulary(size, virtual)]
+    tokenizer = tokenizer or _base_tokenizer(model.config)
+    if start == "TEXT":
+        ids = tokenizer(model.config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
+        return [[i] for i in fit_length(ids, virtual)]
+    labels = model.config.id2label
+    if not labels or all(str(v).startswith("LABEL_") for v in labels.values()):
+        raise ConfigError(
+            f"prompt_tuning_init='CLASS_LABELS' needs named labels; found {labels}. Load the backbone with id2label."
+        )
+    rows = [tokenizer(str(v), add_special_tokens=False)["input_ids"] for v in labels.values()][:virtual]
+    return rows + [[i] for i in sample_vocabulary(size, virtual)][: virtual - len(rows)]
+
+
+def _base_tokenizer(config: Any) -> Any:
+    if config.base_model_name_or_path is None:
+        raise ConfigError("a start from text or labels needs tokenizer=…: the backbone does not name its base.")
+    try:
+        return AutoTokenizer.from_pretrained(resolve(config.base_model_name_or_path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no tokenizer was found beside the base {config.base_model_name_or_path!r} ({error}); pass tokenizer=…"
+        ) from error
