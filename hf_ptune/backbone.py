@@ -175,22 +175,3 @@ def describe(geometry: dict[str, Any]) -> str:
         return "no attention"
     shapes = sorted({(s["heads"], s["key_dim"], s["value_dim"]) for s in sites})
     return f"{len(sites)} attention layers of (heads, key, value) {shapes}"
-
-
-def embedding_sample(backbone: PreTrainedModel, count: int = 4096) -> torch.Tensor:
-    """Input embeddings `[M, H]` of the first tokens of the vocabulary."""
-    embed = backbone.get_input_embeddings()
-    size = vocabulary_size(backbone)
-    ids = torch.arange(min(size, count), device=next(embed.parameters()).device)
-    with torch.no_grad():
-        embedded: torch.Tensor = embed(ids[None])[0]
-    return embedded.float()
-
-
-def vocabulary_size(backbone: PreTrainedModel) -> int:
-    """Number of tokens that the input embeddings know."""
-    embed = backbone.get_input_embeddings()
-    size = getattr(embed, "num_embeddings", None) or getattr(backbone.config.get_text_config(), "vocab_size", None)
-    if not isinstance(size, int):
-        raise BackboneError(f"{type(backbone).__name__} does not say how many tokens its embeddings know.")
-    return size

@@ -20,7 +20,7 @@ from hf_ptune.adapter_file import WEIGHTS_NAME, check_tensors, read_tensors, wri
 from hf_ptune.backbone import adapter_names, count_parameter, describe, load_backbone, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
-from hf_ptune.injection import Injector, body_of, find_geometry, parameters_of
+from hf_ptune.injection import Injector, body_of, find_geometry, parameters_of, word_embeddings
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import DirectEmbeddings, DirectPrefix, EncoderSpec, PromptEncoder, flatten
 
@@ -95,7 +95,7 @@ class PTunePreTrainedModel(PreTrainedModel):
             encoder_num_layers=config.encoder_num_layers,
             encoder_dropout=config.encoder_dropout,
         )
-        embed = self.backbone.get_input_embeddings()
+        embed = word_embeddings(self.backbone)
         device = next((p.device for p in embed.parameters()), torch.device("cpu"))
         if config.flattened:
             direct = DirectEmbeddings if kind is PromptKind.EMBEDDINGS else DirectPrefix
@@ -252,11 +252,18 @@ class PTunePreTrainedModel(PreTrainedModel):
     def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         return self.backbone.get_decoder(*args, **kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-        reentrant = bool((gradient_checkpointing_kwargs or {}).get("use_reentrant", False))
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+        reentrant = bool((activation_checkpointing_kwargs or {}).get("use_reentrant", False))
         if reentrant and self.prompt is None:
             self.backbone.enable_input_require_grads()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, *args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         self.backbone.gradient_checkpointing_disable()

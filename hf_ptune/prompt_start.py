@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
-from hf_ptune.backbone import embedding_sample, resolve, vocabulary_size
-from hf_ptune.errors import ConfigError
-from hf_ptune.injection import Injector, body_of
+from hf_ptune.backbone import resolve
+from hf_ptune.errors import BackboneError, ConfigError
+from hf_ptune.injection import Injector, word_embeddings
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import join_prefix
 from hf_ptune.methods.initializers import fit_length, random_like, sample_vocabulary
@@ -74,7 +74,7 @@ def _keys_of(injector: Injector, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
 
 def _embed(model: Any, rows: list[list[int]]) -> Tensor:
     """Embeddings `[P, H]`; several ids in a row are averaged."""
-    embed = model.backbone.get_input_embeddings()
+    embed = word_embeddings(model.backbone)
     device = next(embed.parameters()).device
     return torch.stack([embed(torch.tensor([row], device=device))[0].float().mean(0) for row in rows])
 
@@ -106,3 +106,22 @@ def _base_tokenizer(config: Any) -> Any:
         raise ConfigError(
             f"no tokenizer was found beside the base {config.base_model_name_or_path!r} ({error}); pass tokenizer=…"
         ) from error
+
+
+def embedding_sample(backbone: PreTrainedModel, count: int = 4096) -> Tensor:
+    """Input embeddings `[M, H]` of the first tokens of the vocabulary."""
+    embed = word_embeddings(backbone)
+    size = vocabulary_size(backbone)
+    ids = torch.arange(min(size, count), device=next(embed.parameters()).device)
+    with torch.no_grad():
+        embedded: Tensor = embed(ids[None])[0]
+    return embedded.float()
+
+
+def vocabulary_size(backbone: PreTrainedModel) -> int:
+    """Number of tokens that the input embeddings know."""
+    embed = word_embeddings(backbone)
+    size = getattr(embed, "num_embeddings", None) or getattr(backbone.config.get_text_config(), "vocab_size", None)
+    if not isinstance(size, int):
+        raise BackboneError(f"{type(backbone).__name__} does not say how many tokens its embeddings know.")
+    return size

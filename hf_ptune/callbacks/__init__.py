@@ -1,4 +1,4 @@
-"""Callbacks of the transformers Trainer: freeze the backbone, guard the first batch, report memory and speed."""
+"""Callbacks of the Trainer: freeze the backbone, guard the first batch, report memory and speed."""
 
 from hf_ptune.callbacks.freeze import FreezeBackboneCallback
 from hf_ptune.callbacks.guard import GuardCallback, check_batch

@@ -38,7 +38,11 @@ def unwrap_ptune_model(model: Any, caller: str, error: type[PTuneError] = PTuneE
     Raises:
         PTuneError: the model carries no prompt.
     """
-    inner = extract_model_from_parallel(model, keep_torch_compile=False) if isinstance(model, nn.Module) else model
+    inner = (
+        extract_model_from_parallel(model, keep_torch_compile=False)
+        if isinstance(model, nn.Module)
+        else model
+    )
     if not isinstance(inner, PTunePreTrainedModel):
         raise error(
             f"{caller} found {type(inner).__name__}, expected a model with a prompt. "
@@ -58,37 +62,45 @@ def _why_untrainable(parameter: nn.Parameter, fp16: bool) -> str | None:
     if parameter.device.type == "meta":
         return "it has no data (meta device); load the model with its weights"
     if type(parameter).__module__.split(".")[0] in _QUANTIZERS:
-        return f"it is quantised ({type(parameter).__name__}); load the backbone unquantised, or leave it frozen"
+        return f"it is quantised ({type(parameter).__name__}); load the backbone unquantised"
     if not parameter.dtype.is_floating_point:
         return f"it holds {parameter.dtype}, which has no gradient; leave it frozen"
     if parameter.dtype.itemsize < 2:
         return f"it holds {parameter.dtype}, too coarse for an update; load it in bfloat16 or float32"
     if fp16 and parameter.dtype is torch.float16:
-        return "it holds float16 while fp16=True needs float32 weights to unscale gradients; load it in float32"
+        return "it holds float16 while fp16=True unscales float32 gradients only; load it in float32"
     return None
 
 
 class FreezeBackboneCallback(TrainerCallback):
     """Freeze everything but the adapter before the optimizer exists; unfreeze modules on a schedule.
 
-    Modules of the schedule become part of the adapter (`modules_to_save`), so that they are saved and counted. The
-    optimizer holds them from the start, with the learning rate and weight decay that the Trainer gives them; they
-    have no gradient, and so no update and no decay, until they are due. Optimizer checkpoints keep one layout.
+    Modules of the schedule become part of the adapter (`modules_to_save`), so that they are saved and
+    counted. The optimizer holds them from the start, with the learning rate and weight decay that the
+    Trainer gives them; they have no gradient, and so no update and no decay, until they are due. So
+    checkpoints of the optimizer have one layout, and DistributedDataParallel reduces their gradients.
 
     Args:
-        unfreeze_schedule: when to unfreeze what. A key is a count of optimizer steps (int, 0 or more) or of epochs
-            (float, 0 or more, fractions allowed); a value lists shell patterns over the names of
-            `model.named_parameters()`, e.g. `"backbone.*.layers.11.*"`. The module that owns a matched parameter is
-            unfrozen as a whole.
+        unfreeze_schedule: when to unfreeze what. A key is a count of optimizer steps (int, 0 or more) or of
+            epochs (float, 0 or more, fractions allowed); a value lists shell patterns over the names of
+            `model.named_parameters()`, e.g. `"backbone.*.layers.11.*"`. The module that owns a matched
+            parameter is unfrozen as a whole.
+
+    Raises:
+        PTuneError: a key that is neither step nor epoch, or a value that is not a list.
     """
 
     def __init__(self, unfreeze_schedule: Mapping[float, Sequence[str]] | None = None) -> None:
         self.unfreeze_schedule: dict[float, list[str]] = {}
         for when, patterns in (unfreeze_schedule or {}).items():
             if isinstance(when, bool) or not isinstance(when, int | float) or not 0 <= when < float("inf"):
-                raise PTuneError(f"unfreeze_schedule has the key {when!r}; expected a step (int) or epoch (float).")
+                raise PTuneError(
+                    f"unfreeze_schedule has the key {when!r}; expected a step (int) or epoch (float)."
+                )
             if isinstance(patterns, str):
-                raise PTuneError(f"unfreeze_schedule[{when!r}] is the string {patterns!r}; expected a list of names.")
+                raise PTuneError(
+                    f"unfreeze_schedule[{when!r}] is the string {patterns!r}; expected a list of names."
+                )
             self.unfreeze_schedule[when] = list(patterns)
         self._names: dict[float, set[str]] = {}
 
@@ -138,7 +150,7 @@ class FreezeBackboneCallback(TrainerCallback):
         config = model.config
         everything = {name for name, _ in model.named_parameters()}
         core = {n for n in everything if not n.startswith(_BACKBONE)}
-        core |= {_BACKBONE + n for n in adapter_names(model.backbone, config.method, config.task)}
+        core |= {_BACKBONE + n for n in adapter_names(model.backbone, config.method, model.task)}
         plan: dict[float, set[str]] = {}
         modules: list[str] = []
         for when, patterns in self.unfreeze_schedule.items():
@@ -149,7 +161,7 @@ class FreezeBackboneCallback(TrainerCallback):
                 owners += [n.removeprefix(_BACKBONE).rpartition(".")[0] for n in chosen]
             owners = [m for m in sorted(set(owners)) if m not in modules]
             modules += owners
-            wanted = adapter_names(model.backbone, config.method, config.task, owners)
+            wanted = adapter_names(model.backbone, config.method, model.task, owners)
             earlier = set().union(*plan.values())
             plan[when] = {_BACKBONE + n for n in wanted} - core - earlier
         kept = config.modules_to_save or []
@@ -171,8 +183,8 @@ class FreezeBackboneCallback(TrainerCallback):
             )
         if not found - core:
             raise PTuneError(
-                f"the pattern {pattern!r} of unfreeze_schedule matches {some(found, 3)} only, which the adapter trains "
-                "from the first step. Remove it, or name parameters of the backbone."
+                f"the pattern {pattern!r} of unfreeze_schedule matches {some(found, 3)} only, which the "
+                "adapter trains from the first step. Remove it, or name parameters of the backbone."
             )
         return found - core
 
@@ -190,8 +202,8 @@ class FreezeBackboneCallback(TrainerCallback):
             find_unused = not (args.gradient_checkpointing or model.is_gradient_checkpointing)
         if not find_unused:
             raise PTuneError(
-                "unfreeze_schedule holds parameters back, and DistributedDataParallel waits for their gradients. "
-                "Set ddp_find_unused_parameters=True (with gradient checkpointing: not reentrant)."
+                "unfreeze_schedule holds parameters back, and DistributedDataParallel would wait for their "
+                "gradients. Set ddp_find_unused_parameters=True (with gradient checkpointing: not reentrant)."
             )
 
     def _check_trainable(self, model: PTunePreTrainedModel) -> None:
@@ -201,7 +213,7 @@ class FreezeBackboneCallback(TrainerCallback):
             raise PTuneError(
                 f"trainable are {len(trainable)} parameters, expected the adapter's {len(expected)}: "
                 f"not trained [{some(expected - trainable)}], trained besides [{some(trainable - expected)}]. "
-                "Pass FreezeBackboneCallback in Trainer(callbacks=[...]), which freezes in time, and leave "
+                "Pass  FreezeBackboneCallback in Trainer(callbacks=[...]), which freezes in time, and leave "
                 "requires_grad alone afterwards."
             )
 
@@ -213,9 +225,9 @@ class FreezeBackboneCallback(TrainerCallback):
         strangers = len(held - {id(p) for p in model.parameters()})
         if missing or others or strangers:
             raise PTuneError(
-                f"the optimizer does not hold exactly what trains: missing [{some(missing)}], frozen [{some(others)}], "
-                f"{strangers} tensors that are not the model's. Let the Trainer make the optimizer, or make it from "
-                "[p for p in model.parameters() if p.requires_grad] after the Trainer has been made."
+                f"the optimizer does not hold exactly what trains: missing [{some(missing)}], frozen "
+                f"[{some(others)}], {strangers} tensors that are not the model's. Let the Trainer make "
+                "it, or make it from [p for p in model.parameters() if p.requires_grad] once the Trainer exists."
             )
 
     def _release(self, model: PTunePreTrainedModel, state: TrainerState) -> None:

@@ -1,6 +1,7 @@
 """The only place where prompts meet a backbone."""
 
+from hf_ptune.injection.embeddings import word_embeddings
 from hf_ptune.injection.injector import Injector
 from hf_ptune.injection.probe import body_of, find_geometry, parameters_of
 
-__all__ = ["Injector", "body_of", "find_geometry", "parameters_of"]
+__all__ = ["Injector", "body_of", "find_geometry", "parameters_of", "word_embeddings"]

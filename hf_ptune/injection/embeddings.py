@@ -50,24 +50,29 @@ class InputPrompt:
             embeds = self.embed(ids)
         batch, length = embeds.shape[:2]
         virtual = prompt.shape[0]
+        mask = named.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise InjectionError(
+                f"attention_mask has {mask.dim()} axes; a prompt among the inputs of an encoder needs [B, S]."
+            )
+        at = self.places(mask, batch, embeds.device)
         rows = prompt.to(embeds.device, embeds.dtype)[None].expand(batch, -1, -1)
         positions = self._positions(ids, named, batch, length, embeds.device)
-        named["inputs_embeds"] = self._splice(embeds, rows)
-        mask = named.get("attention_mask")
+        named["inputs_embeds"] = splice(embeds, rows, at)
         if mask is not None:
-            if mask.dim() != 2:
-                raise InjectionError(
-                    f"attention_mask has {mask.dim()} axes; a prompt among the inputs of an encoder needs [B, S]."
-                )
-            named["attention_mask"] = self._splice(mask, mask.new_ones(batch, virtual))
+            named["attention_mask"] = splice(mask, mask.new_ones(batch, virtual), at)
         if (types := named.get("token_type_ids")) is not None:
-            named["token_type_ids"] = self._splice(types, types[:, :1].expand(batch, virtual))
+            named["token_type_ids"] = splice(types, types[:, :1].expand(batch, virtual), at)
         if positions is not None:
-            named["position_ids"] = self._splice(positions, positions[:, :1].expand(-1, virtual))
+            first = positions.gather(1, (at[:, None] - self.index))
+            named["position_ids"] = splice(positions, first.expand(-1, virtual), at)
         return named
 
-    def _splice(self, own: Tensor, virtual: Tensor) -> Tensor:
-        return torch.cat([own[:, : self.index], virtual, own[:, self.index :]], dim=1)
+    def places(self, mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
+        """Number of positions before the prompt in each row `[B]`: pads on the left, and own first tokens."""
+        if mask is None:
+            return torch.full((batch,), self.index, device=device)
+        return mask.to(torch.int).argmax(dim=1) + self.index
 
     def _positions(
         self, ids: Tensor | None, named: dict[str, Any], batch: int, length: int, device: torch.device
@@ -85,18 +90,38 @@ class InputPrompt:
         real = torch.ones(batch, length, dtype=torch.long, device=device) if ids is None else ids.ne(padding).long()
         return real.cumsum(1) * real + padding
 
-    def cut(self, output: Any, virtual: int, length: int) -> Any:
-        """Take the virtual positions out of everything that has them."""
-        return _map(output, lambda t: self._cut_tensor(t, virtual, length + virtual))
+    def cut(self, output: Any, virtual: int, length: int, mask: Tensor | None) -> Any:
+        """Take the virtual positions out of everything that has them; `mask` is the one with the prompt."""
+        batch = output[0].shape[0]
+        at = self.places(mask, batch, output[0].device)
+        return _map(output, lambda t: cut_tensor(t, at, virtual, length))
 
-    def _cut_tensor(self, tensor: Tensor, virtual: int, total: int) -> Tensor:
-        axes = [1] if tensor.dim() == 3 else [2, 3] if tensor.dim() == 4 else []
-        for axis in axes:
-            if tensor.shape[axis] == total:
-                head = tensor.narrow(axis, 0, self.index)
-                tail = tensor.narrow(axis, self.index + virtual, total - self.index - virtual)
-                tensor = torch.cat([head, tail], dim=axis)
-        return tensor
+
+def splice(own: Tensor, virtual: Tensor, at: Tensor) -> Tensor:
+    """Insert `[B, P, ...]` into `[B, S, ...]` after `at` positions of each row."""
+    both = torch.cat([own, virtual], dim=1)
+    length, count = own.shape[1], virtual.shape[1]
+    place = torch.arange(length + count, device=own.device)[None]
+    at = at.to(own.device)[:, None]
+    inside = (place >= at) & (place < at + count)
+    order = torch.where(inside, place - at + length, torch.where(place < at, place, place - count))
+    return both.gather(1, _like(order, both))
+
+
+def cut_tensor(tensor: Tensor, at: Tensor, virtual: int, length: int) -> Tensor:
+    """Take `virtual` positions after `at` out of every axis of states `[B, S, H]` or attentions `[B, H, S, S]`."""
+    axes = [1] if tensor.dim() == 3 else [2, 3] if tensor.dim() == 4 else []
+    for axis in axes:
+        if tensor.shape[axis] == length + virtual:
+            place = torch.arange(length, device=tensor.device)[None]
+            order = torch.where(place < at.to(tensor.device)[:, None], place, place + virtual)
+            moved = tensor.movedim(axis, 1)
+            tensor = moved.gather(1, _like(order, moved)).movedim(1, axis)
+    return tensor.contiguous()
+
+
+def _like(order: Tensor, tensor: Tensor) -> Tensor:
+    return order.reshape(*order.shape, *[1] * (tensor.dim() - 2)).expand(-1, -1, *tensor.shape[2:])
 
 
 def _map(output: Any, change: Any) -> Any:
@@ -111,26 +136,18 @@ def _map(output: Any, change: Any) -> Any:
     return output
 
 
-def cut_encoder_fields(output: Any, virtual: int, length: int) -> Any:
-    """Cut the front positions from what an encoder-decoder reports of its encoder."""
-    if not isinstance(output, ModelOutput):
-        return output
-    total = length + virtual
-
-    def front(t: Tensor) -> Tensor:
-        axes = [1] if t.dim() == 3 else [a for a in (2, 3) if t.shape[a] == total]
-        for axis in axes:
-            if t.shape[axis] == total:
-                t = t.narrow(axis, virtual, length)
-        return t
-
+def cut_encoder_fields(output: Any, at: Tensor, virtual: int, length: int) -> Any:
+    """Cut the virtual positions from what an encoder-decoder reports of its encoder."""
     for name in ("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions"):
         if output.get(name) is not None:
-            output[name] = _map(output[name], front)
+            output[name] = _map(output[name], lambda t: cut_tensor(t, at, virtual, length))
     return output
 
 
 def word_embeddings(backbone: PreTrainedModel) -> nn.Module:
-    """The module that turns token ids into input embeddings."""
-    embed: nn.Module = backbone.get_input_embeddings()
+    """The module that turns the input's token ids into embeddings; of the encoder where there are two."""
+    if backbone.config.is_encoder_decoder:
+        embed: nn.Module = backbone.get_encoder().get_input_embeddings()
+    else:
+        embed = backbone.get_input_embeddings()
     return embed

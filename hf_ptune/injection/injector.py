@@ -47,6 +47,9 @@ class Injector:
         self.encode = encode
         self.num_virtual_tokens = num_virtual_tokens
         self.shift = shift
+        # prefix keys lie after the rotation, so that own tokens must not move with the pads before them
+        rotary = any("rotary" in type(m).__name__.lower() for m in self.body.modules())
+        self.places = shift or (rotary and "position_ids" in parameters_of(self.body))
         self.enabled = True
         self.busy = False  # while the prompt itself runs through the backbone
         self.cached: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
@@ -90,9 +93,9 @@ class Injector:
         if self.backbone.config.is_encoder_decoder:
             decoder = self.body.get_decoder()
             add(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True, prepend=True))
-            add(self.backbone.register_forward_hook(self._after_seq2seq))
+            add(self.backbone.register_forward_hook(self._after_seq2seq, with_kwargs=True))
         else:
-            add(self.inputs.encoder.register_forward_hook(self._after_encoder))
+            add(self.inputs.encoder.register_forward_hook(self._after_encoder, with_kwargs=True))
 
     def install(self) -> None:
         """Make the attention functions that the backbone uses now see the prefixes."""
@@ -127,8 +130,8 @@ class Injector:
         if torch.is_grad_enabled() and self._reentrant():
             pairs = self._bridged(pairs, named)
         self.fill(pairs)
-        if self.shift:
-            self._shift_positions(named)
+        if self.places:
+            self._place_positions(named)
         return (), named
 
     def fill(self, pairs: list[tuple[Tensor, Tensor]] | None) -> None:
@@ -209,11 +212,11 @@ class Injector:
         cross, self.crossing = self.crossing, None
         return None if cross is None else cross(output)
 
-    def _shift_positions(self, named: dict[str, Any]) -> None:
+    def _place_positions(self, named: dict[str, Any]) -> None:
         given = named.get("position_ids")
         if given is None:
             given = self._own_positions(named)
-        named["position_ids"] = given + self.num_virtual_tokens
+        named["position_ids"] = given + self.num_virtual_tokens if self.shift else given
 
     def _own_positions(self, named: dict[str, Any]) -> Tensor:
         own = named.get("input_ids")
@@ -235,12 +238,12 @@ class Injector:
         assert self.inputs is not None
         return (), self.inputs.insert(self.encode(), bind(module, args, kwargs))
 
-    def _after_encoder(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _after_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.enabled:
             return None
         assert self.inputs is not None
         length = output[0].shape[1] - self.num_virtual_tokens
-        return self.inputs.cut(output, self.num_virtual_tokens, length)
+        return self.inputs.cut(output, self.num_virtual_tokens, length, kwargs.get("attention_mask"))
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.enabled:
@@ -248,16 +251,21 @@ class Injector:
         named = bind(module, args, kwargs)
         states, mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
         if states is not None and mask is not None and mask.shape[1] == states.shape[1] - self.num_virtual_tokens:
+            assert self.inputs is not None
             ones = mask.new_ones(mask.shape[0], self.num_virtual_tokens)
-            named["encoder_attention_mask"] = torch.cat([ones, mask], dim=1)
+            at = self.inputs.places(mask, mask.shape[0], mask.device)
+            named["encoder_attention_mask"] = embeddings.splice(mask, ones, at)
         return (), named
 
-    def _after_seq2seq(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _after_seq2seq(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         states = getattr(output, "encoder_last_hidden_state", None)
         if not self.enabled or states is None:
             return None
+        assert self.inputs is not None
+        mask = bind(module, args, kwargs).get("attention_mask")
+        at = self.inputs.places(mask, states.shape[0], states.device)
         return embeddings.cut_encoder_fields(
-            output, self.num_virtual_tokens, states.shape[1] - self.num_virtual_tokens
+            output, at, self.num_virtual_tokens, states.shape[1] - self.num_virtual_tokens
         )
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_ptune.errors import BackboneError, PTuneError
 from hf_ptune.injection import attention, own_attention, sites
+from hf_ptune.injection.embeddings import word_embeddings
 from hf_ptune.injection.sites import Site, key_groups
 from hf_ptune.methods.base import SiteShape
 
@@ -60,8 +61,7 @@ def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for site in found:
         site["layer"] = counts[site["where"]] = counts.get(site["where"], -1) + 1
-    embeddings = backbone.get_input_embeddings()
-    width = _embed(backbone, embeddings).shape[-1]
+    width = _embed(backbone, word_embeddings(backbone)).shape[-1]
     return {
         "sites": found,
         "causal": not backbone.config.is_encoder_decoder and torch.allclose(first[:, 0], second[:, 0], atol=1e-5),

@@ -1,0 +1,283 @@
+"""Try one batch before training starts, so that a run that cannot learn stops with its reason."""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, send_to_device
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from hf_ptune.callbacks.freeze import held_back, some, unwrap_ptune_model
+from hf_ptune.errors import GuardError
+from hf_ptune.modeling_ptune import PTunePreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+_LOGITS = ("logits", "start_logits", "last_hidden_state")
+_POSITION_TABLES = (
+    "wpe",
+    "position_embeddings",
+    "position_embedding",
+    "embed_positions",
+    "pos_emb",
+    "embed_position",
+)
+_SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Give the random states of Python, numpy and torch (CPU and CUDA) back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count()))
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def kept_model_state(model: nn.Module) -> Iterator[None]:
+    """Give modes, gradients and buffers back as they were.
+
+    Buffers of more than one integer are not copied: they hold packed weights, which no forward pass writes.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [
+        (m, name, b, b.detach().clone() if b.is_floating_point() or b.numel() == 1 else b)
+        for m in model.modules()
+        for name, b in m._buffers.items()
+        if b is not None
+    ]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for module, name, buffer, copy in buffers:
+                module._buffers[name] = buffer
+                if copy is not buffer:
+                    buffer.copy_(copy)
+
+
+def check_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Check that a model can learn from a batch; leave model and random states as they were.
+
+    Args:
+        model: a model of `get_ptune_model`, in whatever container accelerate put it.
+        batch: what the model's forward takes, labels included; `input_ids` is `[B, T]`.
+
+    Raises:
+        GuardError: the prompt does not move the logits, a parameter of the adapter gets no gradient or one
+            that is not finite, the backbone gets gradient, the sequences do not fit the position table,
+            labels are out of range, or the loss is missing or not finite.
+    """
+    inner = unwrap_ptune_model(model, "the guard", GuardError)
+    device = inner.get_input_embeddings().weight.device
+    inputs: dict[str, Any] = send_to_device(dict(batch), device)
+    _check_positions(inner, inputs)
+    _check_labels(inner, inputs)
+    with kept_random_state(), kept_model_state(inner):
+        _check_prompt_moves(inner, inputs)
+        _check_gradients(inner, inputs)
+
+
+def _check_prompt_moves(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> None:
+    if model.prompt is None:
+        return
+    model.eval()  # type: ignore[no-untyped-call]  # without dropout, so that only the prompt differs
+    with torch.no_grad():
+        moved = _logits(model(**inputs))
+        with model.disable_adapter():
+            still = _logits(model(**inputs))
+    if torch.equal(moved, still):
+        raise GuardError(
+            f"the prompt of {model.config.num_virtual_tokens} virtual tokens does not move the logits: they "
+            f"are the backbone's own, bit for bit, expected others. {type(model.backbone).__name__} may have "
+            "been given another prompt or attention implementation since; wrap it anew with get_ptune_model."
+        )
+
+
+def _logits(output: Any) -> Tensor:
+    for name in _LOGITS:
+        if isinstance(found := getattr(output, name, None), Tensor):
+            return found
+    raise GuardError(
+        f"the model returned {type(output).__name__}, expected one of {', '.join(_LOGITS)}. "
+        "Let it return its usual output (return_dict=True)."
+    )
+
+
+def _check_gradients(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> None:
+    model.train()  # gradient checkpointing works in this mode only
+    loss = getattr(model(**inputs), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise GuardError(
+            f"the model returned no loss for the inputs {some(inputs)}; expected labels that its forward "
+            "takes. Let the collator keep the label column, or leave the guard out where the Trainer "
+            "computes the loss."
+        )
+    if not bool(torch.isfinite(loss).all()):
+        raise GuardError(
+            f"the loss is {loss.detach().mean().item()}, expected a finite number. "
+            + ("All labels are -100: let some of them count. " if _all_ignored(inputs) else "")
+            + "Check labels and inputs, or use bfloat16 or float32 instead of float16."
+        )
+    if not loss.requires_grad:
+        raise GuardError(
+            "the loss does not depend on any trainable parameter; expected the adapter to train. "
+            "Call model.freeze_backbone() before training, and turn torch.no_grad off."
+        )
+    # autograd.grad would spare the .grad fields, but reentrant checkpoints refuse it
+    loss.mean().backward()  # type: ignore[no-untyped-call]
+    _check_adapter_gradients(model)
+
+
+def _check_adapter_gradients(model: PTunePreTrainedModel) -> None:
+    named = dict(model.named_parameters())
+    adapter = model.adapter_parameter_names()
+    leaked = {n for n, p in named.items() if n not in adapter and p.grad is not None}
+    if leaked:
+        raise GuardError(
+            f"{len(leaked)} parameters of the backbone get gradient ({some(leaked)}), expected none. "
+            "Freeze them: Trainer(callbacks=[FreezeBackboneCallback()]), or model.freeze_backbone()."
+        )
+    due = {n: named[n].grad for n in adapter - held_back(model)}
+    absent = {n for n, g in due.items() if g is None}
+    if absent:
+        cause = "the forward pass does not use them; check gradient checkpointing and modules_to_save"
+        if any(not named[n].requires_grad for n in absent):
+            cause = "they are frozen; call model.freeze_backbone() before training"
+        raise GuardError(f"{some(absent)} of the adapter get no gradient, expected one for each: {cause}.")
+    wild = {n for n, g in due.items() if g is not None and not bool(torch.isfinite(g).all())}
+    if wild:
+        raise GuardError(
+            f"{some(wild)} of the adapter get a gradient that is not finite. "
+            "Use bfloat16 or float32 instead of float16, and check the batch for extreme values."
+        )
+    zero = {n for n, g in due.items() if g is not None and not bool(g.any())}
+    prompt = {n for n in due if n.startswith("prompt.")}
+    if due and (zero == set(due) or (prompt and prompt <= zero)):
+        raise GuardError(
+            f"every gradient of {'the prompt' if prompt else 'the adapter'} is zero, expected others. "
+            "Check that labels are not all -100 and that the attention mask leaves tokens to attend from."
+        )
+    if zero:
+        logger.warning(
+            f"gradients that are zero in the first batch, as a start at zero makes them: {some(zero)}"
+        )
+
+
+def _all_ignored(inputs: dict[str, Any]) -> bool:
+    labels = inputs.get("labels")
+    return isinstance(labels, Tensor) and bool((labels == -100).all())
+
+
+def _check_positions(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> None:
+    """Compare T, and P where own tokens stand behind the prompt, with tables of absolute positions."""
+    shift = model._injector is not None and model._injector.shift
+    virtual = model.config.num_virtual_tokens if shift else 0
+    for name, module in model.backbone.named_modules():
+        if not isinstance(module, nn.Embedding) or name.rpartition(".")[2] not in _POSITION_TABLES:
+            continue
+        in_decoder = model.config.is_encoder_decoder and "decoder" in name.split(".")
+        length = _length(
+            inputs, ("decoder_input_ids", "labels") if in_decoder else ("input_ids", "inputs_embeds")
+        )
+        offset = getattr(module, "offset", None)  # BART, OPT: rows before position 0
+        if not isinstance(offset, int):
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa
+        room = module.num_embeddings - offset
+        if length + virtual > room:
+            prompt = f" and {virtual} virtual tokens make {length + virtual} positions" if virtual else ""
+            raise GuardError(
+                f"sequences of {length} tokens{prompt}, but {name} has {room}. "
+                f"Shorten the samples to {room - virtual} tokens (max_length of the tokenizer)"
+                + (", or take fewer virtual tokens." if virtual else ".")
+            )
+
+
+def _length(inputs: dict[str, Any], names: tuple[str, ...]) -> int:
+    for name in names:
+        if isinstance(found := inputs.get(name), Tensor):
+            return int(found.shape[2 if name == "input_ids" and found.dim() == 3 else 1])  # [B, choices, T]
+    return 0
+
+
+def _check_labels(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> None:
+    labels, config = inputs.get("labels"), model.config
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.numel() == 0:
+        return
+    if model.task in ("SEQ_CLS", "TOKEN_CLS"):
+        if config.num_labels == 1 or config.problem_type in ("regression", "multi_label_classification"):
+            return
+        limit = int(config.num_labels or 0)
+        cure = "Load the backbone with num_labels= the number of classes"
+    elif model.task in ("CAUSAL_LM", "MASKED_LM", "SEQ_2_SEQ_LM"):
+        limit = int(config.get_text_config().vocab_size)
+        cure = "Use the backbone's own tokenizer, or resize its embeddings"
+    else:
+        return
+    counted = labels[labels != -100]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < limit:
+        raise GuardError(
+            f"labels run from {int(counted.min())} to {int(counted.max())}, expected 0 to {limit - 1} "
+            f"(or -100 to ignore). {cure}, or renumber the labels."
+        )
+
+
+class GuardCallback(TrainerCallback):
+    """Try one batch before training starts and stop with a `GuardError` where training could not work.
+
+    The batch is collated from the first rows of the training data, beside the data loader: order of the
+    data, random states and parameters stay as they are without the guard. It is not run where parameters
+    are sharded over ranks (FSDP, DeepSpeed), nor on a stream of samples that cannot be started anew; both
+    are logged.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Build the batch and check it.
+
+        Raises:
+            GuardError: what `check_batch` raises, or training data without samples.
+        """
+        model = unwrap_ptune_model(kwargs.get("model"), type(self).__name__, GuardError)
+        if args.distributed_state is not None and args.distributed_state.distributed_type in _SHARDING:
+            logger.warning("the guard is not run: parameters are sharded over ranks.")
+            return
+        with kept_random_state():
+            batch = self._batch(kwargs["train_dataloader"], state.train_batch_size or args.train_batch_size)
+        if batch is not None:
+            check_batch(model, batch)
+
+    def _batch(self, loader: Any, size: int) -> Mapping[str, Any] | None:
+        dataset = loader.dataset
+        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+            rows = [dataset[i] for i in range(min(size, len(dataset)))]
+        elif hasattr(dataset, "take"):
+            rows = list(islice(dataset.take(size), size))
+        else:
+            logger.warning(
+                f"the guard is not run: {type(dataset).__name__} cannot be read without using up samples."
+            )
+            return None
+        if not rows:
+            raise GuardError("the training data has no samples; expected at least one.")
+        batch: Mapping[str, Any] = loader.collate_fn(rows)
+        return batch
