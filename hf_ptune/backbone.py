@@ -29,8 +29,8 @@ _TABLE: dict[str, tuple[Any, str, bool]] = {
     "TOKEN_CLS": (AutoModelForTokenClassification, "TOKEN_CLASSIFICATION", True),
     "QUESTION_ANS": (AutoModelForQuestionAnswering, "QUESTION_ANSWERING", True),
     "MULTIPLE_CHOICE": (AutoModelForMultipleChoice, "MULTIPLE_CHOICE", True),
-    "MASKED_LM": (AutoModelForMaskedLM, "MASKED_LM", False),
     "SEQ_2_SEQ_LM": (AutoModelForSeq2SeqLM, "SEQ_TO_SEQ_CAUSAL_LM", False),
+    "MASKED_LM": (AutoModelForMaskedLM, "MASKED_LM", False),
     "CAUSAL_LM": (AutoModelForCausalLM, "CAUSAL_LM", False),
     "FEATURE_EXTRACTION": (AutoModel, "", False),
 }

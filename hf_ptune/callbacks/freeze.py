@@ -212,7 +212,7 @@ class FreezeBackboneCallback(TrainerCallback):
         if trainable != expected:
             raise PTuneError(
                 f"trainable are {len(trainable)} parameters, expected the adapter's {len(expected)}: "
-                f"not trained [{some(expected - trainable)}], trained besides [{some(trainable - expected)}]. "
+                f"not trained [{some(expected - trainable)}], trained also [{some(trainable - expected)}]. "
                 "Pass  FreezeBackboneCallback in Trainer(callbacks=[...]), which freezes in time, and leave "
                 "requires_grad alone afterwards."
             )
@@ -227,7 +227,7 @@ class FreezeBackboneCallback(TrainerCallback):
             raise PTuneError(
                 f"the optimizer does not hold exactly what trains: missing [{some(missing)}], frozen "
                 f"[{some(others)}], {strangers} tensors that are not the model's. Let the Trainer make "
-                "it, or make it from [p for p in model.parameters() if p.requires_grad] once the Trainer exists."
+                "it, or make it from [p for p in model.parameters() if p.requires_grad] after the Trainer."
             )
 
     def _release(self, model: PTunePreTrainedModel, state: TrainerState) -> None:

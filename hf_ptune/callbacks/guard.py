@@ -20,22 +20,15 @@ from hf_ptune.modeling_ptune import PTunePreTrainedModel
 logger = logging.get_logger(__name__)
 
 _LOGITS = ("logits", "start_logits", "last_hidden_state")
-_POSITION_TABLES = (
-    "wpe",
-    "position_embeddings",
-    "position_embedding",
-    "embed_positions",
-    "pos_emb",
-    "embed_position",
-)
+_POSITION_TABLES = ("wpe", "position_embeddings", "position_embedding", "embed_positions", "pos_emb")
 _SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
 @contextmanager
-def kept_random_state() -> Iterator[None]:
-    """Give the random states of Python, numpy and torch (CPU and CUDA) back as they were."""
+def kept_random_state(model: nn.Module) -> Iterator[None]:
+    """Give the random states of Python, numpy and torch (CPU and the model's GPUs) back as they were."""
     python, numpy = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count()))
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
             yield
@@ -91,7 +84,7 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
     inputs: dict[str, Any] = send_to_device(dict(batch), device)
     _check_positions(inner, inputs)
     _check_labels(inner, inputs)
-    with kept_random_state(), kept_model_state(inner):
+    with kept_random_state(inner), kept_model_state(inner):
         _check_prompt_moves(inner, inputs)
         _check_gradients(inner, inputs)
 
@@ -261,7 +254,7 @@ class GuardCallback(TrainerCallback):
         if args.distributed_state is not None and args.distributed_state.distributed_type in _SHARDING:
             logger.warning("the guard is not run: parameters are sharded over ranks.")
             return
-        with kept_random_state():
+        with kept_random_state(model):
             batch = self._batch(kwargs["train_dataloader"], state.train_batch_size or args.train_batch_size)
         if batch is not None:
             check_batch(model, batch)

@@ -51,6 +51,7 @@ class Injector:
         rotary = any("rotary" in type(m).__name__.lower() for m in self.body.modules())
         self.places = shift or (rotary and "position_ids" in parameters_of(self.body))
         self.enabled = True
+        self.inside = False  # while the body runs
         self.busy = False  # while the prompt itself runs through the backbone
         self.cached: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
         self.crossing: Callable[[Tensor], Tensor] | None = None
@@ -86,7 +87,11 @@ class Injector:
                 add(module.register_forward_hook(own_attention.after, always_call=True))
             self.install()
             add(self.body.register_forward_pre_hook(self._before_body, with_kwargs=True, prepend=True))
+            add(self.body.register_forward_hook(self._after_body, always_call=True))
             add(embeddings.word_embeddings(self.backbone).register_forward_hook(self._after_words))
+            if self.backbone.config.is_encoder_decoder:
+                # generate runs the encoder by itself, before its first step
+                add(self.body.get_encoder().register_forward_pre_hook(self._before_part))
             return
         assert self.inputs is not None
         add(self.inputs.encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True, prepend=True))
@@ -119,6 +124,7 @@ class Injector:
     def _before_body(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.busy:
             return None
+        self.inside = True
         if not self.enabled:
             self.fill(None)
             return None
@@ -133,6 +139,14 @@ class Injector:
         if self.places:
             self._place_positions(named)
         return (), named
+
+    def _after_body(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.busy:
+            self.inside = False
+
+    def _before_part(self, module: nn.Module, args: Any) -> None:
+        if not self.inside and not self.busy:
+            self.fill(self._current_pairs() if self.enabled else None)
 
     def fill(self, pairs: list[tuple[Tensor, Tensor]] | None) -> None:
         for number, site in enumerate(self.sites):

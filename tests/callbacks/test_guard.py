@@ -1,0 +1,247 @@
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from setup_runs import Rows, batch, bert, llama, tensors, trainer, wrap
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from hf_ptune.callbacks import GuardCallback, check_batch
+from hf_ptune.errors import GuardError
+
+TINY = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "bitfit"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_sound_models_pass_and_stay_as_they_were(method: str, family: str) -> None:
+    model = wrap(llama(attention_bias=True) if family == "llama" else bert(), method)
+    model.train()
+    model.backbone.eval()
+    before, modes = tensors(model), [m.training for m in model.modules()]
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    check_batch(model, batch(Rows(classes=None if family == "llama" else 3)))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert modes == [m.training for m in model.modules()]
+    assert all(p.grad is None for p in model.parameters())
+    assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "p_tuning_v2"])
+def test_gradient_checkpointing_passes(method: str, reentrant: bool) -> None:
+    model = wrap(llama(), method)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    check_batch(model, batch(Rows()))
+
+
+class Noisy(Rows):
+    """Rows whose making draws from all three random generators."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        random.random(), np.random.rand(), torch.rand(1)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("method", ["p_tuning", "prefix_tuning"])
+def test_training_is_the_same_with_and_without_guard(tmp_path: Path, method: str) -> None:
+    ends = []
+    for callbacks in ([], [GuardCallback()]):
+        model = wrap(llama(attention_dropout=0.2), method, encoder_dropout=0.1, prefix_dropout=0.1)
+        random.seed(0), np.random.seed(0)
+        trainer(model, tmp_path, callbacks, rows=Noisy()).train()
+        ends.append((tensors(model), random.random(), np.random.rand(), torch.rand(1)))
+    assert all(torch.equal(t, ends[1][0][n]) for n, t in ends[0][0].items())
+    assert ends[0][1:3] == ends[1][1:3] and torch.equal(ends[0][3], ends[1][3])
+
+
+def test_existing_gradients_are_kept() -> None:
+    model = wrap(llama())
+    assert model.prompt is not None
+    parameter = next(model.prompt.parameters())
+    parameter.grad = torch.full_like(parameter, 3.0)
+    check_batch(model, batch(Rows()))
+    assert torch.equal(parameter.grad, torch.full_like(parameter, 3.0))
+
+
+def test_a_prompt_that_does_not_move_the_logits_is_found() -> None:
+    model = wrap(llama())
+    assert model._injector is not None
+    model._injector.enabled = False
+    with pytest.raises(GuardError, match="does not move the logits"):
+        check_batch(model, batch(Rows()))
+
+
+def test_a_frozen_adapter_is_found() -> None:
+    model = wrap(bert(), "p_tuning")
+    assert model.prompt is not None
+    next(model.prompt.parameters()).requires_grad_(False)
+    with pytest.raises(GuardError, match=r"get no gradient.*frozen.*freeze_backbone\(\)"):
+        check_batch(model, batch(Rows(classes=3)))
+
+
+def test_a_wholly_frozen_model_is_found() -> None:
+    model = wrap(llama()).requires_grad_(False)
+    with pytest.raises(GuardError, match="does not depend on any trainable parameter"):
+        check_batch(model, batch(Rows()))
+
+
+def test_a_parameter_that_the_forward_pass_leaves_out_is_found() -> None:
+    model = wrap(llama())
+    assert model.prompt is not None
+    model.prompt.register_parameter("stray", torch.nn.Parameter(torch.ones(2)))
+    with pytest.raises(GuardError, match="prompt.stray of the adapter get no gradient"):
+        check_batch(model, batch(Rows()))
+
+
+def test_gradient_of_the_backbone_is_found() -> None:
+    model = wrap(llama())
+    model.backbone.model.norm.weight.requires_grad_(True)
+    with pytest.raises(
+        GuardError, match=r"backbone get gradient \(backbone.model.norm.weight\).*FreezeBackbone"
+    ):
+        check_batch(model, batch(Rows()))
+
+
+def test_a_gradient_that_is_not_finite_is_found() -> None:
+    model = wrap(llama())
+    assert model.prompt is not None
+    next(model.prompt.parameters()).register_hook(lambda g: g * float("nan"))
+    with pytest.raises(GuardError, match="not finite"):
+        check_batch(model, batch(Rows()))
+
+
+def test_a_prompt_without_gradient_is_found_under_a_head_with_gradient() -> None:
+    model = wrap(bert())
+    assert model.prompt is not None
+    for parameter in model.prompt.parameters():
+        parameter.register_hook(torch.zeros_like)
+    with pytest.raises(GuardError, match="every gradient of the prompt is zero"):
+        check_batch(model, batch(Rows(classes=3)))
+
+
+def test_single_zero_gradients_are_only_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(logging.getLogger("hf_ptune.callbacks.guard"), "warning", told.append)
+    model = wrap(bert(), "prefix_tuning")
+    assert model.prompt is not None
+    next(model.prompt.parameters()).register_hook(torch.zeros_like)
+    check_batch(model, batch(Rows(classes=3)))
+    assert len(told) == 1 and "prompt." in told[0]
+
+
+def test_missing_and_unusable_loss_are_found() -> None:
+    model, inputs = wrap(llama()), batch(Rows())
+    with pytest.raises(GuardError, match="returned no loss for the inputs attention_mask, input_ids"):
+        check_batch(model, {k: v for k, v in inputs.items() if k != "labels"})
+    with pytest.raises(GuardError, match="All labels are -100"):
+        check_batch(model, inputs | {"labels": torch.full_like(inputs["labels"], -100)})
+
+
+def test_labels_out_of_range_are_found() -> None:
+    inputs = batch(Rows(classes=3))
+    with pytest.raises(GuardError, match="labels run from 0 to 7, expected 0 to 2.*num_labels"):
+        check_batch(wrap(bert()), inputs | {"labels": torch.tensor([0, 7])})
+    rows = batch(Rows())
+    with pytest.raises(GuardError, match="expected 0 to 49.*tokenizer"):
+        check_batch(wrap(llama()), rows | {"labels": rows["labels"] + 40})
+
+
+@pytest.mark.parametrize("method", ["p_tuning_v2", "prompt_tuning"])
+def test_prompt_and_sequence_must_fit_the_position_table(method: str) -> None:
+    config = GPT2Config(
+        vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=10, bos_token_id=1, eos_token_id=1
+    )
+    model = wrap(GPT2LMHeadModel(config), method)
+    check_batch(model, batch(Rows(length=6)))
+    with pytest.raises(
+        GuardError, match=r"7 tokens and 4 virtual tokens make 11 positions, but .*wpe has 10\."
+    ):
+        check_batch(model, batch(Rows(length=7)))
+
+
+def test_encoders_keep_their_whole_position_table() -> None:
+    model = wrap(bert())
+    check_batch(model, batch(Rows(length=16, classes=3)))
+    with pytest.raises(GuardError, match="sequences of 17 tokens, but .*position_embeddings has 16"):
+        check_batch(model, batch(Rows(length=17, classes=3)))
+
+
+def test_offsets_of_position_tables_are_known() -> None:
+    roberta = RobertaForSequenceClassification(
+        RobertaConfig(**TINY, intermediate_size=16, max_position_embeddings=12, pad_token_id=1, num_labels=3)
+    )
+    check_batch(wrap(roberta), batch(Rows(length=10, classes=3)))
+    with pytest.raises(GuardError, match="has 10"):
+        check_batch(wrap(roberta), batch(Rows(length=11, classes=3)))
+    sizes = {
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
+    bart = BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=50,
+            d_model=32,
+            encoder_ffn_dim=16,
+            decoder_ffn_dim=16,
+            max_position_embeddings=8,
+            **sizes,
+        )
+    )
+    check_batch(wrap(bart), batch(Rows(length=8)))
+    inputs = batch(Rows(length=8))
+    with pytest.raises(GuardError, match="sequences of 9 tokens, but .*decoder.embed_positions has 8"):
+        check_batch(wrap(bart), inputs | {"labels": torch.ones(2, 9, dtype=torch.long)})
+
+
+def test_a_model_without_prompt_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GuardError, match="get_ptune_model"):
+        trainer(llama(), tmp_path, [GuardCallback()]).train()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Samples that are gone once they have been read."""
+
+    def __init__(self) -> None:
+        self.rows = iter([Rows()[i] for i in range(16)])
+        self.read = 0
+
+    def __iter__(self) -> Any:
+        for row in self.rows:
+            self.read += 1
+            yield row
+
+
+def test_a_stream_is_not_used_up(tmp_path: Path) -> None:
+    stream = Stream()
+    GuardCallback().on_train_begin(
+        *(lambda run: (run.args, run.state, run.control))(trainer(wrap(llama()), tmp_path)),
+        model=wrap(llama()),
+        train_dataloader=torch.utils.data.DataLoader(stream, batch_size=4),
+    )
+    assert stream.read == 0
+
+
+def test_guard_stops_the_trainer_before_the_first_step(tmp_path: Path) -> None:
+    model = wrap(llama())
+    before = tensors(model)
+    run = trainer(model, tmp_path, [GuardCallback()])
+    assert model._injector is not None
+    model._injector.enabled = False
+    with pytest.raises(GuardError, match="does not move"):
+        run.train()
+    assert run.state.global_step == 0
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
