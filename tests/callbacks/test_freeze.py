@@ -1,11 +1,14 @@
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from setup_runs import bert, llama, tensors, trainer, wrap
+from setup_runs import Rows, bert, llama, tensors, trainer, wrap
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import ParallelMode
 
 from hf_ptune.callbacks import FreezeBackboneCallback, GuardCallback
 from hf_ptune.errors import PTuneError
@@ -85,7 +88,7 @@ def test_unfrozen_parameters_get_the_weight_decay_of_the_trainer(tmp_path: Path)
         model,
         tmp_path,
         [FreezeBackboneCallback({1: ["*.layer.1.output.*"]})],
-        rows=_rows_of_three(),
+        rows=Rows(classes=3),
         max_steps=2,
     )
     run.train()
@@ -116,12 +119,6 @@ def test_two_trainings_of_one_trainer(tmp_path: Path) -> None:
     run.train()
     name = "backbone.model.layers.1.mlp.up_proj.weight"
     assert [name in names for names in watch.trainable] == [False, False, True, True] * 2
-
-
-def _rows_of_three() -> Any:
-    from setup_runs import Rows
-
-    return Rows(classes=3)
 
 
 @pytest.mark.parametrize(
@@ -159,3 +156,41 @@ def test_meta_weights_are_refused(tmp_path: Path) -> None:
     run = trainer(wrap(llama()), tmp_path)
     with pytest.raises(PTuneError, match="meta device"):
         callback.on_init_end(run.args, run.state, run.control, model=model)
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = wrap(llama())
+    layer = model.backbone.model.layers[1].mlp.up_proj
+    layer.weight = bitsandbytes.nn.Params4bit(layer.weight.detach(), requires_grad=False)
+    with pytest.raises(PTuneError, match=r"up_proj.weight cannot be trained: it is quantised \(Params4bit\)"):
+        trainer(model, tmp_path, [FreezeBackboneCallback({2: [LAYER]})])
+
+
+def test_half_precision_weights_are_refused_where_gradients_are_scaled(tmp_path: Path) -> None:
+    model = wrap(llama())
+    assert model.prompt is not None
+    model.prompt.half()
+    callback, run = FreezeBackboneCallback(), trainer(wrap(llama()), tmp_path)
+    callback.on_init_end(run.args, run.state, run.control, model=model)
+    run.args.fp16 = True
+    with pytest.raises(PTuneError, match="prompt.weight cannot be trained: it holds float16"):
+        callback.on_init_end(run.args, run.state, run.control, model=model)
+
+
+@pytest.mark.parametrize(
+    ("find_unused", "checkpointing", "refused"),
+    [(None, False, False), (None, True, True), (False, False, True)],
+)
+def test_ranks_that_would_wait_for_held_gradients_are_refused(
+    find_unused: bool | None, checkpointing: bool, refused: bool
+) -> None:
+    args: Any = SimpleNamespace(
+        parallel_mode=ParallelMode.DISTRIBUTED,
+        ddp_find_unused_parameters=find_unused,
+        gradient_checkpointing=checkpointing,
+        fp16=False,
+    )
+    callback, nothing = FreezeBackboneCallback({2: [LAYER]}), TrainerControl()
+    with pytest.raises(PTuneError, match="ddp_find_unused_parameters=True") if refused else nullcontext():
+        callback.on_init_end(args, TrainerState(), nothing, model=wrap(llama()))

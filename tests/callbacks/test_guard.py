@@ -1,5 +1,6 @@
 import logging
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -178,33 +179,44 @@ def test_encoders_keep_their_whole_position_table() -> None:
         check_batch(model, batch(Rows(length=17, classes=3)))
 
 
-def test_offsets_of_position_tables_are_known() -> None:
-    roberta = RobertaForSequenceClassification(
-        RobertaConfig(**TINY, intermediate_size=16, max_position_embeddings=12, pad_token_id=1, num_labels=3)
+@pytest.mark.parametrize(("length", "fits"), [(10, True), (11, False)])
+def test_roberta_starts_behind_its_padding(length: int, fits: bool) -> None:
+    config = RobertaConfig(
+        **TINY,
+        intermediate_size=16,
+        max_position_embeddings=12,
+        pad_token_id=1,
+        num_labels=3,
+        hidden_dropout_prob=0,
     )
-    check_batch(wrap(roberta), batch(Rows(length=10, classes=3)))
-    with pytest.raises(GuardError, match="has 10"):
-        check_batch(wrap(roberta), batch(Rows(length=11, classes=3)))
+    model, inputs = wrap(RobertaForSequenceClassification(config)), batch(Rows(length=length, classes=3))
+    with (
+        nullcontext()
+        if fits
+        else pytest.raises(GuardError, match="sequences of 11 tokens, but .*position_embeddings has 10")
+    ):
+        check_batch(model, inputs)
+
+
+@pytest.mark.parametrize(("length", "fits"), [(8, True), (9, False)])
+def test_the_decoder_has_its_own_length(length: int, fits: bool) -> None:
     sizes = {
         "encoder_layers": 1,
         "decoder_layers": 1,
         "encoder_attention_heads": 2,
         "decoder_attention_heads": 2,
     }
-    bart = BartForConditionalGeneration(
-        BartConfig(
-            vocab_size=50,
-            d_model=32,
-            encoder_ffn_dim=16,
-            decoder_ffn_dim=16,
-            max_position_embeddings=8,
-            **sizes,
-        )
+    config = BartConfig(
+        vocab_size=50, d_model=32, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=8, **sizes
     )
-    check_batch(wrap(bart), batch(Rows(length=8)))
-    inputs = batch(Rows(length=8))
-    with pytest.raises(GuardError, match="sequences of 9 tokens, but .*decoder.embed_positions has 8"):
-        check_batch(wrap(bart), inputs | {"labels": torch.ones(2, 9, dtype=torch.long)})
+    model = wrap(BartForConditionalGeneration(config))
+    inputs = batch(Rows(length=8)) | {"labels": torch.ones(2, length, dtype=torch.long)}
+    with (
+        nullcontext()
+        if fits
+        else pytest.raises(GuardError, match="sequences of 9 tokens, but .*decoder.embed_positions has 8")
+    ):
+        check_batch(model, inputs)
 
 
 def test_a_model_without_prompt_is_refused(tmp_path: Path) -> None:
@@ -233,6 +245,34 @@ def test_a_stream_is_not_used_up(tmp_path: Path) -> None:
         train_dataloader=torch.utils.data.DataLoader(stream, batch_size=4),
     )
     assert stream.read == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"gradient_checkpointing": True}, {"bf16": True}, {"bf16": True, "gradient_checkpointing": True}],
+    ids=str,
+)
+def test_guard_passes_in_the_trainer(tmp_path: Path, settings: dict[str, Any]) -> None:
+    run = trainer(wrap(llama(), "prefix_tuning"), tmp_path, [GuardCallback()], max_steps=1, **settings)
+    run.train()
+    assert run.state.global_step == 1
+
+
+def test_streams_that_start_anew_are_checked(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_list([{k: v.tolist() for k, v in Rows()[i].items()} for i in range(16)])
+    stream = made.to_iterable_dataset().with_format("torch")
+    ends = []
+    for callbacks in ([], [GuardCallback()]):
+        model = wrap(llama())
+        trainer(model, tmp_path, callbacks, rows=stream).train()
+        ends.append(tensors(model))
+    assert all(torch.equal(t, ends[1][n]) for n, t in ends[0].items())
+    model = wrap(llama())
+    assert model._injector is not None
+    model._injector.enabled = False
+    with pytest.raises(GuardError, match="does not move"):
+        trainer(model, tmp_path, [GuardCallback()], rows=stream).train()
 
 
 def test_guard_stops_the_trainer_before_the_first_step(tmp_path: Path) -> None:

@@ -167,3 +167,15 @@ def test_positional_inputs_and_embeddings_are_counted() -> None:
     assert count_tokens({"input_ids": inputs["input_ids"]}) == 14
     assert count_tokens({"inputs_embeds": torch.zeros(2, 7, 32)}) == 14
     assert count_tokens({}) == 0
+
+
+def test_device_numbers_and_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = {"memory_allocated": 30, "memory_reserved": 64, "max_memory_allocated": 1000}
+    for name, mib in readings.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, mib=mib: mib * MIB)
+    memory, model = MemoryCallback(), nn.Linear(256, 1024, bias=False)  # 1 MiB
+    memory._devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    memory._gradients = 9 * MIB
+    found = {k: v / MIB for k, v in memory._memory(model, None).items()}
+    assert (found["device_allocated"], found["device_reserved"], found["device_peak"]) == (60, 128, 2000)
+    assert found["activations"] == 2000 - 1 - 9
