@@ -218,7 +218,7 @@ class MemoryCallback(TrainerCallback):
         for key, title in _ROWS.items():
             if key in self.summary:
                 each = ranks if len(ranks) > 1 else []
-                rows.append([title, f"{self.summary[key]:.1f}", *(f"{r[key]:.1f}" for r in each)])
+                rows.append([title, f"{self.summary[key]:.2f}", *(f"{r[key]:.2f}" for r in each)])
         if "activations" not in self.summary:
             rows.append(["activations", "not told on CPU"])
         rows.append(["step time, ms", f"{1000 * self.summary['step_time_s']:.1f}"])
