@@ -17,7 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from hf_ptune import prompt_start
 from hf_ptune.adapter_file import WEIGHTS_NAME, check_tensors, read_tensors, write_tensors
-from hf_ptune.backbone import adapter_names, count_parameter, describe, load_backbone, task_of
+from hf_ptune.backbone import TASKS, adapter_names, count_parameter, describe, load_backbone, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
 from hf_ptune.injection import Injector, body_of, find_geometry, parameters_of, word_embeddings
@@ -42,8 +42,6 @@ class PTunePreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: PTuneConfig, backbone: PreTrainedModel | None = None) -> None:
         if backbone is None:
-            from hf_ptune.backbone import TASKS
-
             backbone = cast(PreTrainedModel, TASKS[self.task].from_config(config.base))
         config._attn_implementation_internal = backbone.config._attn_implementation
         super().__init__(config)
@@ -56,9 +54,9 @@ class PTunePreTrainedModel(PreTrainedModel):
         self.prompt: PromptEncoder | None = None
         self._injector: Injector | None = None
         method = get_method(config.method)
+        self._adopt(backbone)
         if not config.geometry:
             config.geometry = find_geometry(backbone)
-        self._adopt(backbone)
         if method.kind is not None:
             self._build_prompt(method.kind)
         self.post_init()
@@ -96,7 +94,7 @@ class PTunePreTrainedModel(PreTrainedModel):
             encoder_dropout=config.encoder_dropout,
         )
         embed = word_embeddings(self.backbone)
-        device = next((p.device for p in embed.parameters()), torch.device("cpu"))
+        device = next((p.device for p in embed.parameters() if p.device.type != "meta"), torch.device("cpu"))
         if config.flattened:
             direct = DirectEmbeddings if kind is PromptKind.EMBEDDINGS else DirectPrefix
             prompt: PromptEncoder = direct(
@@ -110,7 +108,7 @@ class PTunePreTrainedModel(PreTrainedModel):
         dtype = torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
         self.prompt = prompt.to(device=device, dtype=dtype)
         self._injector = Injector(
-            self.backbone, geometry, kind, self._encode, config.num_virtual_tokens, chosen, self._shifts(kind)
+            self.backbone, geometry, self.prompt, self._encode, config.num_virtual_tokens, chosen, self._shifts(kind)
         )
 
     def _choose_sites(self, kind: PromptKind) -> list[dict[str, Any]]:
@@ -229,6 +227,8 @@ class PTunePreTrainedModel(PreTrainedModel):
         if self.prompt is not None and not self.config.flattened:
             training = self.prompt.training
             self.prompt = flatten(self.prompt).train(training)
+            assert self._injector is not None
+            self._injector.prompt = self.prompt
             self.config.flattened = True
         return self
 

@@ -14,7 +14,7 @@ from hf_ptune.injection.bridge import bridge
 from hf_ptune.injection.embeddings import InputPrompt, bind
 from hf_ptune.injection.probe import body_of, parameters_of
 from hf_ptune.injection.sites import Site
-from hf_ptune.methods.base import PromptKind, SiteShape, split_prefix
+from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_prefix
 
 
 class Injector:
@@ -23,8 +23,8 @@ class Injector:
     Args:
         backbone: a loaded task model.
         geometry: what `find_geometry` said of it.
-        kind: what the encoder returns.
-        encode: returns the encoded prompt, `[P, H]` or `[P, W]`.
+        prompt: the encoder.
+        encode: calls it, with what the configuration adds: `[P, H]` or `[P, W]`.
         num_virtual_tokens: P.
         chosen: the sites that take a prefix.
         shift: whether own tokens stand P positions later.
@@ -34,7 +34,7 @@ class Injector:
         self,
         backbone: PreTrainedModel,
         geometry: dict[str, Any],
-        kind: PromptKind,
+        prompt: PromptEncoder,
         encode: Callable[[], Tensor],
         num_virtual_tokens: int,
         chosen: list[dict[str, Any]],
@@ -43,7 +43,8 @@ class Injector:
         self.backbone = backbone
         self.body = body_of(backbone)
         self.causal: bool = geometry["causal"]
-        self.kind = kind
+        self.prompt = prompt
+        self.kind = kind = prompt.kind
         self.encode = encode
         self.num_virtual_tokens = num_virtual_tokens
         self.shift = shift
@@ -154,19 +155,20 @@ class Injector:
 
     def _current_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The prefix of every site; encoded anew while it trains, once and kept otherwise."""
-        if torch.is_grad_enabled():
+        version = None if torch.is_grad_enabled() else self._version()
+        if version is None:
             self.cached = None
             return self._pairs()
-        version = self._version()
         if self.cached is None or self.cached[0] != version:
             self.cached = (version, self._pairs())
         return self.cached[1]
 
     def _version(self) -> Any:
-        owner = getattr(self.encode, "__self__", None)
-        tensors = [] if owner is None else list(owner.prompt.parameters()) + list(owner.prompt.buffers())
-        training = owner is not None and owner.prompt.training
-        return (training, self.backbone.dtype, *((t.data_ptr(), t._version, t.device) for t in tensors))
+        """What the encoded prompt depends on, or `None` while dropout draws it anew."""
+        if self.prompt.training:
+            return None
+        tensors = [*self.prompt.parameters(), *self.prompt.buffers()]
+        return (self.backbone.dtype, *((t.data_ptr(), t._version, t.device) for t in tensors))
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         encoded = self.encode()

@@ -1,0 +1,262 @@
+"""The injection under everything that a user may switch on."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import batch, build
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    StaticCache,
+)
+
+from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.errors import BackboneError, ConfigError, PTuneError
+
+Wrap = Callable[..., PTunePreTrainedModel]
+
+
+def logits(model: Any, **inputs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "mistral", "bert", "t5", "bart", "modernbert"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_eager_equals_sdpa(family: str, method: str, wrap: Wrap) -> None:
+    model, inputs = wrap(family, method), batch(family)
+    inputs["attention_mask"][1, -2:] = 0
+    model.set_attn_implementation("sdpa")
+    sdpa = logits(model, **inputs)
+    model.set_attn_implementation("eager")
+    eager = logits(model, **inputs)
+    assert torch.allclose(sdpa[0], eager[0], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_flex_equals_sdpa(family: str, wrap: Wrap) -> None:
+    model, inputs = wrap(family, "p_tuning_v2"), batch(family)
+    model.float()
+    sdpa = logits(model, **inputs)
+    model.set_attn_implementation("flex_attention")
+    assert torch.allclose(sdpa, logits(model, **inputs), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_given_positions_change_nothing(family: str, method: str, wrap: Wrap) -> None:
+    model, inputs = wrap(family, method), batch(family)
+    positions = torch.arange(7)[None].repeat(2, 1)
+    assert torch.allclose(logits(model, **inputs), logits(model, **inputs, position_ids=positions), atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_packed_sequences_equal_single_ones(method: str, wrap: Wrap) -> None:
+    model = wrap("llama", method)
+    first, second = torch.tensor([[5, 6, 7]]), torch.tensor([[8, 9, 10, 11]])
+    packed = torch.cat([first, second], dim=1)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    together = logits(model, input_ids=packed, position_ids=positions, use_cache=False)
+    alone = torch.cat([logits(model, input_ids=ids) for ids in (first, second)], dim=1)
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "qwen3", "gemma2", "mistral"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_generate_agrees_over_caches(family: str, method: str, padded: bool, wrap: Wrap) -> None:
+    model, ids = wrap(family, method).float(), batch(family)["input_ids"]
+    mask = torch.ones_like(ids)
+    if padded:
+        ids, mask = torch.nn.functional.pad(ids, (2, 0)), torch.nn.functional.pad(mask, (2, 0))
+    plain: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(ids, **plain, use_cache=False)
+    assert torch.equal(expected, model.generate(ids, **plain))
+    for cache in ("static", "offloaded_static") if family != "bloom" else ("static",):
+        if cache == "offloaded_static":
+            continue  # needs an accelerator
+        found = model.generate(ids, **plain, cache_implementation=cache, disable_compile=True)
+        assert torch.equal(expected, found), cache
+    beams = model.generate(ids, **plain, num_beams=3)
+    assert torch.equal(beams, model.generate(ids, **plain, num_beams=3, use_cache=False))
+
+
+def test_static_prefill_by_hand(wrap: Wrap) -> None:
+    model, ids = wrap("llama", "p_tuning_v2"), batch("llama")["input_ids"]
+    cache = StaticCache(config=model.backbone.config, max_cache_len=16)
+    assert torch.allclose(logits(model, input_ids=ids), logits(model, input_ids=ids, past_key_values=cache), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_a_cache_reused_over_turns(family: str, method: str, wrap: Wrap) -> None:
+    model, ids = wrap(family, method), batch(family)["input_ids"]
+    cache = DynamicCache()
+    logits(model, input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
+    later = logits(model, input_ids=ids[:, 4:], past_key_values=cache, use_cache=True)
+    assert torch.allclose(later, logits(model, input_ids=ids)[:, 4:], atol=1e-5)
+    assert cache.get_seq_length() == ids.shape[1]
+
+
+def test_assisted_decoding_gives_the_same_tokens(wrap: Wrap) -> None:
+    model, ids = wrap("llama", "p_tuning_v2"), batch("llama", rows=1)["input_ids"]
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assistant = build("llama")
+    assert torch.equal(plain, model.generate(ids, max_new_tokens=8, do_sample=False, assistant_model=assistant))
+
+
+def test_inputs_embeds(wrap: Wrap) -> None:
+    for family in ("llama", "bert", "roberta"):
+        for method in ("prompt_tuning", "p_tuning_v2"):
+            model, inputs = wrap(family, method), batch(family)
+            embeds = model.get_input_embeddings()(inputs["input_ids"])
+            by_embeds = logits(model, inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+            by_ids = logits(model, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            assert torch.allclose(by_embeds, by_ids, atol=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "bert", "t5", "bloom"])
+def test_compiled_equals_eager_execution(family: str, wrap: Wrap) -> None:
+    model, inputs = wrap(family, "p_tuning_v2"), batch(family)
+    plain = logits(model, **inputs)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=family in ("llama", "bert", "t5"))
+    assert torch.allclose(plain, logits(compiled, **inputs), atol=1e-6)
+
+
+def test_bf16_autocast_and_weights(wrap: Wrap) -> None:
+    model, inputs = wrap("llama", "p_tuning"), batch("llama")
+    model.backbone.to(torch.bfloat16)
+    loss = model(**inputs).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.prompt.parameters())
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(model(**inputs).loss)
+
+
+def test_two_models_do_not_disturb_each_other(wrap: Wrap) -> None:
+    first, second = wrap("llama", "p_tuning_v2"), wrap("llama", "prompt_tuning")
+    inputs = batch("llama")
+    alone = logits(first, **inputs), logits(second, **inputs)
+    results: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def run(number: int, model: Any) -> None:
+        for _ in range(20):
+            results[number].append(logits(model, **inputs))
+
+    threads = [threading.Thread(target=run, args=(n, m)) for n, m in enumerate((first, second))]
+    threads += [threading.Thread(target=run, args=(0, first))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(r, alone[n]) for n in (0, 1) for r in results[n])
+
+
+def test_resized_vocabulary_stays_out_of_the_adapter(wrap: Wrap, tmp_path: Any) -> None:
+    model = wrap("llama", "p_tuning_v2")
+    model.resize_token_embeddings(105)
+    inputs = batch("llama")
+    assert logits(model, **inputs).shape[-1] == 105
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size < 10_000
+
+
+def test_layers_and_sites(wrap: Wrap) -> None:
+    assert wrap("llama", "p_tuning_v2", layers=[-1]).prompt.weight.shape == (4, 2 * 2 * 8)
+    assert wrap("t5", "p_tuning_v2", sites=["encoder"]).prompt.weight.shape == (4, 2 * 2 * 32)
+    with pytest.raises(ConfigError, match="layers 0 to 1"):
+        wrap("llama", "p_tuning_v2", layers=[5])
+
+
+@pytest.mark.parametrize("start", ["RANDOM", "SAMPLE_VOCAB", "ZERO"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2"])
+def test_starts(start: str, method: str, wrap: Wrap) -> None:
+    model = wrap("llama", method, strong=False, prompt_tuning_init=start)
+    assert torch.isfinite(logits(model, **batch("llama"))).all()
+
+
+def test_random_prompt_has_the_deviation_of_the_embeddings() -> None:
+    model = get_ptune_model(build("llama"), PTuneConfig(method="prompt_tuning", num_virtual_tokens=500))
+    spread = model.get_input_embeddings().weight.std()
+    assert abs(model.prompt.weight.std() / spread - 1) < 0.1
+
+
+def test_a_text_start_is_the_backbone_s_own_keys_and_values() -> None:
+    """A prefix that starts from a text answers as the text before the tokens would."""
+
+    class Words:
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": [int(w) for w in text.split()]}
+
+    ids = batch("llama")["input_ids"]
+    for method in ("p_tuning_v2", "prompt_tuning"):
+        config = PTuneConfig(
+            method=method, num_virtual_tokens=3, prompt_tuning_init="TEXT", prompt_tuning_init_text="7 8 9"
+        )
+        model = get_ptune_model(build("llama"), config, Words()).eval()
+        text = torch.cat([torch.tensor([[7, 8, 9]] * 2), ids], dim=1)
+        assert torch.allclose(logits(model, input_ids=ids), logits(build("llama"), input_ids=text)[:, 3:], atol=1e-5)
+
+
+def test_prefix_dropout_only_while_training(wrap: Wrap) -> None:
+    model, inputs = wrap("bert", "p_tuning_v2", prefix_dropout=0.5), batch("bert")
+    assert torch.equal(logits(model, **inputs), logits(model, **inputs))
+    model.train()
+    assert not torch.equal(logits(model, **inputs), logits(model, **inputs))
+
+
+def test_the_prompt_is_encoded_once_until_it_changes(wrap: Wrap) -> None:
+    model, inputs = wrap("llama", "p_tuning"), batch("llama")
+    calls = []
+    model.prompt.register_forward_hook(lambda *_: calls.append(1))
+    first = logits(model, **inputs)
+    model.generate(inputs["input_ids"], max_new_tokens=4)
+    assert len(calls) == 1
+    with torch.no_grad():
+        model.prompt.embedding.weight.add_(1)
+    assert not torch.equal(first, logits(model, **inputs)) and len(calls) == 2
+
+
+def test_no_attention_is_refused() -> None:
+    mamba = MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=99, state_size=4))
+    with pytest.raises(BackboneError, match=r"no attention.*bitfit"):
+        get_ptune_model(mamba, PTuneConfig())
+
+
+def test_no_biases_are_refused() -> None:
+    with pytest.raises(BackboneError, match="no bias terms"):
+        get_ptune_model(build("llama"), PTuneConfig(method="bitfit"))
+
+
+def test_wrapping_again_takes_over() -> None:
+    backbone = build("llama")
+    first = get_ptune_model(backbone, PTuneConfig())
+    with pytest.warns(UserWarning, match="takes its place"):
+        get_ptune_model(backbone, PTuneConfig())
+    with pytest.raises(PTuneError, match="no longer holds"):
+        first(**batch("llama"))
+
+
+def test_config_answers_what_scripts_ask(wrap: Wrap) -> None:
+    config = wrap("bert", "p_tuning_v2").config
+    assert (config.vocab_size, config.hidden_size, config.num_labels, config.pad_token_id) == (99, 32, 2, 0)
+    assert config.is_encoder_decoder is False and config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    assert wrap("t5", "p_tuning_v2").config.is_encoder_decoder is True
+
+
+def test_grouped_query_heads_are_counted() -> None:
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1, vocab_size=99
+    )
+    model = get_ptune_model(LlamaForCausalLM(config), PTuneConfig(num_virtual_tokens=3))
+    assert model.prompt.weight.shape == (3, 2 * 8)
