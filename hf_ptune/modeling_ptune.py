@@ -298,7 +298,9 @@ class PTunePreTrainedModel(PreTrainedModel):
         config = self.config
         if flatten and self.prompt is not None and not config.flattened:
             folded = globals()["flatten"](self.prompt)
-            tensors = {n: t for n, t in tensors.items() if not n.startswith("prompt.")} | {"prompt.weight": folded.weight}
+            tensors = {n: t for n, t in tensors.items() if not n.startswith("prompt.")} | {
+                "prompt.weight": folded.weight
+            }
             config = type(config).from_dict(config.to_dict() | {"flattened": True})
         if is_main_process:
             os.makedirs(save_directory, exist_ok=True)

@@ -141,5 +141,7 @@ def batch(family: str, rows: int = 2, length: int = 7) -> dict[str, torch.Tensor
     """Token ids, mask and labels for the family's main task."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
-    labels = {"CAUSAL_LM": ids, "SEQ_2_SEQ_LM": ids[:, :5].contiguous(), "SEQ_CLS": torch.arange(rows) % 2}[main_task(family)]
+    labels = {"CAUSAL_LM": ids, "SEQ_2_SEQ_LM": ids[:, :5].contiguous(), "SEQ_CLS": torch.arange(rows) % 2}[
+        main_task(family)
+    ]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CONFIGS, DECODERS, ENCODERS, METHODS, SEQ2SEQ, batch, main_task, takes_bitfit
+from families import CONFIGS, ENCODERS, METHODS, SEQ2SEQ, batch, main_task, takes_bitfit
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
@@ -76,9 +76,7 @@ def test_unwrapping_gives_the_old_logits(family: str, method: str, wrap: Wrap, b
 
 @every_pair
 @pytest.mark.parametrize("flatten", [False, True])
-def test_save_and_load_by_the_auto_class(
-    family: str, method: str, flatten: bool, wrap: Wrap, tmp_path: Path
-) -> None:
+def test_save_and_load_by_the_auto_class(family: str, method: str, flatten: bool, wrap: Wrap, tmp_path: Path) -> None:
     model, inputs = wrap(family, method), batch(family)
     model.save_pretrained(tmp_path, flatten=flatten)
     loaded = TASKS[main_task(family)].from_pretrained(tmp_path)
@@ -144,9 +142,7 @@ def test_generate_equals_greedy_decoding_by_full_forwards(family: str, method: s
 
 @every_pair
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(
-    family: str, method: str, reentrant: bool, wrap: Wrap
-) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(family: str, method: str, reentrant: bool, wrap: Wrap) -> None:
     model, inputs = wrap(family, method).train(), batch(family)
     gradients = []
     for checkpointed in (False, True):

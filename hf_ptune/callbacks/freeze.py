@@ -38,11 +38,7 @@ def unwrap_ptune_model(model: Any, caller: str, error: type[PTuneError] = PTuneE
     Raises:
         PTuneError: the model carries no prompt.
     """
-    inner = (
-        extract_model_from_parallel(model, keep_torch_compile=False)
-        if isinstance(model, nn.Module)
-        else model
-    )
+    inner = extract_model_from_parallel(model, keep_torch_compile=False) if isinstance(model, nn.Module) else model
     if not isinstance(inner, PTunePreTrainedModel):
         raise error(
             f"{caller} found {type(inner).__name__}, expected a model with a prompt. "
@@ -94,19 +90,13 @@ class FreezeBackboneCallback(TrainerCallback):
         self.unfreeze_schedule: dict[float, list[str]] = {}
         for when, patterns in (unfreeze_schedule or {}).items():
             if isinstance(when, bool) or not isinstance(when, int | float) or not 0 <= when < float("inf"):
-                raise PTuneError(
-                    f"unfreeze_schedule has the key {when!r}; expected a step (int) or epoch (float)."
-                )
+                raise PTuneError(f"unfreeze_schedule has the key {when!r}; expected a step (int) or epoch (float).")
             if isinstance(patterns, str):
-                raise PTuneError(
-                    f"unfreeze_schedule[{when!r}] is the string {patterns!r}; expected a list of names."
-                )
+                raise PTuneError(f"unfreeze_schedule[{when!r}] is the string {patterns!r}; expected a list of names.")
             self.unfreeze_schedule[when] = list(patterns)
         self._names: dict[float, set[str]] = {}
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Freeze the backbone and make the schedule's modules part of the adapter.
 
         Raises:

@@ -170,9 +170,7 @@ def _check_adapter_gradients(model: PTunePreTrainedModel) -> None:
             "Check that labels are not all -100 and that the attention mask leaves tokens to attend from."
         )
     if zero:
-        logger.warning(
-            f"gradients that are zero in the first batch, as a start at zero makes them: {some(zero)}"
-        )
+        logger.warning(f"gradients that are zero in the first batch, as a start at zero makes them: {some(zero)}")
 
 
 def _all_ignored(inputs: dict[str, Any]) -> bool:
@@ -188,9 +186,7 @@ def _check_positions(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> Non
         if not isinstance(module, nn.Embedding) or name.rpartition(".")[2] not in _POSITION_TABLES:
             continue
         in_decoder = model.config.is_encoder_decoder and "decoder" in name.split(".")
-        length = _length(
-            inputs, ("decoder_input_ids", "labels") if in_decoder else ("input_ids", "inputs_embeds")
-        )
+        length = _length(inputs, ("decoder_input_ids", "labels") if in_decoder else ("input_ids", "inputs_embeds"))
         offset = getattr(module, "offset", None)  # BART, OPT: rows before position 0
         if not isinstance(offset, int):
             offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa
@@ -266,9 +262,7 @@ class GuardCallback(TrainerCallback):
         elif hasattr(dataset, "take"):
             rows = list(islice(dataset.take(size), size))
         else:
-            logger.warning(
-                f"the guard is not run: {type(dataset).__name__} cannot be read without using up samples."
-            )
+            logger.warning(f"the guard is not run: {type(dataset).__name__} cannot be read without using up samples.")
             return None
         if not rows:
             raise GuardError("the training data has no samples; expected at least one.")

@@ -170,9 +170,7 @@ class MemoryCallback(TrainerCallback):
         gradients = tensor_bytes(p.grad for p in kwargs["model"].parameters() if p.grad is not None)
         self._gradients = max(self._gradients, gradients)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock; ask for a log at the end of an epoch."""
         if self._started is not None:
             self._steps += 1
@@ -183,9 +181,7 @@ class MemoryCallback(TrainerCallback):
         elif state.epoch is not None and state.epoch == int(state.epoch):
             self._due = control.should_log = True
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the numbers to a training log; evaluation logs and logs of the user's own are left alone."""
         logs: dict[str, Any] = kwargs["logs"]
         last = "train_runtime" in logs
@@ -267,9 +263,7 @@ class MemoryCallback(TrainerCallback):
 
     def _remember(self, memories: list[dict[str, float]], args: TrainingArguments) -> None:
         before = self._peaks or memories
-        self._peaks = [
-            {k: max(v, b.get(k, v)) for k, v in m.items()} for m, b in zip(memories, before, strict=True)
-        ]
+        self._peaks = [{k: max(v, b.get(k, v)) for k, v in m.items()} for m, b in zip(memories, before, strict=True)]
         device = torch.cuda.get_device_name(self._devices[0]) if self._devices else args.device.type
         self.summary = {k: max(m[k] for m in self._peaks) for k in self._peaks[0]}
         self.summary |= self._total.speed()

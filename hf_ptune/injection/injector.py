@@ -58,8 +58,7 @@ class Injector:
         self.crossing: Callable[[Tensor], Tensor] | None = None
         self.handles: list[Any] = []
         self.sites = [
-            Site(c["name"], c["where"], c["layer"], SiteShape(c["heads"], c["key_dim"], c["value_dim"]))
-            for c in chosen
+            Site(c["name"], c["where"], c["layer"], SiteShape(c["heads"], c["key_dim"], c["value_dim"])) for c in chosen
         ]
         self.inputs: InputPrompt | None = None
         if kind is PromptKind.EMBEDDINGS and not self.causal:

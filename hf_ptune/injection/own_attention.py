@@ -188,7 +188,9 @@ class ScoreShadow(TorchFunctionMode):
             return self._values(func(*args, **kwargs), shadow, value, axes)
         if func in _SOFTMAX and self.site.key is not None:
             own = args[0] if args else kwargs["input"]
-            both = func(torch.cat([shadow, own], dim=-1), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+            both = func(
+                torch.cat([shadow, own], dim=-1), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"}
+            )
             virtual = shadow.shape[-1]
             return self._track(both[..., virtual:], both[..., :virtual])
         own = next(a for a in _tensors(args, kwargs) if id(a) in self.shadows)
@@ -219,7 +221,9 @@ class ScoreShadow(TorchFunctionMode):
                 index = (*index[:-1], slice(None))
             return shadow[index]
         if func in _VIEWS:
-            sizes = list(args[1]) if len(args) == 2 and isinstance(args[1], (tuple, list, torch.Size)) else list(args[1:])
+            sizes = (
+                list(args[1]) if len(args) == 2 and isinstance(args[1], (tuple, list, torch.Size)) else list(args[1:])
+            )
             if sizes[-1] == width:
                 sizes[-1] = shadow.shape[-1]
             return shadow.reshape(sizes)

@@ -109,9 +109,7 @@ def test_a_parameter_that_the_forward_pass_leaves_out_is_found() -> None:
 def test_gradient_of_the_backbone_is_found() -> None:
     model = wrap(llama())
     model.backbone.model.norm.weight.requires_grad_(True)
-    with pytest.raises(
-        GuardError, match=r"backbone get gradient \(backbone.model.norm.weight\).*FreezeBackbone"
-    ):
+    with pytest.raises(GuardError, match=r"backbone get gradient \(backbone.model.norm.weight\).*FreezeBackbone"):
         check_batch(model, batch(Rows()))
 
 
@@ -161,14 +159,10 @@ def test_labels_out_of_range_are_found() -> None:
 
 @pytest.mark.parametrize("method", ["p_tuning_v2", "prompt_tuning"])
 def test_prompt_and_sequence_must_fit_the_position_table(method: str) -> None:
-    config = GPT2Config(
-        vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=10, bos_token_id=1, eos_token_id=1
-    )
+    config = GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=10, bos_token_id=1, eos_token_id=1)
     model = wrap(GPT2LMHeadModel(config), method)
     check_batch(model, batch(Rows(length=6)))
-    with pytest.raises(
-        GuardError, match=r"7 tokens and 4 virtual tokens make 11 positions, but .*wpe has 10\."
-    ):
+    with pytest.raises(GuardError, match=r"7 tokens and 4 virtual tokens make 11 positions, but .*wpe has 10\."):
         check_batch(model, batch(Rows(length=7)))
 
 

@@ -1,0 +1,173 @@
+"""Loading and saving: every trap of wrapping a base, each with its test."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import batch, build
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+
+from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
+
+Wrap = Callable[..., PTunePreTrainedModel]
+
+
+@pytest.fixture
+def adapter(wrap: Wrap, tmp_path: Path) -> Path:
+    wrap("llama", "p_tuning_v2").save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_base_weights_and_buffers_are_the_base_s(adapter: Path, base_folder: Any) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(adapter)
+    base = AutoModelForCausalLM.from_pretrained(base_folder("llama"))
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(tensor, loaded.backbone.state_dict()[name]), name
+    for name, buffer in base.named_buffers():
+        assert torch.equal(buffer, dict(loaded.backbone.named_buffers())[name]), name
+
+
+def test_the_causal_mask_is_intact(adapter: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(adapter)
+    ids = batch("llama")["input_ids"]
+    changed = ids.clone()
+    changed[:, -1] = 4
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits[:, :-1], loaded(changed).logits[:, :-1])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_attention_reaches_the_base(attention: str, adapter: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(adapter, attn_implementation=attention)
+    assert loaded.backbone.config._attn_implementation == attention
+    assert loaded.config._attn_implementation == attention
+
+
+def test_dtype_and_device_map_reach_the_base(adapter: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(adapter, dtype=torch.bfloat16, device_map="cpu")
+    assert loaded.dtype == torch.bfloat16 and loaded.prompt.weight.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.isfinite(loaded(**batch("llama")).logits).all()
+
+
+def test_tied_weights_stay_tied(wrap: Wrap, tmp_path: Path) -> None:
+    wrap("gpt2", "p_tuning_v2").save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+
+
+def test_the_live_config_is_not_shared(wrap: Wrap) -> None:
+    model = wrap("llama", "p_tuning_v2")
+    assert model.config.base is not model.backbone.config
+    assert model.backbone.config._attn_implementation == "sdpa"
+
+
+def test_loading_twice_by_class_and_by_config(adapter: Path) -> None:
+    config = AutoConfig.from_pretrained(adapter)
+    assert isinstance(config, PTuneConfig)
+    by_class = PTuneForCausalLM.from_pretrained(adapter)
+    by_config = AutoModelForCausalLM.from_pretrained(adapter, config=config)
+    inputs = batch("llama")
+    with torch.no_grad():
+        assert torch.equal(by_class(**inputs).logits, by_config(**inputs).logits)
+
+
+def test_a_trained_adapter_trains_on(adapter: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(adapter).train()
+    loaded(**batch("llama")).loss.backward()
+    assert {n for n, p in loaded.named_parameters() if p.grad is not None} == {"prompt.weight"}
+
+
+def test_head_and_labels_come_back(wrap: Wrap, tmp_path: Path) -> None:
+    backbone = build("bert", num_labels=3, id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2})
+    backbone.save_pretrained(tmp_path / "base")
+    encoder: PreTrainedModel = type(backbone).from_pretrained(tmp_path / "base")
+    model = get_ptune_model(encoder, PTuneConfig(num_virtual_tokens=3))
+    with torch.no_grad():
+        model.backbone.classifier.weight.fill_(0.25)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"} and loaded.config.num_labels == 3
+    assert (loaded.backbone.classifier.weight == 0.25).all()
+
+
+def test_loading_info(adapter: Path) -> None:
+    _, info = AutoModelForCausalLM.from_pretrained(adapter, output_loading_info=True)
+    assert not any(info.values())
+
+
+def rewrite(adapter: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(adapter / "model.safetensors")
+    change(tensors)
+    save_file(tensors, adapter / "model.safetensors")
+
+
+BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "missing": (lambda t: t.clear() or t.update(other=torch.zeros(1)), "missing"),
+    "unexpected": (lambda t: t.update(extra=torch.zeros(1)), "unexpected"),
+    "shape": (lambda t: t.update({"prompt.weight": torch.zeros(3, 2)}), "other shapes"),
+    "nan": (lambda t: t["prompt.weight"].fill_(float("nan")), "not finite"),
+}
+
+
+@pytest.mark.parametrize("case", list(BROKEN))
+def test_broken_adapters_are_refused(case: str, adapter: Path) -> None:
+    change, message = BROKEN[case]
+    rewrite(adapter, change)
+    with pytest.raises(AdapterFileError, match=message):
+        AutoModelForCausalLM.from_pretrained(adapter)
+
+
+def test_a_truncated_file_is_refused(adapter: Path) -> None:
+    path = adapter / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(AdapterFileError, match="cut short or damaged"):
+        AutoModelForCausalLM.from_pretrained(adapter)
+
+
+def test_a_missing_file_and_a_missing_base_name_are_refused(adapter: Path) -> None:
+    settings = json.loads((adapter / "config.json").read_text())
+    (adapter / "config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    with pytest.raises(ConfigError, match="base_model_name_or_path"):
+        AutoModelForCausalLM.from_pretrained(adapter)
+    (adapter / "model.safetensors").unlink()
+    with pytest.raises(AdapterFileError, match="has no model.safetensors"):
+        AutoModelForCausalLM.from_pretrained(adapter)
+
+
+def test_a_base_of_another_shape_is_refused(adapter: Path, tmp_path: Path) -> None:
+    other = build("llama", num_key_value_heads=4)
+    other.save_pretrained(tmp_path / "other")
+    settings = json.loads((adapter / "config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "other")
+    (adapter / "config.json").write_text(json.dumps(settings))
+    with pytest.raises((BackboneError, RuntimeError)):
+        AutoModelForCausalLM.from_pretrained(adapter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_backbones(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    build("llama", hidden_size=64, head_dim=16, intermediate_size=64).float().save_pretrained(tmp_path / "base")
+    quantisation = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantisation)
+    model = get_ptune_model(base, PTuneConfig(num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB"))
+    model(**batch("llama")).loss.backward()
+    assert model.prompt.weight.grad is not None
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", quantization_config=quantisation)
+    with torch.no_grad():
+        same = torch.allclose(loaded(**batch("llama")).logits, model.eval()(**batch("llama")).logits, atol=1e-4)
+    assert same and getattr(loaded.backbone, "is_quantized", False)

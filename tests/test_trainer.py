@@ -1,0 +1,139 @@
+"""Any Trainer script: checkpoints, resume, best model, predictions."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import VOCABULARY
+from safetensors import safe_open
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from hf_ptune import FreezeBackboneCallback, GuardCallback, MemoryCallback, PTunePreTrainedModel
+
+Wrap = Callable[..., PTunePreTrainedModel]
+
+
+class Rows(torch.utils.data.Dataset):
+    """Token ids whose first token decides the label."""
+
+    def __init__(self, task: str, count: int = 32) -> None:
+        generator = torch.Generator().manual_seed(5)
+        self.ids = torch.randint(3, VOCABULARY, (count, 6), generator=generator)
+        self.task = task
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = self.ids[index]
+        labels = ids if self.task == "CAUSAL_LM" else (ids if self.task == "TOKEN_CLS" else ids[0]) % 2
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def train(model: Any, folder: Path, task: str, resume: bool | str = False, **options: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "max_steps": 4,
+        "save_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    } | options
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **settings),
+        train_dataset=Rows(task),
+        eval_dataset=Rows(task, 8),
+        callbacks=[FreezeBackboneCallback(), GuardCallback(), MemoryCallback()],
+    )
+    trainer.train(resume_from_checkpoint=resume or None)
+    return trainer
+
+
+CASES = [
+    ("llama", "CAUSAL_LM", "prompt_tuning", {}),
+    ("llama", "CAUSAL_LM", "p_tuning", {}),
+    ("llama", "CAUSAL_LM", "p_tuning", {"encoder_reparameterization_type": "LSTM"}),
+    ("bert", "SEQ_CLS", "prefix_tuning", {"prefix_dropout": 0.1}),
+    ("bert", "SEQ_CLS", "p_tuning_v2", {}),
+    ("bert", "SEQ_CLS", "bitfit", {}),
+]
+
+
+@pytest.mark.parametrize(("family", "task", "method", "options"), CASES)
+def test_resume_equals_the_straight_run(
+    family: str, task: str, method: str, options: dict[str, Any], wrap: Wrap, tmp_path: Path
+) -> None:
+    straight = wrap(family, method, task, strong=False, **options).float()
+    train(straight, tmp_path / "straight", task)
+    checkpoint = tmp_path / "straight" / "checkpoint-2"
+    written = sorted(p.name for p in checkpoint.iterdir())
+    assert {n for n in written if n.endswith((".bin", ".safetensors"))} == {"model.safetensors", "training_args.bin"}
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(straight.adapter_state_dict())
+    resumed = wrap(family, method, task, strong=False, **options).float()
+    train(resumed, tmp_path / "resumed", task, resume=str(checkpoint))
+    for name, tensor in resumed.adapter_state_dict().items():
+        assert torch.equal(tensor, straight.adapter_state_dict()[name]), name
+
+
+def test_the_best_model_comes_back(wrap: Wrap, tmp_path: Path) -> None:
+    for method in ("p_tuning", "prefix_tuning"):
+        model = wrap("bert", method, "SEQ_CLS", strong=False).float()
+        trainer = train(
+            model,
+            tmp_path / method,
+            "SEQ_CLS",
+            learning_rate=3.0,
+            eval_strategy="steps",
+            eval_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="loss",
+        )
+        best = trainer.state.best_model_checkpoint
+        assert best is not None
+        loaded = AutoModelForSequenceClassification.from_pretrained(best)
+        for name, tensor in model.adapter_state_dict().items():
+            assert torch.equal(tensor, loaded.adapter_state_dict()[name]), name
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_predictions_have_the_labels_shape(method: str, wrap: Wrap, tmp_path: Path) -> None:
+    model = wrap("bert", method, "TOKEN_CLS").float()
+    trainer = train(model, tmp_path, "TOKEN_CLS")
+    found = trainer.predict(Rows("TOKEN_CLS", 5))
+    assert found.predictions.shape == (5, 6, 2) and found.label_ids.shape == (5, 6)
+    assert "eval_loss" in trainer.evaluate()
+    trainer.save_model(str(tmp_path / "final"))
+    assert isinstance(AutoModelForTokenClassification.from_pretrained(tmp_path / "final"), PTunePreTrainedModel)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_by_the_arguments(reentrant: bool, wrap: Wrap, tmp_path: Path) -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = wrap("llama", "prefix_tuning", "CAUSAL_LM", strong=False).float()
+        train(
+            model,
+            tmp_path / str(checkpointing),
+            "CAUSAL_LM",
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+            gradient_accumulation_steps=2,
+        )
+        results.append(model.adapter_state_dict())
+    assert all(torch.allclose(results[0][n], results[1][n], atol=1e-6) for n in results[0])
+
+
+def test_memory_reaches_the_log_history(wrap: Wrap, tmp_path: Path) -> None:
+    trainer = train(wrap("bert", "p_tuning_v2", "SEQ_CLS").float(), tmp_path, "SEQ_CLS")
+    assert any(key.startswith("mem_") for row in trainer.state.log_history for key in row)
