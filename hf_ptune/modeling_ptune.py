@@ -353,7 +353,12 @@ class PTunePreTrainedModel(PreTrainedModel):
             for name, tensor in tensors.items():
                 expected[name].copy_(tensor)
         model.eval()
-        info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        info: dict[str, Any] = {
+            "missing_keys": set(),
+            "unexpected_keys": set(),
+            "mismatched_keys": set(),
+            "error_msgs": [],
+        }
         return (model, info) if with_info else model
 
 
@@ -384,14 +389,14 @@ def _load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[
 
 
 @functools.cache
-def _with_signature(cls: type, backbone_class: type) -> type:
+def _with_signature(cls: Any, backbone_class: Any) -> type:
     """A class whose forward takes what the backbone's takes: the Trainer reads columns and labels off it."""
 
-    @functools.wraps(backbone_class.forward)  # type: ignore[attr-defined]
+    @functools.wraps(backbone_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return cls.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return cls.forward(self, *args, **kwargs)
 
-    forward.__signature__ = inspect.signature(backbone_class.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(backbone_class.forward)
     names = {"forward": forward, "__module__": cls.__module__, "backbone_class": backbone_class}
     return type(cls.__name__, (cls,), names)
 

@@ -128,10 +128,7 @@ class Injector:
         if not self.enabled:
             self.fill(None)
             return None
-        if torch.compiler.is_compiling():
-            pairs = self._pairs()
-        else:
-            pairs = self._current_pairs()
+        pairs = self._pairs() if torch.compiler.is_compiling() else self._current_pairs()
         named = bind(module, args, kwargs)
         if torch.is_grad_enabled() and self._reentrant():
             pairs = self._bridged(pairs, named)

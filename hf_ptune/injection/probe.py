@@ -48,7 +48,7 @@ def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
     with _quiet(backbone), torch.no_grad():
         seen, first = _watch(body)
         second = _run(body, changed=True)
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "name": name,
             "where": _where(body, name, key),

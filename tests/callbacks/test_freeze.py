@@ -1,4 +1,5 @@
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,7 +77,7 @@ def test_schedule_unfreezes_when_due(tmp_path: Path, when: float, first: int) ->
     name = "backbone.model.layers.1.mlp.up_proj.weight"
     assert [name in names for names in watch.trainable] == [step >= first for step in range(6)]
     previous = [start, *watch.layer]
-    moved = [not torch.equal(a, b) for a, b in zip(previous, previous[1:], strict=False)]
+    moved = [not torch.equal(a, b) for a, b in pairwise(previous)]
     # the linear schedule is at rate 0.05 / 6 in the last step still, so every step due moves
     assert moved == [step >= first for step in range(6)]
     assert all(len(set(rates)) == 1 for rates in watch.rates)

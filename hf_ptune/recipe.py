@@ -1,0 +1,233 @@
+"""A recipe: one YAML file that names base, method, data and training of a run."""
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from hf_ptune.backbone import TASKS
+from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.errors import RecipeError
+
+TRAINED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM")
+# what a run writes into the configuration itself
+_NOT_OPTIONS = ("model_type", "sub_configs", "method", "flattened", "task", "base_class", "base_config", "geometry")
+# keys of the recipe's own
+_NOT_TRAINING = ("output_dir", "seed")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Say where the rows are and which columns hold what.
+
+    Args:
+        source: "chatterbot", or a .jsonl, .csv or .parquet file, relative to the recipe's folder.
+        eval_source: file of the held-out rows; unset, a part of `source` is held out.
+        eval_fraction: that part, more than 0 and less than 1; stratified by label.
+        split_seed: seed of the split.
+        columns: role to column name, where they differ. Roles are text, text_pair, label (SEQ_CLS), tokens,
+            tags (TOKEN_CLS), prompt, answer (CAUSAL_LM).
+        max_length: tokens that a row is cut to.
+    """
+
+    source: str
+    eval_source: str | None = None
+    eval_fraction: float = 0.25
+    split_seed: int = 0
+    columns: dict[str, str] = field(default_factory=dict)
+    max_length: int = 128
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Name everything that a run needs.
+
+    Args:
+        base: Hub id, local folder, or `package:<module>/<folder>`.
+        task: "SEQ_CLS", "TOKEN_CLS" or "CAUSAL_LM".
+        method: a method of PTuneConfig.
+        output_dir: folder of the checkpoints; its subfolder `adapter` takes the finished adapter.
+        data: where the rows are.
+        options: further fields of PTuneConfig.
+        training: fields of TrainingArguments.
+        seed: seed of the prompt, the head and the training.
+        folder: where the recipe stands; paths of data start there.
+    """
+
+    base: str
+    task: str
+    method: str
+    output_dir: str
+    data: DataRecipe
+    options: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    folder: Path = Path(".")
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: the YAML file.
+        overrides: `--key=value` or `--section.key=value`; the value is YAML.
+
+    Raises:
+        RecipeError: the file is missing or no YAML; a key is unknown, missing or of the wrong type.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error}); expected a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: holds {_name(content)}, expected keys such as base, task and method.")
+    for override in overrides:
+        _override(content, override, str(path))
+    return make_recipe(content, str(path), path.parent)
+
+
+def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path = Path(".")) -> Recipe:
+    """Check the content of a recipe file.
+
+    Args:
+        content: what the YAML says.
+        where: the file's name, for messages.
+        folder: where paths of data start.
+
+    Raises:
+        RecipeError: a key is unknown, missing or of the wrong type.
+    """
+    top = {n: h for n, h in typing.get_type_hints(Recipe).items() if n not in ("folder", "data")}
+    given = _section(content, top | {"data": dict[str, Any]}, where, "")
+    _need(given, Recipe, where, "")
+    if given["task"] not in TRAINED_TASKS:
+        known = "that task has no data preparation yet, " if given["task"] in TASKS else ""
+        raise RecipeError(f"{where}: task is {given['task']!r}; {known}expected one of {', '.join(TRAINED_TASKS)}.")
+    data = _section(given["data"], typing.get_type_hints(DataRecipe), where, "data.")
+    _need(data, DataRecipe, where, "data.")
+    if not 0 < data.get("eval_fraction", 0.5) < 1:
+        raise RecipeError(f"{where}: data.eval_fraction is {data['eval_fraction']}; expected between 0 and 1.")
+    if data.get("max_length", 1) < 1:
+        raise RecipeError(f"{where}: data.max_length is {data['max_length']}; expected 1 or more.")
+    sections = {
+        "options": _section(given.get("options", {}), _option_types(), where, "options."),
+        "training": _section(given.get("training", {}), _training_types(), where, "training."),
+    }
+    return Recipe(**(given | sections | {"data": DataRecipe(**data), "folder": folder}))
+
+
+def _option_types() -> dict[str, Any]:
+    hints = typing.get_type_hints(PTuneConfig)
+    return {n: hints[n] for n in PTuneConfig.__annotations__ if n not in _NOT_OPTIONS and not n.startswith("base_m")}
+
+
+def _training_types() -> dict[str, Any]:
+    hints = typing.get_type_hints(TrainingArguments)
+    return {f.name: hints[f.name] for f in fields(TrainingArguments) if f.init and f.name not in _NOT_TRAINING}
+
+
+def _override(content: dict[str, Any], override: str, where: str) -> None:
+    key, equals, text = override.removeprefix("--").partition("=")
+    if not override.startswith("--") or not equals or not key:
+        raise RecipeError(f"{where}: the override {override!r} is not of the form --key=value or --section.key=value.")
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = content.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"{where}: the override {override!r} enters {section}, which holds {_name(inner)}.")
+        content = inner
+    try:
+        content[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: the value of the override {override!r} is no YAML: {error}") from error
+
+
+def _section(content: Any, types: Mapping[str, Any], where: str, prefix: str) -> dict[str, Any]:
+    if not isinstance(content, Mapping):
+        raise RecipeError(f"{where}: {prefix.rstrip('.')} holds {_name(content)}; expected keys and values.")
+    for key in content:
+        if key not in types:
+            raise RecipeError(f"{where}: unknown key {prefix}{key}; {_nearest(str(key), types, prefix)}")
+    return {key: _typed(value, types[key], f"{where}: {prefix}{key}") for key, value in content.items()}
+
+
+def _need(given: Mapping[str, Any], cls: Any, where: str, prefix: str) -> None:
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [n for n in needed if given.get(n) is None]:
+        has = ", ".join(map(str, given)) or "none"
+        raise RecipeError(f"{where}: {prefix}{missing[0]} is missing; expected {', '.join(needed)}; found {has}.")
+
+
+def _nearest(key: str, valid: Iterable[str], prefix: str) -> str:
+    if found := difflib.get_close_matches(key, valid, 1, 0.5):
+        return f"did you mean {prefix}{found[0]}?"
+    if not prefix:
+        for section, types in (("training", _training_types()), ("options", _option_types())):
+            if key in types:
+                return f"did you mean {section}.{key}?"
+    names = sorted(valid)
+    return f"expected one of {', '.join(names[:20])}{', …' if len(names) > 20 else ''}."
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """The value as its type wants it.
+
+    Raises:
+        RecipeError: it is of another type.
+    """
+    choices = _choices(hint)
+    if float in choices and not isinstance(value, bool):
+        if isinstance(value, int):
+            return float(value) if int not in choices else value
+        # YAML 1.1 reads 1e-3, without a point, as text
+        if isinstance(value, str) and str not in choices:
+            try:
+                number = float(value)
+            except ValueError:
+                number = math.nan
+            if math.isfinite(number):
+                return number
+    if Any in choices or any(_is(value, choice) for choice in choices):
+        return value
+    expected = " or ".join(dict.fromkeys(_spell(c) for c in choices))
+    raise RecipeError(f"{where} is {value!r} ({_name(value)}); expected {expected}.")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is list:
+        return isinstance(value, list) and all(_is(v, inner[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _is(k, inner[0]) and (inner[1] is Any or _is(v, inner[1])) for k, v in value.items()
+        )
+    if hint in (int, float):
+        return isinstance(value, hint) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _spell(hint: Any) -> str:
+    if hint is type(None):
+        return "null"
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+
+
+def _name(value: Any) -> str:
+    return {"NoneType": "nothing", "dict": "keys and values"}.get(type(value).__name__, type(value).__name__)
