@@ -66,6 +66,8 @@ def load_rows(recipe: Recipe) -> Rows:
         by = "label" if recipe.task == "SEQ_CLS" else None
         train, held_out = split_rows(rows, data.eval_fraction, data.split_seed, by)
     labels = label_names(train, recipe.task)
+    if recipe.task == "SEQ_CLS" and len(labels) < 2:
+        raise RecipeError(f"the training rows have one label only, {labels[0]!r}; classification needs two or more.")
     if unknown := sorted(set(label_names(held_out, recipe.task)) - set(labels)):
         raise RecipeError(f"held-out rows have the labels {unknown[:5]}, which no training row has; add such rows.")
     return Rows(train, held_out, labels)
@@ -135,9 +137,7 @@ def _read(recipe: Recipe, source: str) -> list[Row]:
     return [_by_role(row, needed, possible, columns, f"{path}, row {n}") for n, row in enumerate(read_file(path), 1)]
 
 
-def _by_role(
-    row: Row, needed: Sequence[str], possible: Sequence[str], columns: Mapping[str, str], where: str
-) -> Row:
+def _by_role(row: Row, needed: Sequence[str], possible: Sequence[str], columns: Mapping[str, str], where: str) -> Row:
     found: Row = {}
     for role in (*needed, *possible):
         column = columns.get(role, role)
@@ -154,7 +154,9 @@ def _by_role(
         if isinstance(found.get(role), str):
             found[role] = found[role].split()  # CSV has no lists
     if "tokens" in found and len(found["tokens"]) != len(found["tags"]):
-        raise RecipeError(f"{where}: has {len(found['tokens'])} tokens and {len(found['tags'])} tags; expected as many.")
+        raise RecipeError(
+            f"{where}: has {len(found['tokens'])} tokens and {len(found['tags'])} tags; expected as many."
+        )
     return found
 
 
@@ -169,7 +171,7 @@ def chatterbot_rows() -> list[Row]:
     """
     spec = importlib.util.find_spec("chatterbot_corpus")
     if spec is None or not spec.submodule_search_locations:
-        raise RecipeError('data.source \'chatterbot\' needs chatterbot-corpus: pip install "hf_ptune[quickstart]".')
+        raise RecipeError("data.source 'chatterbot' needs chatterbot-corpus: pip install \"hf_ptune[quickstart]\".")
     folder = Path(next(iter(spec.submodule_search_locations))) / "data" / "english"
     topics: dict[str, list[str]] = defaultdict(list)
     seen: set[str] = set()

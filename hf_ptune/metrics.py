@@ -108,6 +108,6 @@ def make_compute_metrics(task: str, labels: Sequence[str]) -> Callable[[EvalPred
 
 
 def choose_best(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """The Trainer's `preprocess_logits_for_metrics`: class numbers `[B]` or `[B, T]`, so that logits need not be kept."""
+    """The Trainer's `preprocess_logits_for_metrics`: class numbers `[B]` or `[B, T]`, to keep no logits."""
     first = logits[0] if isinstance(logits, tuple) else logits
     return first.argmax(dim=-1)

@@ -15,10 +15,12 @@ from transformers import TrainingArguments
 from hf_ptune.backbone import TASKS
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import RecipeError
+from hf_ptune.methods import method_names
 
 TRAINED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM")
 # what a run writes into the configuration itself
-_NOT_OPTIONS = ("model_type", "sub_configs", "method", "flattened", "task", "base_class", "base_config", "geometry")
+_NOT_OPTIONS = ("model_type", "sub_configs", "method", "flattened", "task", "geometry")
+_NOT_OPTIONS += ("base_model_name_or_path", "base_model_revision", "base_class", "base_config")
 # keys of the recipe's own
 _NOT_TRAINING = ("output_dir", "seed")
 
@@ -113,6 +115,10 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
     if given["task"] not in TRAINED_TASKS:
         known = "that task has no data preparation yet, " if given["task"] in TASKS else ""
         raise RecipeError(f"{where}: task is {given['task']!r}; {known}expected one of {', '.join(TRAINED_TASKS)}.")
+    if given["method"] not in method_names():
+        raise RecipeError(
+            f"{where}: unknown method {given['method']!r}; {_nearest(given['method'], method_names(), '')}"
+        )
     data = _section(given["data"], typing.get_type_hints(DataRecipe), where, "data.")
     _need(data, DataRecipe, where, "data.")
     if not 0 < data.get("eval_fraction", 0.5) < 1:
@@ -127,8 +133,8 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
 
 
 def _option_types() -> dict[str, Any]:
-    hints = typing.get_type_hints(PTuneConfig)
-    return {n: hints[n] for n in PTuneConfig.__annotations__ if n not in _NOT_OPTIONS and not n.startswith("base_m")}
+    own = PTuneConfig.__annotations__
+    return {n: hint for n, hint in own.items() if n not in _NOT_OPTIONS}
 
 
 def _training_types() -> dict[str, Any]:

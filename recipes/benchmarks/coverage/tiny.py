@@ -1,5 +1,6 @@
 """Tiny, randomly initialised models of every text family of transformers."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -111,8 +112,40 @@ SMALL: dict[str, Any] = {
     "rotary_dim": 4,
     "query_pre_attn_scalar": 8,
 }
+KEPT_NONE = (
+    "q_lora_rank",
+    "kv_lora_rank",
+    "sliding_window",
+    "n_inner",
+    "word_embed_proj_dim",
+    "d_inner",
+    "num_experts",
+)
 DROPOUTS = ("drop", "dropout", "pdrop")
-FAMILIES: dict[str, dict[str, Any]] = {}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"]},
+    "deberta": {"pooler_hidden_size": 32},
+    "deberta-v2": {"pooler_hidden_size": 32},
+    "esmc": {"num_key_value_heads": 4},
+    "rwkv": {"attention_hidden_size": 32},
+    "lilt": {"hidden_size": 48, "channel_shrink_ratio": 4},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+    "layoutlmv3": {"visual_embed": False},
+    "longformer": {"attention_window": [4, 4]},
+    "xlstm": {"num_heads": 4, "head_dim": 8, "qk_dim_factor": 0.5, "v_dim_factor": 1.0},
+    "mobilebert": {"embedding_size": 16, "intra_bottleneck_size": 32, "true_hidden_size": 32},
+    "hrm_text": {"H_cycles": 1, "L_cycles": 1},
+}
+# as arguments of the configuration's class, where it checks them together or derives others from them
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "laguna": {"num_hidden_layers": 2, "num_attention_heads_per_layer": [4, 4]},
+    "gemma3n_text": {"num_hidden_layers": 5, "activation_sparsity_pattern": [0.0] * 5, "intermediate_size": [64] * 5},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1], "mamba_n_groups": 1, "mamba_expand": 2},
+    "falcon_h1": {"num_hidden_layers": 2, "mamba_d_ssm": 64},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 32}},
+}
 
 
 def shrink(config: PreTrainedConfig, seen: int = 0) -> PreTrainedConfig:
@@ -121,7 +154,7 @@ def shrink(config: PreTrainedConfig, seen: int = 0) -> PreTrainedConfig:
         if hasattr(config, name) and (value is not None):
             try:
                 current = getattr(config, name)
-                if isinstance(current, (list, tuple)) or (current is None and name.endswith(("_dim", "rank", "window"))):
+                if isinstance(current, (list, tuple)) or (current is None and name in KEPT_NONE):
                     continue
                 setattr(config, name, value)
             except (AttributeError, NotImplementedError, ValueError, TypeError):
@@ -131,6 +164,11 @@ def shrink(config: PreTrainedConfig, seen: int = 0) -> PreTrainedConfig:
             setattr(config, name, 0.0)
         if isinstance(value, PreTrainedConfig) and seen < 4:
             shrink(value, seen + 1)
+    if isinstance(getattr(config, "kv_lora_rank", None), int):
+        config.num_key_value_heads = 4  # latent attention has as many key heads as query heads
+    for name in ("forced_eos_token_id", "forced_bos_token_id", "begin_suppress_tokens", "suppress_tokens"):
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
     _fit_lists(config)
     for name, value in FAMILIES.get(config.model_type, {}).items():
         setattr(config, name, value)
@@ -146,7 +184,8 @@ def _fit_lists(config: PreTrainedConfig) -> None:
         distinct = list(dict.fromkeys(kinds))
         layers = max(layers, len(distinct))
         config.num_hidden_layers = layers
-        config.layer_types = (distinct * layers)[:layers]
+        with contextlib.suppress(AttributeError):  # some derive it from other fields
+            config.layer_types = (distinct * layers)[:layers]
     for name in ("mlp_layer_types", "no_rope_layers", "intermediate_size", "attention_layers"):
         value = getattr(config, name, None)
         if isinstance(value, list) and value:
@@ -163,7 +202,7 @@ def tiny_model(model_type: str, task: str) -> PreTrainedModel:
     Raises:
         Exception: whatever the family's own code raises where no tiny model can be built.
     """
-    config = shrink(CONFIG_MAPPING[model_type]())
+    config = shrink(CONFIG_MAPPING[model_type](**ARGUMENTS.get(model_type, {})))
     if task == "CAUSAL_LM" and hasattr(config, "is_decoder") and not config.is_encoder_decoder:
         config.is_decoder = True
     torch.manual_seed(0)

@@ -1,0 +1,131 @@
+"""The command line: `hf-ptune init`, `hf-ptune run` and `hf-ptune train`."""
+
+import argparse
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoConfig
+
+import hf_ptune
+from hf_ptune import train
+from hf_ptune.backbone import TASKS, resolve
+from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.errors import BackboneError, PTuneError
+from hf_ptune.methods import method_names
+from hf_ptune.modeling_ptune import get_ptune_model
+
+
+def init(
+    base: str,
+    method: str,
+    folder: str | Path,
+    task: str | None = None,
+    num_virtual_tokens: int | None = None,
+    num_labels: int | None = None,
+) -> None:
+    """Write a folder that any script can train: configuration, fresh adapter and tokenizer.
+
+    Args:
+        base: Hub id, local folder, or `package:` name.
+        method: a method of PTuneConfig.
+        folder: where to write.
+        task: a key of `backbone.TASKS`; SEQ_CLS where num_labels is given, else what the base was trained for.
+        num_virtual_tokens: P; PTuneConfig's default when unset.
+        num_labels: labels of a fresh head; transformers' default when unset.
+
+    Raises:
+        PTuneError: the folder holds files, the task cannot be told, or the base cannot take the method.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PTuneError(f"{folder} is there already and not empty; name a new folder.")
+    options = {} if num_virtual_tokens is None else {"num_virtual_tokens": num_virtual_tokens}
+    config = PTuneConfig(method=method, base_model_name_or_path=base, **options)
+    task = task or ("SEQ_CLS" if num_labels else _task_of_base(base))
+    tokenizer = train.load_tokenizer(base)
+    labels = [f"LABEL_{n}" for n in range(num_labels or 0)]
+    model = get_ptune_model(train.load_base(base, task, labels, tokenizer), config, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model.print_trainable_parameters()
+    print(f"written: {folder}. Train it with any script: hf-ptune run SCRIPT --model_name_or_path {folder}")
+
+
+def _task_of_base(base: str) -> str:
+    config = AutoConfig.from_pretrained(resolve(base))
+    architecture = (config.architectures or [""])[0]
+    if config.is_encoder_decoder:
+        return "SEQ_2_SEQ_LM"
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM"
+    raise BackboneError(f"the task for {base} ({architecture or config.model_type}) is not told; pass --task.")
+
+
+def run_script(script: str, arguments: Sequence[str]) -> None:
+    """Run a script as its own program, with the Auto classes knowing adapters.
+
+    Args:
+        script: path of the script.
+        arguments: its own.
+
+    Raises:
+        PTuneError: there is no such file.
+    """
+    if not Path(script).is_file():
+        raise PTuneError(f"{script}: there is no such script.")
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(prog="hf-ptune", description="Prompt learning as a part of transformers.")
+    parser.add_argument("--version", action="version", version=f"hf_ptune {hf_ptune.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    new = commands.add_parser("init", help="write a fresh adapter that any script can train")
+    new.add_argument("folder", help="folder to write; new or empty")
+    new.add_argument("--base", required=True, help="Hub id, local folder, or package:<module>/<folder>")
+    new.add_argument("--method", required=True, choices=method_names())
+    new.add_argument("--task", choices=sorted(TASKS), help="SEQ_CLS with --num-labels, else what the base is for")
+    new.add_argument("--num-virtual-tokens", type=int, metavar="N")
+    new.add_argument("--num-labels", type=int, metavar="N", help="labels of the fresh head")
+
+    script = commands.add_parser("run", help="run a script in which Auto classes know adapters")
+    script.add_argument("script")
+    script.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+
+    recipe = commands.add_parser("train", help="train by a recipe")
+    recipe.add_argument("recipe", help="a YAML file")
+    recipe.add_argument("overrides", nargs=argparse.REMAINDER, help="--section.key=value …")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: those of the process when unset.
+
+    Returns:
+        The exit code: 0, or 2 after an error that has been printed.
+    """
+    given = make_parser().parse_args(arguments)
+    try:
+        if given.command == "train":
+            return train.main([given.recipe, *given.overrides])
+        if given.command == "run":
+            run_script(given.script, given.arguments)
+        else:
+            init(given.base, given.method, given.folder, given.task, given.num_virtual_tokens, given.num_labels)
+    except PTuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

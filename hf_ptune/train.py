@@ -1,0 +1,253 @@
+"""The walk: a recipe becomes an adapter folder, and the folder answers questions.
+
+Launch: `accelerate launch -m hf_ptune.train recipes/quickstart.yaml [--section.key=value …]`
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+from transformers.utils import logging as hf_logging
+
+from hf_ptune.adapter_file import WEIGHTS_NAME
+from hf_ptune.backbone import TASKS, head_names, load_backbone, resolve
+from hf_ptune.callbacks import FreezeBackboneCallback, GuardCallback, MemoryCallback
+from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.data import Rows, encode_rows, load_rows, make_collator
+from hf_ptune.errors import BackboneError, PTuneError, RecipeError
+from hf_ptune.metrics import MAIN_METRIC, choose_best, make_compute_metrics
+from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
+from hf_ptune.recipe import Recipe, read_recipe
+
+ADAPTER_FOLDER = "adapter"
+_QUESTIONS = 3
+_ANSWER_TOKENS = 32
+_PIPELINES = {"SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification", "CAUSAL_LM": "text-generation"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Hold what the reloaded folder said to a held-out row."""
+
+    question: str
+    answer: str
+    truth: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Hold what a run produced: metrics of the held-out rows before and after, folder, answers (first rank)."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+    folder: Path
+    answers: list[Answer]
+
+
+def run(recipe: Recipe) -> Outcome:
+    """Train an adapter by a recipe, save it, load it again and ask it.
+
+    Args:
+        recipe: what `read_recipe` returns.
+
+    Raises:
+        PTuneError: data, base, method or first batch do not fit.
+    """
+    arguments = make_arguments(recipe)
+    set_seed(recipe.seed)
+    rows = load_rows(recipe)
+    tokenizer = load_tokenizer(recipe.base)
+    config = PTuneConfig(method=recipe.method, base_model_name_or_path=recipe.base, **recipe.options)
+    model = get_ptune_model(load_base(recipe.base, recipe.task, rows.labels, tokenizer), config, tokenizer)
+    trainer = make_trainer(recipe, arguments, model, tokenizer, rows)
+
+    first = trainer.is_world_process_zero()
+    if first:
+        print(f"{len(rows.train)} rows to train on, {len(rows.held_out)} held out, {len(rows.labels)} labels")
+        model.print_trainable_parameters()
+    before = _evaluate(trainer)
+    trainer.train()
+    after = _evaluate(trainer)
+
+    folder = Path(recipe.output_dir) / ADAPTER_FOLDER
+    model.save_pretrained(folder, is_main_process=first, flatten=True)
+    answers: list[Answer] = []
+    if first:
+        tokenizer.save_pretrained(folder)
+        answers = ask(folder, recipe, rows)
+        report(Outcome(before, after, folder, answers), MAIN_METRIC[recipe.task])
+    trainer.accelerator.wait_for_everyone()
+    return Outcome(before, after, folder, answers)
+
+
+def make_arguments(recipe: Recipe) -> TrainingArguments:
+    """Turn a recipe's training section into TrainingArguments.
+
+    Raises:
+        RecipeError: values that transformers refuses.
+    """
+    settings = {"dataloader_pin_memory": torch.accelerator.is_available()} | recipe.training
+    try:
+        return TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **settings)
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"training: {error}") from error
+
+
+def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
+    """Load a base's tokenizer; one without a padding token pads with its end token.
+
+    Raises:
+        BackboneError: it has neither.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(base))
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BackboneError(f"the tokenizer of {base} has neither padding nor end token; give it one.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    base: str, task: str, labels: Sequence[str] = (), tokenizer: PreTrainedTokenizerBase | None = None
+) -> PreTrainedModel:
+    """Load a base for a task, with a fresh head where it has none.
+
+    Args:
+        base: Hub id, local folder, or `package:` name.
+        task: a key of `backbone.TASKS`.
+        labels: names of the head's labels.
+        tokenizer: gives the padding id where the base has none.
+
+    Raises:
+        BackboneError: the checkpoint lacks weights other than the head's.
+    """
+    named: dict[str, Any] = {}
+    if labels:
+        named = {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
+    config = AutoConfig.from_pretrained(resolve(base), **named)
+    text = config.get_text_config()
+    if tokenizer is not None and text.pad_token_id is None:
+        text.pad_token_id = tokenizer.pad_token_id
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # that the head is new is expected
+    try:
+        backbone, absent = load_backbone(task, base, config)
+    finally:
+        hf_logging.set_verbosity(level)
+    if unknown := sorted(absent - head_names(backbone, task)):
+        raise BackboneError(f"the checkpoint of {base} has no weights for {unknown[:5]}; it does not fit {task}.")
+    return backbone
+
+
+def make_trainer(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    model: PTunePreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+) -> Trainer:
+    """Put a Trainer around a model, watched by the callbacks."""
+    train, held_out = (
+        encode_rows(part, recipe.task, tokenizer, rows.labels, recipe.data.max_length)
+        for part in (rows.train, rows.held_out)
+    )
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=make_collator(recipe.task, tokenizer),
+        compute_metrics=make_compute_metrics(recipe.task, rows.labels),
+        preprocess_logits_for_metrics=choose_best,
+        callbacks=[FreezeBackboneCallback(), GuardCallback(), MemoryCallback()],
+    )
+
+
+def _evaluate(trainer: Trainer) -> dict[str, float]:
+    return {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items() if isinstance(v, float)}
+
+
+def ask(folder: Path, recipe: Recipe, rows: Rows) -> list[Answer]:
+    """Load a folder by its Auto class and let a pipeline answer held-out rows.
+
+    Args:
+        folder: adapter and tokenizer.
+        recipe: tells the task, and the seed by which rows are drawn.
+        rows: the held-out ones are asked.
+    """
+    model = TASKS[recipe.task].from_pretrained(folder)
+    pipe = pipeline(_PIPELINES[recipe.task], model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
+    drawn = random.Random(recipe.seed).sample(rows.held_out, len(rows.held_out))
+    if recipe.task == "SEQ_CLS":
+        drawn = list({row["label"]: row for row in drawn}.values())  # one of each label
+    return [_ask_one(pipe, recipe.task, row) for row in drawn[:_QUESTIONS]]
+
+
+def _ask_one(pipe: Any, task: str, row: dict[str, Any]) -> Answer:
+    if task == "SEQ_CLS":
+        inputs = {"text": str(row["text"])} | ({"text_pair": str(row["text_pair"])} if "text_pair" in row else {})
+        best = pipe([inputs])[0]
+        return Answer(" | ".join(inputs.values()), f"{best['label']} ({best['score']:.2f})", str(row["label"]))
+    if task == "TOKEN_CLS":
+        text = " ".join(row["tokens"])
+        found = ", ".join(f"{e['word']}: {e['entity_group']}" for e in pipe(text, aggregation_strategy="simple"))
+        return Answer(text, found or "nothing", " ".join(map(str, row["tags"])))
+    prompt = str(row["prompt"])
+    written = pipe(prompt, return_full_text=False, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
+    return Answer(prompt, written[0]["generated_text"].strip(), str(row["answer"]))
+
+
+def report(outcome: Outcome, metric: str) -> None:
+    """Print what a run produced."""
+    size = (outcome.folder / WEIGHTS_NAME).stat().st_size
+    lines = [
+        f"held-out {metric}: {outcome.before[metric]:.3f} before, {outcome.after[metric]:.3f} after training",
+        f"adapter: {outcome.folder} ({size / 1024:.0f} KiB of weights)",
+        "reloaded from that folder:",
+    ]
+    lines += [f"  {a.question}\n    answer: {a.answer}    truth: {a.truth}" for a in outcome.answers]
+    print("\n".join(lines), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the recipe that the command line names.
+
+    Args:
+        arguments: the recipe's path, then overrides `--section.key=value`; those of the process when unset.
+
+    Returns:
+        The exit code: 0, or 2 after an error that has been printed.
+    """
+    parser = argparse.ArgumentParser(prog="python -m hf_ptune.train", description="Train an adapter by a recipe.")
+    parser.add_argument("recipe", help="a YAML file")
+    known, overrides = parser.parse_known_args(arguments)
+    try:
+        run(read_recipe(known.recipe, overrides))
+    except PTuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
