@@ -94,7 +94,8 @@ class PTunePreTrainedModel(PreTrainedModel):
             encoder_dropout=config.encoder_dropout,
         )
         embed = word_embeddings(self.backbone)
-        device = next((p.device for p in embed.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        owner = self.backbone if embed is None else embed
+        device = next((p.device for p in owner.parameters() if p.device.type != "meta"), torch.device("cpu"))
         if config.flattened:
             direct = DirectEmbeddings if kind is PromptKind.EMBEDDINGS else DirectPrefix
             prompt: PromptEncoder = direct(
@@ -388,17 +389,21 @@ def _load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[
         hf_logging.set_verbosity(level)
 
 
-@functools.cache
+_SPECIALISED: dict[tuple[type, type], type] = {}
+
+
 def _with_signature(cls: Any, backbone_class: Any) -> type:
     """A class whose forward takes what the backbone's takes: the Trainer reads columns and labels off it."""
+    if (cls, backbone_class) not in _SPECIALISED:
 
-    @functools.wraps(backbone_class.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return cls.forward(self, *args, **kwargs)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return cls.forward(self, *args, **kwargs)
 
-    forward.__signature__ = inspect.signature(backbone_class.forward)
-    names = {"forward": forward, "__module__": cls.__module__, "backbone_class": backbone_class}
-    return type(cls.__name__, (cls,), names)
+        functools.update_wrapper(forward, backbone_class.forward)
+        vars(forward)["__signature__"] = inspect.signature(backbone_class.forward)
+        names = {"forward": forward, "__module__": cls.__module__, "backbone_class": backbone_class}
+        _SPECIALISED[cls, backbone_class] = type(cls.__name__, (cls,), names)
+    return _SPECIALISED[cls, backbone_class]
 
 
 class _Generating(PTunePreTrainedModel, GenerationMixin):

@@ -74,7 +74,7 @@ def _keys_of(injector: Injector, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
 
 def _embed(model: Any, rows: list[list[int]]) -> Tensor:
     """Embeddings `[P, H]`; several ids in a row are averaged."""
-    embed = word_embeddings(model.backbone)
+    embed = _words(model.backbone)
     device = next(embed.parameters()).device
     return torch.stack([embed(torch.tensor([row], device=device))[0].float().mean(0) for row in rows])
 
@@ -110,7 +110,7 @@ def _base_tokenizer(config: Any) -> Any:
 
 def embedding_sample(backbone: PreTrainedModel, count: int = 4096) -> Tensor:
     """Input embeddings `[M, H]` of the first tokens of the vocabulary."""
-    embed = word_embeddings(backbone)
+    embed = _words(backbone)
     size = vocabulary_size(backbone)
     ids = torch.arange(min(size, count), device=next(embed.parameters()).device)
     with torch.no_grad():
@@ -120,8 +120,16 @@ def embedding_sample(backbone: PreTrainedModel, count: int = 4096) -> Tensor:
 
 def vocabulary_size(backbone: PreTrainedModel) -> int:
     """Number of tokens that the input embeddings know."""
-    embed = word_embeddings(backbone)
-    size = getattr(embed, "num_embeddings", None) or getattr(backbone.config.get_text_config(), "vocab_size", None)
-    if not isinstance(size, int):
+    text = backbone.config.get_text_config()
+    known = getattr(word_embeddings(backbone), "num_embeddings", None), getattr(text, "vocab_size", None)
+    size = next((n for n in known if isinstance(n, int)), None)
+    if size is None:
         raise BackboneError(f"{type(backbone).__name__} does not say how many tokens its embeddings know.")
     return size
+
+
+def _words(backbone: PreTrainedModel) -> Any:
+    words = word_embeddings(backbone)
+    if words is None:
+        raise BackboneError(f"{type(backbone).__name__} has no word embeddings to start a prompt from.")
+    return words

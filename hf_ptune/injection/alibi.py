@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 
 from hf_ptune.injection.sites import Site
 
@@ -27,7 +26,7 @@ def slopes(heads: int, max_bias: float = 8.0, interleave: bool = False) -> list[
     return values + [2 ** (-(i * max_bias / (2 * full))) for i in range(1, 1 + 2 * rest, 2)]
 
 
-def prefix_bias(module: nn.Module, site: Site, kwargs: dict[str, Any]) -> torch.Tensor | None:
+def prefix_bias(module: Any, site: Site, kwargs: dict[str, Any]) -> torch.Tensor | None:
     """Bias `[B or 1, H, 1, P]` of virtual tokens that stand before the own first token, or `None` without ALiBi."""
     if site.key is None:
         return None
@@ -38,7 +37,7 @@ def prefix_bias(module: nn.Module, site: Site, kwargs: dict[str, Any]) -> torch.
         # own keys count from 0 at the first real token
         return _ramp(slopes(module.num_heads), site).to(site.key.device)
     if family == "MptAttention" and kwargs.get("position_bias") is not None:
-        bias = _ramp(slopes(module.n_heads, module.config.attn_config.alibi_bias_max, True), site)
+        bias = _ramp(slopes(module.n_heads, site.config.attn_config.alibi_bias_max, True), site)
         return bias.to(site.key.device) + _first_key_bias(module, kwargs)
     return None
 
@@ -49,7 +48,7 @@ def _ramp(per_head: list[float], site: Site) -> torch.Tensor:
     return (torch.tensor(per_head)[:, None] * back)[None, :, None]  # [1, H, 1, P]
 
 
-def _first_key_bias(module: nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
+def _first_key_bias(module: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     # MPT counts keys from the last one, pads included: find each row's first real key
     mask, bias = kwargs.get("attention_mask"), kwargs["position_bias"]  # [B, 1, S, T], [H, 1, >= T]
     if mask is None:

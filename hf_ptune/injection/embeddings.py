@@ -144,10 +144,14 @@ def cut_encoder_fields(output: Any, at: Tensor, virtual: int, length: int) -> An
     return output
 
 
-def word_embeddings(backbone: PreTrainedModel) -> nn.Module:
-    """The module that turns the input's token ids into embeddings; of the encoder where there are two."""
-    if backbone.config.is_encoder_decoder:
-        embed: nn.Module = backbone.get_encoder().get_input_embeddings()
-    else:
-        embed = backbone.get_input_embeddings()
+def word_embeddings(backbone: PreTrainedModel) -> nn.Module | None:
+    """The module that turns the input's token ids into embeddings, of the encoder where there are two.
+
+    `None` for families without one, such as CANINE, which hashes characters.
+    """
+    owner = backbone.get_encoder() if backbone.config.is_encoder_decoder else backbone
+    try:
+        embed: nn.Module = owner.get_input_embeddings()
+    except NotImplementedError:
+        return None
     return embed

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_ptune.errors import InjectionError
+from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection import attention, embeddings, own_attention, sites
 from hf_ptune.injection.bridge import bridge
 from hf_ptune.injection.embeddings import InputPrompt, bind
@@ -72,10 +72,19 @@ class Injector:
         return self.inputs is None
 
     def _input_prompt(self) -> InputPrompt:
-        embed = embeddings.word_embeddings(self.backbone)
+        embed = self._words()
         if self.backbone.config.is_encoder_decoder:
             return InputPrompt(self.body.get_encoder(), embed, index=0)
         return InputPrompt(self.body, embed, index=1)
+
+    def _words(self) -> nn.Module:
+        words = embeddings.word_embeddings(self.backbone)
+        if words is None or getattr(words, "quant_mode", None) is not None:
+            raise BackboneError(
+                f"{type(self.backbone).__name__} has no plain word embeddings among which a prompt could stand. "
+                "Methods that work there: p_tuning_v2, prefix_tuning, bitfit."
+            )
+        return words
 
     def _attach(self) -> None:
         add = self.handles.append
@@ -88,7 +97,9 @@ class Injector:
             self.install()
             add(self.body.register_forward_pre_hook(self._before_body, with_kwargs=True, prepend=True))
             add(self.body.register_forward_hook(self._after_body, always_call=True))
-            add(embeddings.word_embeddings(self.backbone).register_forward_hook(self._after_words))
+            words = embeddings.word_embeddings(self.backbone)
+            if words is not None:
+                add(words.register_forward_hook(self._after_words))
             if self.backbone.config.is_encoder_decoder:
                 # generate runs the encoder by itself, before its first step
                 add(self.body.get_encoder().register_forward_pre_hook(self._before_part))
@@ -175,8 +186,7 @@ class Injector:
     def run_prompt(self, prompt: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Turn a prompt `[P, H]` into keys and values by one pass of the backbone with batch 1."""
         accepted = parameters_of(self.body)
-        weight = embeddings.word_embeddings(self.backbone)
-        like = next(weight.parameters())
+        like = next(self._words().parameters())
         dtype = like.dtype if like.is_floating_point() else prompt.dtype
         inputs: dict[str, Any] = {"inputs_embeds": prompt.to(like.device, dtype)[None]}
         if "position_ids" in accepted:

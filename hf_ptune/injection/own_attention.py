@@ -94,8 +94,11 @@ class ScoreShadow(TorchFunctionMode):
         self.batch = 1 if hidden is None else hidden.shape[0]
         self.bias = alibi.prefix_bias(module, site, kwargs)
         self.shadows: dict[int, Tensor] = {}
+        self.products: dict[int, int] = {}  # of a tracked tensor: the number of the product it comes from
         self.owners: list[Tensor] = []  # keeps the ids above alive
-        self.key_operand: Tensor | None = None
+        self.keys: dict[int, Tensor] = {}
+        self.normalised: set[int] = set()  # products whose scores went through a softmax
+        self.count = 0
         self.done = False
 
     def check(self) -> None:
@@ -111,21 +114,16 @@ class ScoreShadow(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._kernel(*args, **kwargs)
-        if not self.owners:
+        own = next((t for t in _tensors(args, kwargs) if id(t) in self.shadows), None)
+        if own is None:
             return self._find_scores(func, args, kwargs)
-        shadow = self._shadow_of(args, kwargs)
-        if shadow is None or func in _UNRELATED:
+        if func in _UNRELATED:
             return func(*args, **kwargs)
-        return self._follow(func, shadow, args, kwargs)
+        return self._follow(func, own, args, kwargs)
 
-    def _shadow_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        flat: list[Any] = []
-        for a in (*args, *kwargs.values()):
-            flat.extend(a) if isinstance(a, (list, tuple)) else flat.append(a)
-        return next((self.shadows[id(a)] for a in flat if isinstance(a, Tensor) and id(a) in self.shadows), None)
-
-    def _track(self, own: Tensor, shadow: Tensor) -> Tensor:
+    def _track(self, own: Tensor, shadow: Tensor, product: int) -> Tensor:
         self.owners.append(own)
+        self.products[id(own)] = product
         self.shadows[id(own)] = shadow
         return own
 
@@ -133,34 +131,30 @@ class ScoreShadow(TorchFunctionMode):
 
     def _find_scores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         scores = func(*args, **kwargs)
+        axes: _Einsum | None = None
+        scale = 1.0
         if func in _PRODUCTS and _is_score_product(*args[:2]):
-            query, key = args[:2]  # [..., S, D], [..., D, T]
-            shadow = self._score(query, key.transpose(-1, -2))
+            query, key = args[0], args[1].transpose(-1, -2)  # [..., S, D], [..., T, D]
         elif func in _BIASED_PRODUCTS:
             bound = dict(zip(("input", "batch1", "batch2"), args, strict=False)) | kwargs
-            shadow = self._score(bound["batch1"], bound["batch2"].transpose(-1, -2))
-            if shadow is not None:
-                shadow = shadow * kwargs.get("alpha", 1.0)
-                shadow = self._add_bias(shadow)
+            query, key, scale = bound["batch1"], bound["batch2"].transpose(-1, -2), kwargs.get("alpha", 1.0)
         elif func is torch.einsum and (axes := _Einsum.of_scores(args)) is not None:
             operands = _operands(args)
             query, key = axes.standard(operands[0], axes.first), axes.standard(operands[1], axes.second)
-            shadow = self._score(query, key)
-            if shadow is not None:
-                shadow = axes.restore(shadow)
         else:
             return scores
-        return scores if shadow is None and not self.site.recording else self._start(scores, shadow)
-
-    def _start(self, scores: Tensor, shadow: Tensor | None) -> Tensor:
-        return self._track(scores, scores.new_empty(0) if shadow is None else shadow)
-
-    def _score(self, query: Tensor, key: Tensor) -> Tensor | None:
-        self.key_operand = key  # [B, Hq, T, D] or [B * Hq, T, D]
-        if self.site.key is None:
-            return None
-        prefix = self._expand(self.site.prefix(query)[0], query)
-        return query @ prefix.transpose(-1, -2)
+        number, self.count = self.count, self.count + 1
+        if not self.site.probing and number != self.site.product:
+            return scores
+        self.keys[number] = key
+        shadow = scores.new_empty(0)
+        if self.site.key is not None:
+            shadow = query @ self._expand(self.site.prefix(query)[0], query).transpose(-1, -2) * scale
+            if func in _BIASED_PRODUCTS:
+                shadow = self._add_bias(shadow)
+            if axes is not None:
+                shadow = axes.restore(shadow)
+        return self._track(scores, shadow, number)
 
     def _expand(self, prefix: Tensor, like: Tensor) -> Tensor:
         """Give `[K, P, D]` the leading axes of `like`: `[1, Hq, P, D]`, or `[B * Hq, P, D]`."""
@@ -179,28 +173,29 @@ class ScoreShadow(TorchFunctionMode):
 
     # between the products ----------------------------------------------------------------------------------
 
-    def _follow(self, func: Any, shadow: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in _PRODUCTS and id(args[0]) in self.shadows:
-            return self._values(func(*args, **kwargs), shadow, args[1], None)
-        if func is torch.einsum and id(_operands(args)[0]) in self.shadows:
-            axes = _Einsum.of_values(args)
-            value = axes.standard(_operands(args)[1], axes.second)
-            return self._values(func(*args, **kwargs), shadow, value, axes)
-        if func in _SOFTMAX and self.site.key is not None:
-            own = args[0] if args else kwargs["input"]
-            both = func(
-                torch.cat([shadow, own], dim=-1), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"}
-            )
-            virtual = shadow.shape[-1]
-            return self._track(both[..., virtual:], both[..., :virtual])
-        own = next(a for a in _tensors(args, kwargs) if id(a) in self.shadows)
+    def _follow(self, func: Any, own: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        shadow, number = self.shadows[id(own)], self.products[id(own)]
+        if number in self.normalised:
+            if func in _PRODUCTS and args[0] is own:
+                return self._values(func(*args, **kwargs), shadow, args[1], None, number)
+            if func is torch.einsum and _operands(args)[0] is own:
+                axes = _Einsum.of_values(args)
+                value = axes.standard(_operands(args)[1], axes.second)
+                return self._values(func(*args, **kwargs), shadow, value, axes, number)
+        if func in _SOFTMAX:
+            self.normalised.add(number)
+            if self.site.key is not None:
+                options = {k: v for k, v in kwargs.items() if k != "input"}
+                both = func(torch.cat([shadow, own], dim=-1), *args[1:], **options)
+                virtual = shadow.shape[-1]
+                return self._track(both[..., virtual:], both[..., :virtual], number)
         width = own.shape[-1]
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor) or result.dtype == torch.bool or result.dim() == 0:
             return result
         if self.site.key is None:
-            return self._track(result, shadow)
-        return self._track(result, self._step(func, shadow, own, width, result, args, kwargs))
+            return self._track(result, shadow, number)
+        return self._track(result, self._step(func, shadow, own, width, result, args, kwargs), number)
 
     def _step(
         self,
@@ -237,11 +232,11 @@ class ScoreShadow(TorchFunctionMode):
 
     # outputs -----------------------------------------------------------------------------------------------
 
-    def _values(self, output: Tensor, shadow: Tensor, value: Tensor, axes: "_Einsum | None") -> Tensor:
+    def _values(self, output: Tensor, shadow: Tensor, value: Tensor, axes: "_Einsum | None", number: int) -> Tensor:
         self.done = True
         if self.site.recording:
-            assert self.key_operand is not None
-            self.site.record(self._heads(self.key_operand), self._heads(value))
+            self.site.product = number
+            self.site.record(self._heads(self.keys[number]), self._heads(value))
         if self.site.key is None:
             return output
         if axes is not None:
@@ -326,6 +321,8 @@ class _Einsum:
         if len(shared) != 2 or len(depth) != 1 or parts[1][-1] != depth[0]:
             return None
         head = parts[1][-2]
+        if head not in shared or parts[0][-2:] != head + depth[0]:
+            return None
         batch = next(c for c in shared if c != head)
         q = next(c for c in parts[0] if c not in (head, batch, depth[0]))
         k = next(c for c in parts[1] if c not in (head, batch, depth[0]))

@@ -16,7 +16,7 @@ from hf_ptune.injection.embeddings import word_embeddings
 from hf_ptune.injection.sites import Site, key_groups
 from hf_ptune.methods.base import SiteShape
 
-_ENCODER_TOKENS, _DECODER_TOKENS = 5, 3
+_ENCODER_TOKENS, _DECODER_TOKENS = 8, 6
 _NAMED_ATTENTION = re.compile("atten|attn", re.IGNORECASE)
 
 
@@ -26,8 +26,11 @@ def parameters_of(module: nn.Module) -> set[str]:
 
 
 def body_of(backbone: PreTrainedModel) -> PreTrainedModel:
-    """The backbone without its task head."""
+    """The backbone without its task head; of an encoder-decoder family's causal model, the decoder."""
     body: PreTrainedModel = backbone.base_model
+    decoder = getattr(body, "decoder", None)
+    if isinstance(decoder, PreTrainedModel) and not body.config.is_encoder_decoder:
+        return decoder  # the task model calls it past the wrapper around it
     return body
 
 
@@ -51,17 +54,19 @@ def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
     found: list[dict[str, Any]] = [
         {
             "name": name,
+            "product": product,
             "where": _where(body, name, key),
             "heads": key.shape[0],
             "key_dim": key.shape[2],
             "value_dim": value.shape[2],
         }
-        for name, (key, value) in seen.items()
+        for name, (key, value, product) in seen.items()
     ]
     counts: dict[str, int] = {}
     for site in found:
         site["layer"] = counts[site["where"]] = counts.get(site["where"], -1) + 1
-    width = _embed(backbone, word_embeddings(backbone)).shape[-1]
+    embeddings = word_embeddings(backbone)
+    width = backbone.config.hidden_size if embeddings is None else _embed(backbone, embeddings).shape[-1]
     return {
         "sites": found,
         "causal": not backbone.config.is_encoder_decoder and torch.allclose(first[:, 0], second[:, 0], atol=1e-5),
@@ -72,8 +77,8 @@ def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
 
 def _embed(backbone: PreTrainedModel, embeddings: nn.Module) -> Tensor:
     with torch.no_grad():
-        embedded: Tensor = embeddings(torch.tensor([[0]], device=_device(backbone)))
-    return embedded
+        embedded: Any = embeddings(torch.tensor([[0]], device=_device(backbone)))
+    return embedded[0] if isinstance(embedded, tuple) else embedded
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -120,16 +125,16 @@ def _run(body: PreTrainedModel, changed: bool = False) -> Tensor:
     return torch.as_tensor(hidden).float()
 
 
-def _watch(body: PreTrainedModel) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+def _watch(body: PreTrainedModel) -> tuple[dict[str, tuple[Tensor, Tensor, int]], Tensor]:
     """Keys and values `[K, T, D]` that each attention module used, in order of use, and the hidden states."""
     names = {module: name for name, module in body.named_modules()}
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[str, tuple[Tensor, Tensor, int]] = {}
     candidates: dict[str, tuple[nn.Module, Site]] = {}
     handles = []
 
     def heard(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
         if module in names:
-            seen[names[module]] = (key[0], value[0])
+            seen[names[module]] = (key[0], value[0], 0)
 
     for module, name in names.items():
         if _NAMED_ATTENTION.search(type(module).__name__) and own_attention.is_own(module):
@@ -152,7 +157,7 @@ def _watch(body: PreTrainedModel) -> tuple[dict[str, tuple[Tensor, Tensor]], Ten
             sites.remove(module)
     for name, (module, site) in candidates.items():
         if site.recorded is not None:
-            seen.setdefault(name, _ungrouped(module, site.recorded))
+            seen.setdefault(name, (*_ungrouped(module, site.recorded), site.product))
     order = {name: i for i, name in enumerate(names.values())}
     inner = [n for n in seen if not any(other != n and other.startswith(n + ".") for other in seen)]
     return {name: seen[name] for name in sorted(inner, key=order.__getitem__)}, hidden

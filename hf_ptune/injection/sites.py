@@ -18,13 +18,19 @@ class Site:
         where: "encoder", "decoder" or "cross".
         layer: number of the layer, counted per `where`.
         shape: heads and widths of its keys and values.
+        product: which of the products in an attention of its own is that of queries and keys.
+        config: the backbone's configuration.
     """
 
-    def __init__(self, name: str, where: str, layer: int, shape: SiteShape) -> None:
+    def __init__(
+        self, name: str, where: str, layer: int, shape: SiteShape, product: int = 0, config: Any = None
+    ) -> None:
         self.name = name
         self.where = where
         self.layer = layer
         self.shape = shape
+        self.product = product
+        self.config = config
         self.key: torch.Tensor | None = None  # [K, P, D]
         self.value: torch.Tensor | None = None  # [K, P, D]
         self.recorded: tuple[torch.Tensor, torch.Tensor] | None = None
