@@ -1,0 +1,84 @@
+"""The command line: init, run, train."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from test_train import write_base, write_recipe
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import hf_ptune
+from hf_ptune.cli import main
+
+SCRIPT = """
+import argparse, sys
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+parser = argparse.ArgumentParser()
+parser.add_argument("--model_name_or_path")
+folder = parser.parse_args().model_name_or_path
+config = AutoConfig.from_pretrained(folder, num_labels=3)
+model = AutoModelForSequenceClassification.from_pretrained(folder, config=config)
+ids = AutoTokenizer.from_pretrained(folder)("a b", return_tensors="pt")
+print(__name__, sys.argv[0].endswith("script.py"), model(**ids).logits.shape[-1], config.vocab_size)
+"""
+
+
+@pytest.fixture
+def argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def test_a_script_trains_what_init_writes(tmp_path: Path, argv: None, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
+    folder = str(tmp_path / "new")
+    options = ["--method", "p_tuning", "--num-virtual-tokens", "5", "--num-labels", "3"]
+    assert main(["init", "--base", base, *options, folder]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert (model.config.num_virtual_tokens, model.config.num_labels, model.config.flattened) == (5, 3, False)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    assert main(["run", str(script), "--model_name_or_path", folder]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "__main__ True 3 99"
+
+
+def test_init_tells_the_task_of_a_language_model(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "gpt2", "CAUSAL_LM")
+    assert main(["init", "--base", base, "--method", "prefix_tuning", str(tmp_path / "new")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "new")("a b", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=2, min_new_tokens=2).shape[1] == ids["input_ids"].shape[1] + 2
+
+
+def test_errors_are_messages(tmp_path: Path, argv: None, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
+    new = str(tmp_path / "new")
+    for arguments, message in [
+        (["init", "--base", base, "--method", "bitfit", base], "not empty"),
+        (["init", "--base", base, "--method", "bitfit", new], "pass --task"),
+        (["init", "--base", base, "--method", "p_tuning", "--num-virtual-tokens", "0", new], "expected at least 1"),
+        (["init", "--base", "package:no_such/x", "--method", "bitfit", new], "not installed"),
+        (["run", str(tmp_path / "none.py")], "no such script"),
+        (["train", str(tmp_path / "none.yaml")], "cannot be read"),
+    ]:
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error
+    assert not Path(new).exists()
+
+
+def test_train_takes_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("hf_ptune.train.run", seen.append)
+    import json
+
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps(write_recipe(tmp_path, "SEQ_CLS", "base")))
+    assert main(["train", str(path), "--seed=5", "--training.max_steps=3"]) == 0
+    assert seen[0].seed == 5 and seen[0].training["max_steps"] == 3
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"hf_ptune {hf_ptune.__version__}\n"

