@@ -141,6 +141,10 @@ class PTuneConfig(PreTrainedConfig):
         base = self.__dict__.get("_base")
         return self if base is None else base.get_text_config(decoder=decoder, encoder=encoder)
 
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        # the base's are its generation config's business, and would be refused here
+        return {}
+
     def to_dict(self) -> dict[str, Any]:
         settings: dict[str, Any] = super().to_dict()
         settings.pop("_base", None)

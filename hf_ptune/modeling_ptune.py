@@ -20,7 +20,7 @@ from hf_ptune.adapter_file import WEIGHTS_NAME, check_tensors, read_tensors, wri
 from hf_ptune.backbone import TASKS, adapter_names, count_parameter, describe, load_backbone, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
-from hf_ptune.injection import Injector, body_of, find_geometry, parameters_of, word_embeddings
+from hf_ptune.injection import Injector, body_of, find_geometry, parameters_of, text_of, word_embeddings
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import DirectEmbeddings, DirectPrefix, EncoderSpec, PromptEncoder, flatten
 
@@ -143,7 +143,8 @@ class PTunePreTrainedModel(PreTrainedModel):
 
     def _shifts(self, kind: PromptKind) -> bool:
         config = self.config
-        accepted = parameters_of(body_of(self.backbone))
+        body = body_of(self.backbone)
+        accepted = parameters_of(text_of(body, [s["name"] for s in config.geometry["sites"]]))
         possible = bool(config.geometry["causal"]) and "position_ids" in accepted
         if config.position_shift and not possible:
             raise ConfigError(f"position_shift=True, but {type(self.backbone).__name__} takes no position_ids.")

@@ -48,7 +48,7 @@ def initialise(model: Any, tokenizer: Any = None) -> None:
 def _random(model: Any, injector: Injector, kind: PromptKind, virtual: int) -> Tensor:
     if kind is PromptKind.EMBEDDINGS:
         return random_like(embedding_sample(model.backbone), virtual)
-    ids = sample_vocabulary(vocabulary_size(model.backbone), min(virtual, 32))
+    ids = sample_vocabulary(vocabulary_size(model.backbone), 32)
     pairs = _keys_of(injector, ids)
     draws = [
         torch.randn(t.shape[0], virtual, t.shape[2], device=t.device) * t.float().std() for pair in pairs for t in pair
@@ -120,8 +120,10 @@ def embedding_sample(backbone: PreTrainedModel, count: int = 4096) -> Tensor:
 
 def vocabulary_size(backbone: PreTrainedModel) -> int:
     """Number of tokens that the input embeddings know."""
-    text = backbone.config.get_text_config()
-    known = getattr(word_embeddings(backbone), "num_embeddings", None), getattr(text, "vocab_size", None)
+    words = word_embeddings(backbone)
+    if words is None:
+        return 128  # such families take characters
+    known = getattr(words, "num_embeddings", None), getattr(backbone.config.get_text_config(), "vocab_size", None)
     size = next((n for n in known if isinstance(n, int)), None)
     if size is None:
         raise BackboneError(f"{type(backbone).__name__} does not say how many tokens its embeddings know.")

@@ -1,5 +1,6 @@
 """The one seam: an encoder's prompt, embeddings or prefix, meets a backbone here and nowhere else."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,11 @@ from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection import attention, embeddings, own_attention, sites
 from hf_ptune.injection.bridge import bridge
 from hf_ptune.injection.embeddings import InputPrompt, bind
-from hf_ptune.injection.probe import body_of, parameters_of
+from hf_ptune.injection.probe import body_of, parameters_of, text_of
 from hf_ptune.injection.sites import Site
 from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_prefix
+
+_ROTATES = re.compile("rotary|rope|sinusoidal", re.IGNORECASE)
 
 
 class Injector:
@@ -49,21 +52,25 @@ class Injector:
         self.num_virtual_tokens = num_virtual_tokens
         self.shift = shift
         # prefix keys lie after the rotation, so that own tokens must not move with the pads before them
-        rotary = any("rotary" in type(m).__name__.lower() for m in self.body.modules())
-        self.places = shift or (rotary and "position_ids" in parameters_of(self.body))
+        rotary = any(_ROTATES.search(type(m).__name__) for m in self.body.modules())
+        self.text = text_of(self.body, [c["name"] for c in geometry["sites"]])
+        self.places = shift or (rotary and "position_ids" in parameters_of(self.text))
+        self.moves_with_pads = rotary and self.causal and not self.places
         self.enabled = True
         self.inside = False  # while the body runs
         self.busy = False  # while the prompt itself runs through the backbone
         self.cached: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
         self.crossing: Callable[[Tensor], Tensor] | None = None
         self.handles: list[Any] = []
-        self.sites = [
-            Site(c["name"], c["where"], c["layer"], SiteShape(c["heads"], c["key_dim"], c["value_dim"])) for c in chosen
-        ]
+        self.sites = [self._site(c) for c in chosen]
         self.inputs: InputPrompt | None = None
         if kind is PromptKind.EMBEDDINGS and not self.causal:
             self.inputs = self._input_prompt()
         self._attach()
+
+    def _site(self, found: dict[str, Any]) -> Site:
+        shape = SiteShape(found["heads"], found["key_dim"], found["value_dim"])
+        return Site(found["name"], found["where"], found["layer"], shape, found["product"], self.body.config)
 
     # attaching ---------------------------------------------------------------------------------------------
 
@@ -97,6 +104,8 @@ class Injector:
             self.install()
             add(self.body.register_forward_pre_hook(self._before_body, with_kwargs=True, prepend=True))
             add(self.body.register_forward_hook(self._after_body, always_call=True))
+            if self.places or self.moves_with_pads:
+                add(self.text.register_forward_pre_hook(self._before_text, with_kwargs=True))
             words = embeddings.word_embeddings(self.backbone)
             if words is not None:
                 add(words.register_forward_hook(self._after_words))
@@ -144,8 +153,20 @@ class Injector:
         if torch.is_grad_enabled() and self._reentrant():
             pairs = self._bridged(pairs, named)
         self.fill(pairs)
+        return (), named
+
+    def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.busy or not self.enabled:
+            return None
+        named = bind(module, args, kwargs)
         if self.places:
             self._place_positions(named)
+        mask = named.get("attention_mask")
+        if self.moves_with_pads and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):
+            raise InjectionError(
+                f"{type(module).__name__} counts positions from the pads and takes no position_ids: left padding would "
+                'move the tokens away from the prompt. Set tokenizer.padding_side = "right".'
+            )
         return (), named
 
     def _after_body(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -204,9 +225,8 @@ class Injector:
         try:
             with _without_checkpointing(self.body):
                 self.body(**inputs)
-            missing = [s.name for s in self.sites if s.recorded is None]
-            if missing:
-                raise InjectionError(f"no keys were seen at {', '.join(missing)} while the prompt ran.")
+            for site in self.sites:
+                site.check_recorded()
             return [s.recorded for s in self.sites if s.recorded is not None]
         finally:
             self.busy = False

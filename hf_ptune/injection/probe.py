@@ -16,7 +16,12 @@ from hf_ptune.injection.embeddings import word_embeddings
 from hf_ptune.injection.sites import Site, key_groups
 from hf_ptune.methods.base import SiteShape
 
-_ENCODER_TOKENS, _DECODER_TOKENS = 8, 6
+_ENCODER_TOKENS, _DECODER_TOKENS = 7, 5
+_UNSUPPORTED = {
+    "DeepseekV4Attention": "it attends to compressed blocks of tokens, among which a prefix has no place",
+    "HYV4Attention": "it decodes by another computation than it trains by, which no prefix reaches",
+    "LiltSelfAttention": "it adds the scores of two streams of different widths",
+}
 _NAMED_ATTENTION = re.compile("atten|attn", re.IGNORECASE)
 
 
@@ -31,6 +36,15 @@ def body_of(backbone: PreTrainedModel) -> PreTrainedModel:
     decoder = getattr(body, "decoder", None)
     if isinstance(decoder, PreTrainedModel) and not body.config.is_encoder_decoder:
         return decoder  # the task model calls it past the wrapper around it
+    return body
+
+
+def text_of(body: PreTrainedModel, names: list[str]) -> nn.Module:
+    """The outermost model around all attention sites that takes `position_ids`; the body where none does."""
+    for name, module in body.named_modules():
+        around = not name or all(n.startswith(name + ".") for n in names)
+        if isinstance(module, PreTrainedModel) and around and "position_ids" in parameters_of(module):
+            return module
     return body
 
 
@@ -62,6 +76,10 @@ def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
         }
         for name, (key, value, product) in seen.items()
     ]
+    for site in found:
+        family = type(body.get_submodule(site["name"])).__name__
+        if family in _UNSUPPORTED:
+            raise BackboneError(f"{site['name']} ({family}): {_UNSUPPORTED[family]}. Methods that work there: bitfit.")
     counts: dict[str, int] = {}
     for site in found:
         site["layer"] = counts[site["where"]] = counts.get(site["where"], -1) + 1
@@ -69,10 +87,16 @@ def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
     width = backbone.config.hidden_size if embeddings is None else _embed(backbone, embeddings).shape[-1]
     return {
         "sites": found,
-        "causal": not backbone.config.is_encoder_decoder and torch.allclose(first[:, 0], second[:, 0], atol=1e-5),
+        "causal": not backbone.config.is_encoder_decoder and _ignores_later(first, second),
         "skipped": _layers_without(body, [s["name"] for s in found]),
         "embedding_dim": width,
     }
+
+
+def _ignores_later(first: Tensor, second: Tensor) -> bool:
+    """Whether the first token's state stayed where the later ones' moved."""
+    moved = (first - second).abs()
+    return bool(moved[:, 0].max() <= 1e-4 * moved[:, 1:].max())
 
 
 def _embed(backbone: PreTrainedModel, embeddings: nn.Module) -> Tensor:
@@ -156,7 +180,8 @@ def _watch(body: PreTrainedModel) -> tuple[dict[str, tuple[Tensor, Tensor, int]]
         for module, _ in candidates.values():
             sites.remove(module)
     for name, (module, site) in candidates.items():
-        if site.recorded is not None:
+        if site.recorded is not None and site.recorded[0].shape[1] in (_ENCODER_TOKENS, _DECODER_TOKENS):
+            # other lengths are attention over something else than tokens
             seen.setdefault(name, (*_ungrouped(module, site.recorded), site.product))
     order = {name: i for i, name in enumerate(names.values())}
     inner = [n for n in seen if not any(other != n and other.startswith(n + ".") for other in seen)]

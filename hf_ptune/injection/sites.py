@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_ptune.errors import InjectionError
 from hf_ptune.methods.base import SiteShape
 
 _ATTRIBUTE = "_ptune_site"
@@ -43,6 +44,15 @@ class Site:
     def record(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep what the backbone computed for a prompt of batch 1: keys and values `[K, P, D]`."""
         self.recorded = (key, value)
+
+    def check_recorded(self) -> None:
+        """Refuse keys that are not those of the geometry."""
+        if self.recorded is None:
+            raise InjectionError(f"no keys were seen at {self.name} while the prompt ran through the backbone.")
+        key, value = self.recorded
+        found = SiteShape(key.shape[0], key.shape[2], value.shape[2])
+        if found != self.shape:
+            raise InjectionError(f"{self.name} computed keys of {found} for the prompt, expected {self.shape}.")
 
     def prefix(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[K, P, D]` on the device and in the type of the attention's own tensors."""

@@ -241,7 +241,10 @@ def verdict(row: dict[str, Any]) -> str:
         return "unbuilt"
     if "refused" in row:
         return "refused"
-    return "passes" if all(row.get(c, "not reached") in (True, None) for c in CHECKS) else "fails"
+    bad = [row.get(c, "not reached") for c in CHECKS if row.get(c, "not reached") not in (True, None)]
+    if bad and all(str(b).startswith("InjectionError") for b in bad):
+        return "refused"  # the condition is, by a clear error of ours
+    return "fails" if bad else "passes"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
