@@ -1,0 +1,53 @@
+"""The house's layers: imports go downwards only, lazy ones too."""
+
+import ast
+from pathlib import Path
+
+import hf_ptune
+
+ROOT = Path(hf_ptune.__file__).parent
+LAYERS = [
+    {"errors", "shapes"},
+    {"methods"},
+    {"configuration_ptune", "injection", "backbone"},
+    {"adapter_file", "prompt_start"},
+    {"modeling_ptune"},
+    {"auto"},
+    {"recipe", "data", "metrics", "cards"},
+    {"callbacks"},
+    {"hub", "interop"},
+    {"train", "cli"},
+]
+LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    rooms = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hf_ptune":
+            parts = (node.module or "").split(".")
+            rooms |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            rooms |= {a.name.split(".")[1] for a in node.names if a.name.startswith("hf_ptune.")}
+    return rooms & set(LEVEL)
+
+
+def test_imports_go_downwards_only() -> None:
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        relative = path.relative_to(ROOT)
+        room = relative.parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        assert room in LEVEL, f"{room} has no layer yet"
+        wrong += [
+            f"{relative} imports {other}"
+            for other in imported(ast.parse(path.read_text()))
+            if other != room and LEVEL[other] > LEVEL[room]
+        ]
+    assert not wrong
+
+
+def test_methods_import_no_transformers() -> None:
+    for path in (ROOT / "methods").glob("*.py"):
+        assert "transformers" not in path.read_text().replace("huggingface", ""), path.name
