@@ -19,8 +19,9 @@ from hf_ptune.methods import method_names
 
 TRAINED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM")
 # what a run writes into the configuration itself
-_NOT_OPTIONS = ("model_type", "sub_configs", "method", "flattened", "task", "geometry")
-_NOT_OPTIONS += ("base_model_name_or_path", "base_model_revision", "base_class", "base_config")
+_NOT_OPTIONS = {"model_type", "sub_configs", "method", "flattened", "task", "geometry"} | {
+    f"base_{name}" for name in ("model_name_or_path", "model_revision", "class", "config")
+}
 # keys of the recipe's own
 _NOT_TRAINING = ("output_dir", "seed")
 
