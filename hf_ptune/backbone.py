@@ -29,8 +29,8 @@ _TABLE: dict[str, tuple[Any, str, bool]] = {
     "QUESTION_ANS": (AutoModelForQuestionAnswering, "QUESTION_ANSWERING", True),
     "MULTIPLE_CHOICE": (AutoModelForMultipleChoice, "MULTIPLE_CHOICE", True),
     "SEQ_2_SEQ_LM": (AutoModelForSeq2SeqLM, "SEQ_TO_SEQ_CAUSAL_LM", False),
-    "MASKED_LM": (AutoModelForMaskedLM, "MASKED_LM", False),
     "CAUSAL_LM": (AutoModelForCausalLM, "CAUSAL_LM", False),
+    "MASKED_LM": (AutoModelForMaskedLM, "MASKED_LM", False),
     "FEATURE_EXTRACTION": (AutoModel, "", False),
 }
 TASKS: dict[str, Any] = {task: row[0] for task, row in _TABLE.items()}
@@ -103,10 +103,13 @@ def load_backbone(task: str, base: str, config: PreTrainedConfig, **kwargs: Any)
         kwargs: what `from_pretrained` takes (dtype, device_map, attn_implementation, …).
 
     Returns:
-        The backbone, and the names of its parameters that the checkpoint does not hold.
+        The backbone, and the names of its parameters that the checkpoint does not hold, or in another size.
     """
+    # a head of another number of labels is no fault: the adapter brings its own
+    kwargs.setdefault("ignore_mismatched_sizes", _TABLE[task][2])
     backbone, info = TASKS[task].from_pretrained(resolve(base), config=config, output_loading_info=True, **kwargs)
-    return backbone, set(info["missing_keys"])
+    other = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
+    return backbone, set(info["missing_keys"]) | other
 
 
 def head_names(backbone: PreTrainedModel, task: str, further: list[str] | None = None) -> set[str]:

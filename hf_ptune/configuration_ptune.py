@@ -135,11 +135,23 @@ class PTuneConfig(PreTrainedConfig):
         base = self.__dict__.get("_base")
         if base is None or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return getattr(base, name)
+        try:
+            return getattr(base, name)
+        except RuntimeError as error:  # differs by layer, so that the base has no one answer either
+            raise AttributeError(str(error)) from error
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         base = self.__dict__.get("_base")
         return self if base is None else base.get_text_config(decoder=decoder, encoder=encoder)
+
+    # the base's own checks ran when its configuration was made
+    def validate_output_attentions(self) -> None: ...
+
+    def validate_architecture(self) -> None: ...
+
+    def validate_token_ids(self) -> None: ...
+
+    def validate_layer_type(self) -> None: ...
 
     def _get_generation_parameters(self) -> dict[str, Any]:
         # the base's are its generation config's business, and would be refused here

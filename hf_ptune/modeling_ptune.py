@@ -507,5 +507,14 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
     config.base_model_name_or_path = config.base_model_name_or_path or backbone.name_or_path or None
     config.base_model_revision = config.base_model_revision or getattr(backbone.config, "_commit_hash", None)
     model = CLASSES[config.task](config, backbone)
+    injector = model._injector
+    shared = injector is not None and injector.kind is PromptKind.EMBEDDINGS and injector.in_attention
+    if injector is not None and shared and not injector.prompts_agree():
+        model.unwrap()
+        raise BackboneError(
+            f"{type(backbone).__name__} carries more from token to token than keys and values, or counts positions "
+            f"that cannot be moved, so that {config.method} cannot share its prompt over a batch there. "
+            "Methods that work there: p_tuning_v2, prefix_tuning, bitfit."
+        )
     prompt_start.initialise(model, tokenizer)
     return model

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_ptune.backbone import resolve
 from hf_ptune.errors import BackboneError, ConfigError
-from hf_ptune.injection import Injector, word_embeddings
+from hf_ptune.injection import PROBE_TOKENS, Injector, word_embeddings
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import join_prefix
 from hf_ptune.methods.initializers import fit_length, random_like, sample_vocabulary
@@ -48,7 +48,7 @@ def initialise(model: Any, tokenizer: Any = None) -> None:
 def _random(model: Any, injector: Injector, kind: PromptKind, virtual: int) -> Tensor:
     if kind is PromptKind.EMBEDDINGS:
         return random_like(embedding_sample(model.backbone), virtual)
-    ids = sample_vocabulary(vocabulary_size(model.backbone), 32)
+    ids = sample_vocabulary(vocabulary_size(model.backbone), PROBE_TOKENS)
     pairs = _keys_of(injector, ids)
     draws = [
         torch.randn(t.shape[0], virtual, t.shape[2], device=t.device) * t.float().std() for pair in pairs for t in pair

@@ -13,7 +13,7 @@ from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection import attention, embeddings, own_attention, sites
 from hf_ptune.injection.bridge import bridge
 from hf_ptune.injection.embeddings import InputPrompt, bind
-from hf_ptune.injection.probe import body_of, parameters_of, text_of
+from hf_ptune.injection.probe import body_of, parameters_of, text_of, vocabulary_of
 from hf_ptune.injection.sites import Site
 from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_prefix
 
@@ -232,6 +232,34 @@ class Injector:
             self.busy = False
             for site in self.sites:
                 site.recording, site.recorded = False, None
+
+    def prompts_agree(self) -> bool:
+        """Whether a prompt given as a prefix answers as the same embeddings before the tokens would.
+
+        It does not where a layer carries more from token to token than keys and values: a recurrent or
+        convolutional state, sinks of its own, positions that cannot be moved.
+        """
+        words = self._words()
+        ids = torch.tensor([[11, 18, 25]], device=next(words.parameters()).device) % vocabulary_of(self.body)
+        kept = self.encode, self.num_virtual_tokens, self.body.training
+        self.body.eval()
+        try:
+            with torch.no_grad():
+                embeds = words(ids)
+                self.fill(None)
+                self.busy = True
+                expected = self.body(inputs_embeds=embeds)[0][:, 1:].float()
+                self.busy = False
+                self.encode, self.num_virtual_tokens, self.cached = lambda: embeds[0, :1], 1, None
+                found = self.body(inputs_embeds=embeds[:, 1:])[0].float()
+        except (ValueError, NotImplementedError, TypeError):
+            return False  # families that need input_ids say so by one of these
+        finally:
+            self.busy, self.cached = False, None
+            self.encode, self.num_virtual_tokens = kept[:2]
+            self.body.train(kept[2])
+        tolerance = 1e-3 if self.backbone.dtype in (torch.float32, torch.float64) else 0.1
+        return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
     def _reentrant(self) -> bool:
         if not self.backbone.training:

@@ -16,7 +16,8 @@ from hf_ptune.injection.embeddings import word_embeddings
 from hf_ptune.injection.sites import Site, key_groups
 from hf_ptune.methods.base import SiteShape
 
-_ENCODER_TOKENS, _DECODER_TOKENS = 7, 5
+PROBE_TOKENS = 7  # few enough for any position table
+_ENCODER_TOKENS, _DECODER_TOKENS = PROBE_TOKENS, 5
 _UNSUPPORTED = {
     "DeepseekV4Attention": "it attends to compressed blocks of tokens, among which a prefix has no place",
     "HYV4Attention": "it decodes by another computation than it trains by, which no prefix reaches",
@@ -120,11 +121,15 @@ def _quiet(backbone: nn.Module) -> Iterator[None]:
 
 
 def _tokens(body: PreTrainedModel, count: int, changed: bool) -> Tensor:
-    vocabulary = int(getattr(body.config.get_text_config(), "vocab_size", 100) or 100)
     ids = torch.arange(count) * 7 + 11
     if changed:
         ids[1:] += 5
-    return (ids % max(vocabulary - 3, 1))[None].to(_device(body))
+    return (ids % vocabulary_of(body))[None].to(_device(body))
+
+
+def vocabulary_of(body: PreTrainedModel) -> int:
+    """A number of tokens that the body surely knows."""
+    return max(int(getattr(body.config.get_text_config(), "vocab_size", None) or 100) - 3, 1)
 
 
 def _run(body: PreTrainedModel, changed: bool = False) -> Tensor:
@@ -180,8 +185,8 @@ def _watch(body: PreTrainedModel) -> tuple[dict[str, tuple[Tensor, Tensor, int]]
         for module, _ in candidates.values():
             sites.remove(module)
     for name, (module, site) in candidates.items():
-        if site.recorded is not None and site.recorded[0].shape[1] in (_ENCODER_TOKENS, _DECODER_TOKENS):
-            # other lengths are attention over something else than tokens
+        if site.recorded is not None and site.recorded[0].shape[1] >= _DECODER_TOKENS:
+            # shorter ones attend to something else than tokens, such as the layers before
             seen.setdefault(name, (*_ungrouped(module, site.recorded), site.product))
     order = {name: i for i, name in enumerate(names.values())}
     inner = [n for n in seen if not any(other != n and other.startswith(n + ".") for other in seen)]
