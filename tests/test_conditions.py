@@ -233,6 +233,17 @@ def test_no_attention_is_refused() -> None:
         get_ptune_model(mamba, PTuneConfig())
 
 
+@pytest.mark.parametrize("family", ["roberta", "bart"])
+def test_prompts_that_a_prefix_cannot_stand_for_are_refused(family: str) -> None:
+    """Own positions of these decoders cannot be moved behind the prompt's."""
+    backbone = build(family, "CAUSAL_LM", is_decoder=True)
+    before = logits(backbone, input_ids=batch("llama")["input_ids"])
+    with pytest.raises(BackboneError, match="cannot share its prompt"):
+        get_ptune_model(backbone, PTuneConfig(method="prompt_tuning", num_virtual_tokens=4))
+    assert torch.equal(before, logits(backbone, input_ids=batch("llama")["input_ids"]))
+    get_ptune_model(backbone, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4))
+
+
 def test_no_biases_are_refused() -> None:
     with pytest.raises(BackboneError, match="no bias terms"):
         get_ptune_model(build("llama"), PTuneConfig(method="bitfit"))
