@@ -19,6 +19,7 @@ from hf_ptune.methods.base import SiteShape
 PROBE_TOKENS = 7  # few enough for any position table
 _ENCODER_TOKENS, _DECODER_TOKENS = PROBE_TOKENS, 5
 _UNSUPPORTED = {
+    "BltSelfAttention": "it cuts bytes into patches by a model of its own, which a prompt would change",
     "DeepseekV4Attention": "it attends to compressed blocks of tokens, among which a prefix has no place",
     "HYV4Attention": "it decodes by another computation than it trains by, which no prefix reaches",
     "LiltSelfAttention": "it adds the scores of two streams of different widths",
