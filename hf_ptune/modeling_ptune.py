@@ -24,6 +24,9 @@ from hf_ptune.injection import Injector, body_of, find_geometry, parameters_of, 
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import DirectEmbeddings, DirectPrefix, EncoderSpec, PromptEncoder, flatten
 
+# layers that a pooled head never reads: a prefix there would get no gradient
+_UNREAD = {"canine": "final_chars_encoder"}
+_POOLED = ("SEQ_CLS", "MULTIPLE_CHOICE")
 _OWNER = "_ptune_owner"
 _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 
@@ -129,7 +132,8 @@ class PTunePreTrainedModel(PreTrainedModel):
                 )
             return list(geometry["sites"])
         where = set(config.sites or ("encoder", "decoder", "cross"))
-        chosen = [s for s in geometry["sites"] if s["where"] in where]
+        unread = _UNREAD.get(self.backbone.config.model_type, "\0") if self.task in _POOLED else "\0"
+        chosen = [s for s in geometry["sites"] if s["where"] in where and not s["name"].startswith(unread)]
         if config.layers is not None:
             count = 1 + max(s["layer"] for s in chosen)
             wrong = [n for n in config.layers if not -count <= n < count]

@@ -208,6 +208,45 @@ def test_a_text_start_is_the_backbone_s_own_keys_and_values() -> None:
         assert torch.allclose(logits(model, input_ids=ids), logits(build("llama"), input_ids=text)[:, 3:], atol=1e-5)
 
 
+def test_class_labels_start_a_prompt() -> None:
+    class Words:
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            return {"input_ids": {"good": [11, 12], "bad": [13]}[text]}
+
+    names = {0: "good", 1: "bad"}
+    backbone = build("bert", num_labels=2, id2label=names, label2id={v: k for k, v in names.items()})
+    config = PTuneConfig(method="prompt_tuning", num_virtual_tokens=3, prompt_tuning_init="CLASS_LABELS")
+    model = get_ptune_model(backbone, config, Words())
+    words = model.get_input_embeddings().weight
+    assert torch.allclose(model.prompt.weight[0], words[[11, 12]].mean(0), atol=1e-6)
+    assert torch.allclose(model.prompt.weight[1], words[13], atol=1e-6)
+    with pytest.raises(ConfigError, match="needs named labels"):
+        get_ptune_model(build("bert"), config, Words())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_a_quantised_cache_holds_own_tokens_only(method: str) -> None:
+    pytest.importorskip("optimum.quanto")
+    settings = PTuneConfig(method=method, num_virtual_tokens=4)
+    model = get_ptune_model(build("llama", hidden_size=64, head_dim=16).float(), settings).eval()
+    ids = batch("llama")["input_ids"]
+    cache = {"backend": "quanto", "nbits": 4, "q_group_size": 16, "residual_length": 64}
+    plain: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    exact = model.generate(ids, **plain)
+    lossy = model.generate(ids, **plain, cache_implementation="quantized", cache_config=cache)
+    assert torch.equal(exact.sequences[:, :8], lossy.sequences[:, :8])
+    assert lossy.past_key_values.get_seq_length() == ids.shape[1] + 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="an offloaded cache needs an accelerator")
+def test_an_offloaded_cache_gives_the_same_tokens(wrap: Wrap) -> None:
+    model = wrap("llama", "p_tuning_v2").float().cuda()
+    ids = batch("llama")["input_ids"].cuda()
+    exact = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(exact, model.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation="offloaded"))
+
+
 def test_prefix_dropout_only_while_training(wrap: Wrap) -> None:
     model, inputs = wrap("bert", "p_tuning_v2", prefix_dropout=0.5), batch("bert")
     assert torch.equal(logits(model, **inputs), logits(model, **inputs))
