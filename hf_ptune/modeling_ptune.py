@@ -25,7 +25,7 @@ from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import DirectEmbeddings, DirectPrefix, EncoderSpec, PromptEncoder, flatten
 
 # layers that a pooled head never reads: a prefix there would get no gradient
-_UNREAD = {"canine": "final_chars_encoder"}
+_UNREAD = {"canine": "final_char_encoder"}
 _POOLED = ("SEQ_CLS", "MULTIPLE_CHOICE")
 _OWNER = "_ptune_owner"
 _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")

@@ -24,6 +24,7 @@ _UNSUPPORTED = {
     "HYV4Attention": "it decodes by another computation than it trains by, which no prefix reaches",
     "LiltSelfAttention": "it adds the scores of two streams of different widths",
 }
+_OVER_LAYERS = re.compile("AttentionResidual")  # attends to earlier layers, not to tokens
 _NAMED_ATTENTION = re.compile("atten|attn", re.IGNORECASE)
 
 
@@ -167,7 +168,8 @@ def _watch(body: PreTrainedModel) -> tuple[dict[str, tuple[Tensor, Tensor, int]]
             seen[names[module]] = (key[0], value[0], 0)
 
     for module, name in names.items():
-        if _NAMED_ATTENTION.search(type(module).__name__) and own_attention.is_own(module):
+        family = type(module).__name__
+        if _NAMED_ATTENTION.search(family) and not _OVER_LAYERS.search(family) and own_attention.is_own(module):
             site = Site(name, "decoder", 0, SiteShape(1, 1, 1))
             site.recording = site.probing = True
             candidates[name] = (module, site)
@@ -186,8 +188,7 @@ def _watch(body: PreTrainedModel) -> tuple[dict[str, tuple[Tensor, Tensor, int]]
         for module, _ in candidates.values():
             sites.remove(module)
     for name, (module, site) in candidates.items():
-        if site.recorded is not None and site.recorded[0].shape[1] >= _DECODER_TOKENS:
-            # shorter ones attend to something else than tokens, such as the layers before
+        if site.recorded is not None:
             seen.setdefault(name, (*_ungrouped(module, site.recorded), site.product))
     order = {name: i for i, name in enumerate(names.values())}
     inner = [n for n in seen if not any(other != n and other.startswith(n + ".") for other in seen)]
