@@ -24,6 +24,7 @@ from hf_ptune.injection import Injector, body_of, find_geometry, parameters_of, 
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import DirectEmbeddings, DirectPrefix, EncoderSpec, PromptEncoder, flatten
 
+logger = hf_logging.get_logger(__name__)
 # layers that a pooled head never reads: a prefix there would get no gradient
 _UNREAD = {"canine": "final_char_encoder"}
 _POOLED = ("SEQ_CLS", "MULTIPLE_CHOICE")
@@ -521,4 +522,6 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
             "Methods that work there: p_tuning_v2, prefix_tuning, bitfit."
         )
     prompt_start.initialise(model, tokenizer)
+    if model.prompt is not None and config.geometry["skipped"]:
+        logger.warning(f"layers without attention take no prefix: {', '.join(config.geometry['skipped'])}")
     return model

@@ -1,5 +1,6 @@
 """Defects measured in peer libraries, none of which may be ours; numbers are rows of the list they were kept in."""
 
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,7 +254,9 @@ def test_row_40_hybrid_models_take_prefixes_in_their_attention() -> None:
         shared_expert_intermediate_size=16,
         layer_types=["linear_attention", "full_attention"],
     )
-    model = strengthen(get_ptune_model(Qwen3NextForCausalLM(config), PTuneConfig(num_virtual_tokens=3)))
+    with unittest.mock.patch("hf_ptune.modeling_ptune.logger.warning") as said:
+        model = strengthen(get_ptune_model(Qwen3NextForCausalLM(config), PTuneConfig(num_virtual_tokens=3)))
+    assert "layers.0" in said.call_args[0][0]
     assert model.config.geometry["skipped"] == ["layers.0"]
     ids = batch("llama")["input_ids"]
     with model.disable_adapter():
