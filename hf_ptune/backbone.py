@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto import modeling_auto
+from transformers.utils import logging as hf_logging
 
 from hf_ptune.errors import BackboneError
 from hf_ptune.methods.bitfit import bias_names
@@ -107,7 +108,12 @@ def load_backbone(task: str, base: str, config: PreTrainedConfig, **kwargs: Any)
     """
     # a head of another number of labels is no fault: the adapter brings its own
     kwargs.setdefault("ignore_mismatched_sizes", _TABLE[task][2])
-    backbone, info = TASKS[task].from_pretrained(resolve(base), config=config, output_loading_info=True, **kwargs)
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # that a head is new is expected, and the caller is told what is absent
+    try:
+        backbone, info = TASKS[task].from_pretrained(resolve(base), config=config, output_loading_info=True, **kwargs)
+    finally:
+        hf_logging.set_verbosity(level)
     other = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     return backbone, set(info["missing_keys"]) | other
 

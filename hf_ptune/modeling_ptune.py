@@ -22,7 +22,8 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
 from hf_ptune.injection import Injector, body_of, find_geometry, parameters_of, text_of, word_embeddings
 from hf_ptune.methods import PromptKind, get_method
-from hf_ptune.methods.base import DirectEmbeddings, DirectPrefix, EncoderSpec, PromptEncoder, flatten
+from hf_ptune.methods.base import DirectEmbeddings, DirectPrefix, EncoderSpec, PromptEncoder
+from hf_ptune.methods.base import flatten as fold
 
 logger = hf_logging.get_logger(__name__)
 # layers that a pooled head never reads: a prefix there would get no gradient
@@ -233,7 +234,7 @@ class PTunePreTrainedModel(PreTrainedModel):
         """Fold the reparameterisation into the prompt, in place; outputs stay the same, training it does not."""
         if self.prompt is not None and not self.config.flattened:
             training = self.prompt.training
-            self.prompt = flatten(self.prompt).train(training)
+            self.prompt = fold(self.prompt).train(training)
             assert self._injector is not None
             self._injector.prompt = self.prompt
             self.config.flattened = True
@@ -304,7 +305,7 @@ class PTunePreTrainedModel(PreTrainedModel):
         tensors = self.adapter_state_dict(state_dict)
         config = self.config
         if flatten and self.prompt is not None and not config.flattened:
-            folded = globals()["flatten"](self.prompt)
+            folded = fold(self.prompt)
             tensors = {n: t for n, t in tensors.items() if not n.startswith("prompt.")} | {
                 "prompt.weight": folded.weight
             }
@@ -385,14 +386,9 @@ def _load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[
     attention = kwargs.pop("attn_implementation", None) or config._attn_implementation
     if attention is not None:
         kwargs["attn_implementation"] = attention
-    level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # a head that the base does not have is the adapter's to bring
-    try:
-        return load_backbone(
-            task, config.base_model_name_or_path, base, revision=config.base_model_revision or "main", **kwargs
-        )
-    finally:
-        hf_logging.set_verbosity(level)
+    return load_backbone(
+        task, config.base_model_name_or_path, base, revision=config.base_model_revision or "main", **kwargs
+    )
 
 
 _SPECIALISED: dict[tuple[type, type], type] = {}

@@ -39,7 +39,7 @@ def initialise(model: Any, tokenizer: Any = None) -> None:
         else:
             rows = _token_rows(model, start, virtual, tokenizer)
             if kind is PromptKind.EMBEDDINGS:
-                encoded = _embed(model, rows)
+                encoded = _embed(injector, rows)
             else:
                 encoded = join_prefix(_keys_of(injector, [row[0] for row in rows]))
         prompt.start_from(encoded)
@@ -47,7 +47,7 @@ def initialise(model: Any, tokenizer: Any = None) -> None:
 
 def _random(model: Any, injector: Injector, kind: PromptKind, virtual: int) -> Tensor:
     if kind is PromptKind.EMBEDDINGS:
-        return random_like(embedding_sample(model.backbone), virtual)
+        return random_like(embedding_sample(injector), virtual)
     ids = sample_vocabulary(vocabulary_size(model.backbone), PROBE_TOKENS)
     pairs = _keys_of(injector, ids)
     draws = [
@@ -72,9 +72,9 @@ def _keys_of(injector: Injector, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
         body.train(training)
 
 
-def _embed(model: Any, rows: list[list[int]]) -> Tensor:
+def _embed(injector: Injector, rows: list[list[int]]) -> Tensor:
     """Embeddings `[P, H]`; several ids in a row are averaged."""
-    embed = _words(model.backbone)
+    embed = injector.words()
     device = next(embed.parameters()).device
     return torch.stack([embed(torch.tensor([row], device=device))[0].float().mean(0) for row in rows])
 
@@ -108,10 +108,10 @@ def _base_tokenizer(config: Any) -> Any:
         ) from error
 
 
-def embedding_sample(backbone: PreTrainedModel, count: int = 4096) -> Tensor:
+def embedding_sample(injector: Injector, count: int = 4096) -> Tensor:
     """Input embeddings `[M, H]` of the first tokens of the vocabulary."""
-    embed = _words(backbone)
-    size = vocabulary_size(backbone)
+    embed = injector.words()
+    size = vocabulary_size(injector.backbone)
     ids = torch.arange(min(size, count), device=next(embed.parameters()).device)
     with torch.no_grad():
         embedded: Tensor = embed(ids[None])[0]
@@ -128,10 +128,3 @@ def vocabulary_size(backbone: PreTrainedModel) -> int:
     if size is None:
         raise BackboneError(f"{type(backbone).__name__} does not say how many tokens its embeddings know.")
     return size
-
-
-def _words(backbone: PreTrainedModel) -> Any:
-    words = word_embeddings(backbone)
-    if words is None:
-        raise BackboneError(f"{type(backbone).__name__} has no word embeddings to start a prompt from.")
-    return words

@@ -23,7 +23,6 @@ from transformers import (
     pipeline,
     set_seed,
 )
-from transformers.utils import logging as hf_logging
 
 from hf_ptune.adapter_file import WEIGHTS_NAME
 from hf_ptune.backbone import TASKS, head_names, load_backbone, resolve
@@ -144,12 +143,7 @@ def load_base(
     text = config.get_text_config()
     if tokenizer is not None and text.pad_token_id is None:
         text.pad_token_id = tokenizer.pad_token_id
-    level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # that the head is new is expected
-    try:
-        backbone, absent = load_backbone(task, base, config)
-    finally:
-        hf_logging.set_verbosity(level)
+    backbone, absent = load_backbone(task, base, config)
     if unknown := sorted(absent - head_names(backbone, task)):
         raise BackboneError(f"the checkpoint of {base} has no weights for {unknown[:5]}; it does not fit {task}.")
     return backbone

@@ -79,12 +79,13 @@ class Injector:
         return self.inputs is None
 
     def _input_prompt(self) -> InputPrompt:
-        embed = self._words()
+        embed = self.words()
         if self.backbone.config.is_encoder_decoder:
             return InputPrompt(self.body.get_encoder(), embed, index=0)
         return InputPrompt(self.body, embed, index=1)
 
-    def _words(self) -> nn.Module:
+    def words(self) -> nn.Module:
+        """The word embeddings, among which a prompt stands."""
         words = embeddings.word_embeddings(self.backbone)
         if words is None or getattr(words, "quant_mode", None) is not None:
             raise BackboneError(
@@ -207,7 +208,7 @@ class Injector:
     def run_prompt(self, prompt: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Turn a prompt `[P, H]` into keys and values by one pass of the backbone with batch 1."""
         accepted = parameters_of(self.body)
-        like = next(self._words().parameters())
+        like = next(self.words().parameters())
         dtype = like.dtype if like.is_floating_point() else prompt.dtype
         inputs: dict[str, Any] = {"inputs_embeds": prompt.to(like.device, dtype)[None]}
         if "position_ids" in accepted:
@@ -239,7 +240,7 @@ class Injector:
         It does not where a layer carries more from token to token than keys and values: a recurrent or
         convolutional state, sinks of its own, positions that cannot be moved.
         """
-        words = self._words()
+        words = self.words()
         ids = torch.tensor([[11, 18, 25]], device=next(words.parameters()).device) % vocabulary_of(self.body)
         kept = self.encode, self.num_virtual_tokens, self.body.training
         self.body.eval()

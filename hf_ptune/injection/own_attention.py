@@ -45,7 +45,7 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     site = site_of(module)
     mode = None
     if site is not None and (site.key is not None or site.recording) and is_own(module):
-        mode = ScoreShadow(site, module, args, kwargs)
+        mode = ScoreShadow(site, module, kwargs)
         mode.__enter__()
     _stack().append(mode)
 
@@ -85,13 +85,11 @@ def is_own(module: nn.Module) -> bool:
 class ScoreShadow(TorchFunctionMode):
     """Carry the prefix's scores `[..., S, P]` beside the own scores `[..., S, T]` of one attention call."""
 
-    def __init__(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, site: Site, module: nn.Module, kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.site = site
         self.module = module
         self.groups = key_groups(module)
-        hidden = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim() >= 2), None)
-        self.batch = 1 if hidden is None else hidden.shape[0]
         self.bias = alibi.prefix_bias(module, site, kwargs)
         self.shadows: dict[int, Tensor] = {}
         self.products: dict[int, int] = {}  # of a tracked tensor: the number of the product it comes from

@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from hf_ptune.shapes import check_shape
+
 
 class PromptKind(Enum):
     """What an encoder returns: embeddings `[P, H]`, or the flat keys and values `[P, W]` of every site."""
@@ -81,9 +83,17 @@ class PromptEncoder(nn.Module, ABC):
     def forward(self) -> torch.Tensor:
         """Encode the prompt once: `[P, H]` or `[P, W]`, never with a batch axis."""
 
+    @property
     @abstractmethod
+    def origin(self) -> torch.Tensor:
+        """The tensor that a start is written to: the prompt itself, or what is added to a network's output."""
+
     def start_from(self, encoded: torch.Tensor) -> None:
         """Initialise so that `forward` starts at (or near, where a network stands between) `encoded`."""
+        origin = self.origin
+        check_shape("the start of a prompt", encoded, origin.shape, "P N", "Give a start for every virtual token.")
+        with torch.no_grad():
+            origin.copy_(encoded)
 
 
 class DirectPrompt(PromptEncoder):
@@ -96,9 +106,9 @@ class DirectPrompt(PromptEncoder):
     def forward(self) -> torch.Tensor:
         return self.weight  # [P, H] or [P, W]
 
-    def start_from(self, encoded: torch.Tensor) -> None:
-        with torch.no_grad():
-            self.weight.copy_(encoded)
+    @property
+    def origin(self) -> torch.Tensor:
+        return self.weight
 
 
 class DirectEmbeddings(DirectPrompt):

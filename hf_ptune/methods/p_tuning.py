@@ -32,9 +32,9 @@ class PromptEncoderMLP(PromptEncoder):
     def forward(self) -> torch.Tensor:
         return self.network() + self.offset
 
-    def start_from(self, encoded: torch.Tensor) -> None:
-        with torch.no_grad():
-            self.offset.copy_(encoded)
+    @property
+    def origin(self) -> torch.Tensor:
+        return self.offset
 
 
 class PromptEncoderLSTM(PromptEncoderMLP):

@@ -28,9 +28,9 @@ class PrefixMLP(PromptEncoder):
     def forward(self) -> torch.Tensor:
         return self.mlp(self.embedding.weight) + self.offset  # [P, W]
 
-    def start_from(self, encoded: torch.Tensor) -> None:
-        with torch.no_grad():
-            self.offset.copy_(encoded)
+    @property
+    def origin(self) -> torch.Tensor:
+        return self.offset
 
 
 def build(spec: EncoderSpec) -> PrefixMLP:
