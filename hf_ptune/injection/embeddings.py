@@ -5,7 +5,6 @@ where [CLS] pooling does not meet them, and leave the encoder's outputs before a
 encoder-decoder takes them at the front, and its decoder goes on seeing them.
 """
 
-import inspect
 from typing import Any
 
 import torch
@@ -14,16 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_ptune.errors import InjectionError
-
-
-def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name the arguments of a forward call."""
-    signature = inspect.signature(module.forward)
-    bound = signature.bind_partial(*args, **kwargs).arguments
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            bound.update(bound.pop(name, {}))
-    return dict(bound)
+from hf_ptune.injection.calls import parameters_of
 
 
 class InputPrompt:
@@ -39,7 +29,7 @@ class InputPrompt:
         self.encoder = encoder
         self.embed = embed
         self.index = index
-        self.accepted = set(inspect.signature(encoder.forward).parameters)
+        self.accepted = parameters_of(encoder)
 
     def insert(self, prompt: Tensor, named: dict[str, Any]) -> dict[str, Any]:
         """Rewrite the named arguments of a call so that every row holds the prompt."""

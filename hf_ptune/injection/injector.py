@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection import attention, embeddings, own_attention, sites
 from hf_ptune.injection.bridge import bridge
-from hf_ptune.injection.embeddings import InputPrompt, bind
-from hf_ptune.injection.probe import body_of, parameters_of, text_of, vocabulary_of
+from hf_ptune.injection.calls import bind, parameters_of
+from hf_ptune.injection.embeddings import InputPrompt
+from hf_ptune.injection.probe import body_of, text_of, vocabulary_of
 from hf_ptune.injection.sites import Site
 from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_prefix
 

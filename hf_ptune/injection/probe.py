@@ -1,6 +1,5 @@
 """Find the attention sites of a backbone by watching it run on a handful of tokens."""
 
-import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_ptune.errors import BackboneError, PTuneError
 from hf_ptune.injection import attention, own_attention, sites
+from hf_ptune.injection.calls import parameters_of
 from hf_ptune.injection.embeddings import word_embeddings
 from hf_ptune.injection.sites import Site, key_groups
 from hf_ptune.methods.base import SiteShape
@@ -26,11 +26,6 @@ _UNSUPPORTED = {
 }
 _OVER_LAYERS = re.compile("AttentionResidual")  # attends to earlier layers, not to tokens
 _NAMED_ATTENTION = re.compile("atten|attn", re.IGNORECASE)
-
-
-def parameters_of(module: nn.Module) -> set[str]:
-    """Names of the arguments that a module's forward takes."""
-    return set(inspect.signature(module.forward).parameters)
 
 
 def body_of(backbone: PreTrainedModel) -> PreTrainedModel:

@@ -1,0 +1,35 @@
+"""How a module is called: the arguments that its forward takes, and those of one call by name."""
+
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+
+
+@functools.lru_cache(maxsize=512)
+def _without_self(function: Any) -> inspect.Signature:
+    signature = inspect.signature(function)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _forward_of(module: nn.Module) -> inspect.Signature:
+    forward: Any = module.forward
+    if hasattr(forward, "__func__"):
+        return _without_self(forward.__func__)
+    return inspect.signature(forward)  # replaced on the instance, such as by a device map
+
+
+def parameters_of(module: nn.Module) -> set[str]:
+    """Names of the arguments that a module's forward takes."""
+    return set(_forward_of(module).parameters)
+
+
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a forward call."""
+    signature = _forward_of(module)
+    bound = signature.bind_partial(*args, **kwargs).arguments
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound.update(bound.pop(name, {}))
+    return dict(bound)
