@@ -2,11 +2,13 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import cached_file
 
 from hf_ptune.errors import AdapterFileError
 
@@ -31,6 +33,22 @@ def write_tensors(folder: str | os.PathLike[str], tensors: dict[str, Tensor]) ->
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def find_weights(source: str, **hub: Any) -> str:
+    """Find an adapter's weights in a folder, the cache or the Hub.
+
+    Args:
+        source: folder or Hub id.
+        hub: revision, token, cache_dir and the like.
+
+    Raises:
+        AdapterFileError: there are none.
+    """
+    path: str | None = cached_file(source, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:
+        raise AdapterFileError(f"{source} has no {WEIGHTS_NAME}; expected an adapter that save_pretrained wrote.")
+    return path
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -12,23 +12,20 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from hf_ptune import prompt_start
-from hf_ptune.adapter_file import WEIGHTS_NAME, check_tensors, read_tensors, write_tensors
-from hf_ptune.backbone import TASKS, adapter_names, count_parameter, describe, load_backbone, task_of
+from hf_ptune.adapter_file import check_tensors, find_weights, read_tensors, write_tensors
+from hf_ptune.backbone import TASKS, adapter_names, count_parameter, load_backbone, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
-from hf_ptune.injection import Injector, body_of, find_geometry, parameters_of, text_of, word_embeddings
+from hf_ptune.errors import BackboneError, ConfigError, PTuneError
+from hf_ptune.injection import Injector, find_geometry, word_embeddings
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import DirectEmbeddings, DirectPrefix, EncoderSpec, PromptEncoder
 from hf_ptune.methods.base import flatten as fold
+from hf_ptune.placement import choose_sites, shifts_positions
 
 logger = hf_logging.get_logger(__name__)
-# layers that a pooled head never reads: a prefix there would get no gradient
-_UNREAD = {"canine": "final_char_encoder"}
-_POOLED = ("SEQ_CLS", "MULTIPLE_CHOICE")
 _OWNER = "_ptune_owner"
 _HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 
@@ -87,7 +84,7 @@ class PTunePreTrainedModel(PreTrainedModel):
 
     def _build_prompt(self, kind: PromptKind) -> None:
         config, geometry = self.config, self.config.geometry
-        chosen = self._choose_sites(kind)
+        chosen = choose_sites(self.backbone, config, kind, self.task)
         width = sum(s["heads"] * (s["key_dim"] + s["value_dim"]) for s in chosen)
         spec = EncoderSpec(
             num_virtual_tokens=config.num_virtual_tokens,
@@ -114,47 +111,14 @@ class PTunePreTrainedModel(PreTrainedModel):
         dtype = torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
         self.prompt = prompt.to(device=device, dtype=dtype)
         self._injector = Injector(
-            self.backbone, geometry, self.prompt, self._encode, config.num_virtual_tokens, chosen, self._shifts(kind)
+            self.backbone,
+            geometry,
+            self.prompt,
+            self._encode,
+            config.num_virtual_tokens,
+            chosen,
+            shifts_positions(self.backbone, config),
         )
-
-    def _choose_sites(self, kind: PromptKind) -> list[dict[str, Any]]:
-        config, geometry = self.config, self.config.geometry
-        name = type(self.backbone).__name__
-        if not geometry["sites"]:
-            raise BackboneError(
-                f"{name} has no attention that a prompt could enter (found {describe(geometry)}). "
-                "Methods that work there: bitfit."
-            )
-        if kind is PromptKind.EMBEDDINGS:
-            if geometry["causal"] and geometry["skipped"]:
-                raise BackboneError(
-                    f"{name} has layers without attention ({', '.join(geometry['skipped'][:4])}, …), through which a "
-                    f"prompt among the inputs cannot be shared by a batch. Methods that work there: p_tuning_v2, "
-                    "prefix_tuning, bitfit."
-                )
-            return list(geometry["sites"])
-        where = set(config.sites or ("encoder", "decoder", "cross"))
-        unread = _UNREAD.get(self.backbone.config.model_type, "\0") if self.task in _POOLED else "\0"
-        chosen = [s for s in geometry["sites"] if s["where"] in where and not s["name"].startswith(unread)]
-        if config.layers is not None:
-            count = 1 + max(s["layer"] for s in chosen)
-            wrong = [n for n in config.layers if not -count <= n < count]
-            if wrong:
-                raise ConfigError(f"layers={config.layers} names {wrong}; {name} has layers 0 to {count - 1}.")
-            layers = {n % count for n in config.layers}
-            chosen = [s for s in chosen if s["layer"] in layers]
-        if not chosen:
-            raise ConfigError(f"sites={config.sites} and layers={config.layers} leave no attention of {name}.")
-        return chosen
-
-    def _shifts(self, kind: PromptKind) -> bool:
-        config = self.config
-        body = body_of(self.backbone)
-        accepted = parameters_of(text_of(body, [s["name"] for s in config.geometry["sites"]]))
-        possible = bool(config.geometry["causal"]) and "position_ids" in accepted
-        if config.position_shift and not possible:
-            raise ConfigError(f"position_shift=True, but {type(self.backbone).__name__} takes no position_ids.")
-        return possible if config.position_shift is None else config.position_shift
 
     def _encode(self) -> Tensor:
         assert self.prompt is not None
@@ -346,7 +310,7 @@ class PTunePreTrainedModel(PreTrainedModel):
             )
             kwargs = {k: v for k, v in kwargs.items() if k in rest or k not in config.__dict__}
         source = os.fspath(pretrained_model_name_or_path)
-        tensors = read_tensors(_weights_file(source, own))
+        tensors = read_tensors(find_weights(source, **own))
         backbone, absent = _load_base(cls.task, config, hub | kwargs)
         absent = {n for n in absent if f"backbone.{n}" not in tensors}
         model = cls(config, backbone)
@@ -368,13 +332,6 @@ class PTunePreTrainedModel(PreTrainedModel):
             "error_msgs": [],
         }
         return (model, info) if with_info else model
-
-
-def _weights_file(source: str, hub: dict[str, Any]) -> str:
-    path = cached_file(source, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    if path is None:
-        raise AdapterFileError(f"{source} has no {WEIGHTS_NAME}; expected an adapter that save_pretrained wrote.")
-    return cast(str, path)
 
 
 def _load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:

@@ -10,7 +10,7 @@ LAYERS = [
     {"errors", "shapes"},
     {"methods"},
     {"configuration_ptune", "injection", "backbone"},
-    {"adapter_file", "prompt_start"},
+    {"adapter_file", "placement", "prompt_start"},
     {"modeling_ptune"},
     {"auto"},
     {"recipe", "data", "metrics", "cards"},

@@ -1,0 +1,72 @@
+"""Where in a backbone a prompt may stand, and what refuses it."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_ptune.backbone import describe
+from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.errors import BackboneError, ConfigError
+from hf_ptune.injection import body_of, parameters_of, text_of
+from hf_ptune.methods import PromptKind
+
+# layers that a pooled head never reads: a prefix there would get no gradient
+_UNREAD = {"canine": "final_char_encoder"}
+_POOLED = ("SEQ_CLS", "MULTIPLE_CHOICE")
+
+
+def choose_sites(backbone: PreTrainedModel, config: PTuneConfig, kind: PromptKind, task: str) -> list[dict[str, Any]]:
+    """Choose the attention sites that take a prompt.
+
+    Args:
+        backbone: the task model.
+        config: names layers and sites, and holds the geometry.
+        kind: what the method's encoder returns.
+        task: a key of `TASKS`.
+
+    Raises:
+        BackboneError: the backbone cannot take the kind.
+        ConfigError: layers or sites that it does not have.
+    """
+    geometry = config.geometry
+    name = type(backbone).__name__
+    if not geometry["sites"]:
+        raise BackboneError(
+            f"{name} has no attention that a prompt could enter (found {describe(geometry)}). "
+            "Methods that work there: bitfit."
+        )
+    if kind is PromptKind.EMBEDDINGS:
+        if geometry["causal"] and geometry["skipped"]:
+            raise BackboneError(
+                f"{name} has layers without attention ({', '.join(geometry['skipped'][:4])}, …), through which a "
+                f"prompt among the inputs cannot be shared by a batch. Methods that work there: p_tuning_v2, "
+                "prefix_tuning, bitfit."
+            )
+        return list(geometry["sites"])
+    where = set(config.sites or ("encoder", "decoder", "cross"))
+    unread = _UNREAD.get(backbone.config.model_type, "\0") if task in _POOLED else "\0"
+    chosen = [s for s in geometry["sites"] if s["where"] in where and not s["name"].startswith(unread)]
+    if config.layers is not None:
+        count = 1 + max(s["layer"] for s in chosen)
+        wrong = [n for n in config.layers if not -count <= n < count]
+        if wrong:
+            raise ConfigError(f"layers={config.layers} names {wrong}; {name} has layers 0 to {count - 1}.")
+        layers = {n % count for n in config.layers}
+        chosen = [s for s in chosen if s["layer"] in layers]
+    if not chosen:
+        raise ConfigError(f"sites={config.sites} and layers={config.layers} leave no attention of {name}.")
+    return chosen
+
+
+def shifts_positions(backbone: PreTrainedModel, config: PTuneConfig) -> bool:
+    """Whether own tokens stand after the virtual ones in the position count.
+
+    Raises:
+        ConfigError: asked for where the backbone takes no `position_ids`.
+    """
+    body = body_of(backbone)
+    accepted = parameters_of(text_of(body, [s["name"] for s in config.geometry["sites"]]))
+    possible = bool(config.geometry["causal"]) and "position_ids" in accepted
+    if config.position_shift and not possible:
+        raise ConfigError(f"position_shift=True, but {type(backbone).__name__} takes no position_ids.")
+    return possible if config.position_shift is None else config.position_shift
