@@ -121,6 +121,7 @@ class PTuneConfig(PreTrainedConfig):
     def set_base(self, base: PreTrainedConfig) -> None:
         """Take over the configuration of a loaded base."""
         self.base_config = base.to_dict()
+        self.base_config.pop("quantization_config", None)  # how a base is loaded is up to whoever loads it
         self._mirror_base()
 
     @property

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from hf_ptune import prompt_start
 from hf_ptune.adapter_file import check_tensors, find_weights, read_tensors, write_tensors
-from hf_ptune.backbone import TASKS, adapter_names, count_parameter, load_backbone, task_of
+from hf_ptune.backbone import TASKS, adapter_names, count_parameter, load_backbone, resolve, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
 from hf_ptune.injection import Injector, find_geometry, word_embeddings
@@ -215,7 +215,7 @@ class PTunePreTrainedModel(PreTrainedModel):
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         resized = self.backbone.resize_token_embeddings(*args, **kwargs)
-        self.config.base_config["vocab_size"] = self.backbone.config.get_text_config().vocab_size
+        self.config.set_base(self.backbone.config)
         return cast(nn.Embedding, resized)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -343,9 +343,22 @@ def _load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[
     attention = kwargs.pop("attn_implementation", None) or config._attn_implementation
     if attention is not None:
         kwargs["attn_implementation"] = attention
-    return load_backbone(
-        task, config.base_model_name_or_path, base, revision=config.base_model_revision or "main", **kwargs
+    name, revision = config.base_model_name_or_path, config.base_model_revision or "main"
+    hub = {k: v for k, v in kwargs.items() if k in _HUB_KEYS}
+    own = AutoConfig.from_pretrained(resolve(name), revision=revision, **hub).get_text_config()
+    text = base.get_text_config()
+    wanted, present = getattr(text, "vocab_size", None), getattr(own, "vocab_size", None)
+    if wanted == present:
+        return load_backbone(task, name, base, revision=revision, **kwargs)
+    # the vocabulary was resized after the base had been loaded: its checkpoint has to be met as it is
+    text.vocab_size = present
+    backbone, absent = load_backbone(task, name, base, revision=revision, **kwargs)
+    backbone.resize_token_embeddings(wanted)
+    logger.warning(
+        f"the vocabulary was resized from {present} to {wanted} tokens; embeddings of new tokens are drawn anew "
+        "unless modules_to_save names the embeddings."
     )
+    return backbone, absent
 
 
 _SPECIALISED: dict[tuple[type, type], type] = {}
@@ -461,7 +474,6 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
     config.task = task_of(backbone)
     config.base_class = type(backbone).__name__
     config.set_base(backbone.config)
-    config.base_config.pop("quantization_config", None)
     config.base_model_name_or_path = config.base_model_name_or_path or backbone.name_or_path or None
     config.base_model_revision = config.base_model_revision or getattr(backbone.config, "_commit_hash", None)
     model = CLASSES[config.task](config, backbone)

@@ -102,6 +102,22 @@ def test_head_and_labels_come_back(wrap: Wrap, tmp_path: Path) -> None:
     assert (loaded.backbone.classifier.weight == 0.25).all()
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_resized_vocabulary_loads(when: str, base_folder: Any, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(base_folder("llama"))
+    if when == "before":
+        base.resize_token_embeddings(105)
+    model = get_ptune_model(base, PTuneConfig(num_virtual_tokens=3)).eval()
+    if when == "after":
+        model.resize_token_embeddings(105)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.vocab_size == loaded.backbone.config.vocab_size == 105
+    with torch.no_grad():
+        found, expected = loaded(**batch("llama")).logits, model(**batch("llama")).logits
+    assert found.shape[-1] == 105 and torch.allclose(found[..., :99], expected[..., :99], atol=1e-6)
+
+
 def test_loading_info(adapter: Path) -> None:
     _, info = AutoModelForCausalLM.from_pretrained(adapter, output_loading_info=True)
     assert not any(info.values())
