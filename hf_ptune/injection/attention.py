@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
 
 from hf_ptune.errors import InjectionError
+from hf_ptune.injection.merge import merge_kernel, merged_attention
 from hf_ptune.injection.sites import Site, site_of
 
 _WRAPPED = "_ptune_wrapped"
@@ -40,6 +42,7 @@ def install(name: str) -> None:
 
 def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     flash = is_flash_attention_requested(requested_attention_implementation=name)
+    merges = function is sdpa_attention_forward
 
     @functools.wraps(function)
     def attention(
@@ -62,6 +65,12 @@ def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(module, query, key, value, attention_mask, *args, **kwargs)
         if flash:
             _refuse_flash(site, kwargs)
+        if (
+            merges
+            and not args
+            and (merged := _merge(module, site, query, key, value, attention_mask, kwargs)) is not None
+        ):
+            return merged, None
         mask = _extend_mask(module, site, query, key, attention_mask, kwargs, flash)
         if (bias := kwargs.get("position_bias")) is not None:
             kwargs["position_bias"] = F.pad(bias, (site.num_virtual_tokens, 0))
@@ -72,10 +81,44 @@ def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return attention
 
 
+def _merge(
+    module: nn.Module,
+    site: Site,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    kwargs: dict[str, Any],
+) -> torch.Tensor | None:
+    """What torch's fused attention over [prefix | own tokens] gives, `[B, S, H, D]`, or `None` to concatenate."""
+    if any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap")):
+        return None
+    kernel = merge_kernel(query, key, value, mask, kwargs.get("dropout", 0.0))
+    if kernel is None:
+        return None
+    prefix_key, prefix_value = _checked_prefix(site, key, value)
+    causal = mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
+    output = merged_attention(query, key, value, prefix_key, prefix_value, mask, causal, kwargs.get("scaling"), kernel)
+    return output.transpose(1, 2).contiguous()
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    causal = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
 def prepend(site: Site, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Put the shared prefix before the own keys and values `[B, K, T, D]`; the reference of every faster path."""
-    prefix_key, prefix_value = site.prefix(key)
+    prefix_key, prefix_value = _checked_prefix(site, key, value)
     batch = key.shape[0]
+    return (
+        torch.cat([prefix_key[None].expand(batch, -1, -1, -1), key], dim=2),
+        torch.cat([prefix_value[None].expand(batch, -1, -1, -1), value], dim=2),
+    )
+
+
+def _checked_prefix(site: Site, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    prefix_key, prefix_value = site.prefix(key)
     if (key.shape[1], key.shape[3], value.shape[3]) != (
         prefix_key.shape[0],
         prefix_key.shape[2],
@@ -86,10 +129,7 @@ def prepend(site: Site, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.T
             f"but its prefix has {prefix_key.shape[0]} heads x {prefix_key.shape[2]} and x {prefix_value.shape[2]}. "
             "The backbone differs from the one the adapter was made for; load that one, or make a new adapter."
         )
-    return (
-        torch.cat([prefix_key[None].expand(batch, -1, -1, -1), key], dim=2),
-        torch.cat([prefix_value[None].expand(batch, -1, -1, -1), value], dim=2),
-    )
+    return prefix_key, prefix_value
 
 
 def _refuse_flash(site: Site, kwargs: dict[str, Any]) -> None:
@@ -115,9 +155,7 @@ def _extend_mask(
     """Let every query see the whole prefix, whatever the own mask says."""
     virtual, queries, keys = site.num_virtual_tokens, query.shape[2], key.shape[2]
     if mask is None:
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        if flash or queries == 1 or not causal:
+        if flash or queries == 1 or not _is_causal(module, kwargs):
             return None
         # `is_causal` of the kernels is aligned to the upper left: with a prefix it has to become a mask
         return torch.ones(queries, virtual + keys, dtype=torch.bool, device=query.device).tril(virtual)[None, None]
