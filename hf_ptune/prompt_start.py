@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_ptune.backbone import resolve
 from hf_ptune.errors import BackboneError, ConfigError
-from hf_ptune.injection import PROBE_TOKENS, Injector, word_embeddings
+from hf_ptune.injection import PROBE_TOKENS, Injector, evaluating, word_embeddings
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import join_prefix
 from hf_ptune.methods.initializers import fit_length, random_like, sample_vocabulary
@@ -64,12 +64,8 @@ def _keys_of(injector: Injector, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
     inputs = {"input_ids": tokens}
     if body.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
-    training = body.training
-    body.eval()
-    try:
+    with evaluating(body):
         return injector.record(inputs)
-    finally:
-        body.train(training)
 
 
 def _embed(injector: Injector, rows: list[list[int]]) -> Tensor:

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
 
 from hf_ptune.errors import InjectionError
+from hf_ptune.injection import joint
 from hf_ptune.injection.merge import merge_kernel, merged_attention
 from hf_ptune.injection.sites import Site, site_of
 
@@ -38,6 +39,8 @@ def install(name: str) -> None:
         function = AttentionInterface._global_mapping.get(name)
         if function is not None and not hasattr(function, _WRAPPED):
             AttentionInterface.register(name, _wrap(name, function))
+        if name == "sdpa":
+            joint.install(name)
 
 
 def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,6 +62,8 @@ def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             if not torch.compiler.is_compiling() and (listener := getattr(_listening, "to", None)) is not None:
                 listener(module, query, key, value)
             return function(module, query, key, value, attention_mask, *args, **kwargs)
+        if isinstance(attention_mask, joint.JointMask):
+            return joint.attend(attention, site, module, (query, key, value), attention_mask, kwargs)
         if site.recording:
             site.record(key[0], value[0])
         if site.key is None:

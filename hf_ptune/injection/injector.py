@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_ptune.errors import BackboneError, InjectionError
-from hf_ptune.injection import attention, embeddings, own_attention, sites
+from hf_ptune.injection import attention, embeddings, joint, own_attention, sites
 from hf_ptune.injection.bridge import bridge
 from hf_ptune.injection.calls import bind, parameters_of
 from hf_ptune.injection.embeddings import InputPrompt
@@ -60,6 +60,8 @@ class Injector:
         self.enabled = True
         self.inside = False  # while the body runs
         self.busy = False  # while the prompt itself runs through the backbone
+        self.layout: joint.Layout | None = None  # while prompt and rows run as one sequence
+        self.joins: bool | None = None  # whether they may; tried when the first batch trains
         self.cached: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
         self.crossing: Callable[[Tensor], Tensor] | None = None
         self.handles: list[Any] = []
@@ -150,19 +152,24 @@ class Injector:
         if not self.enabled:
             self.fill(None)
             return None
-        pairs = self._pairs() if torch.compiler.is_compiling() else self._current_pairs()
         named = bind(module, args, kwargs)
+        if self._may_join(named):
+            named, self.layout = joint.join(named, self.encode(), self.words(), self._shifted_positions(named))
+            joint.begin(self.layout)
+            self.fill(None)
+            return (), named
+        pairs = self._pairs() if torch.compiler.is_compiling() else self._current_pairs()
         if torch.is_grad_enabled() and self._reentrant():
             pairs = self._bridged(pairs, named)
         self.fill(pairs)
         return (), named
 
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.busy or not self.enabled:
+        if self.busy or not self.enabled or self.layout is not None:
             return None
         named = bind(module, args, kwargs)
         if self.places:
-            self._place_positions(named)
+            named["position_ids"] = self._shifted_positions(named)
         mask = named.get("attention_mask")
         if self.moves_with_pads and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):
             raise InjectionError(
@@ -171,9 +178,15 @@ class Injector:
             )
         return (), named
 
-    def _after_body(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self.busy:
-            self.inside = False
+    def _after_body(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.busy:
+            return None
+        self.inside = False
+        layout, self.layout = self.layout, None
+        if layout is None:
+            return None
+        joint.begin(None)
+        return None if output is None else joint.part(output, layout)  # none where the body has raised
 
     def _before_part(self, module: nn.Module, args: Any) -> None:
         if not self.inside and not self.busy:
@@ -243,10 +256,9 @@ class Injector:
         """
         words = self.words()
         ids = torch.tensor([[11, 18, 25]], device=next(words.parameters()).device) % vocabulary_of(self.body)
-        kept = self.encode, self.num_virtual_tokens, self.body.training
-        self.body.eval()
+        kept = self.encode, self.num_virtual_tokens
         try:
-            with torch.no_grad():
+            with evaluating(self.body), torch.no_grad():
                 embeds = words(ids)
                 self.fill(None)
                 self.busy = True
@@ -258,10 +270,38 @@ class Injector:
             return False  # families that need input_ids say so by one of these
         finally:
             self.busy, self.cached = False, None
-            self.encode, self.num_virtual_tokens = kept[:2]
-            self.body.train(kept[2])
-        tolerance = 1e-3 if self.backbone.dtype in (torch.float32, torch.float64) else 0.1
-        return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+            self.encode, self.num_virtual_tokens = kept
+        return _close(found, expected, self.backbone.dtype)
+
+    def _may_join(self, named: dict[str, Any]) -> bool:
+        if self.kind is not PromptKind.EMBEDDINGS or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if self.joins is None:
+            self.joins = self._joining_agrees()
+        return self.joins and joint.can_join(named)
+
+    def _joining_agrees(self) -> bool:
+        """Whether prompt and rows in one sequence answer as the prompt shared as a prefix does."""
+        if not self.shift or self.text is not self.body or self.backbone.config._attn_implementation != "sdpa":
+            return False
+        ids = torch.tensor([[11, 18, 25, 7], [3, 12, 9, 5]], device=next(self.words().parameters()).device)
+        inputs = {
+            "input_ids": ids % vocabulary_of(self.body),
+            "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=ids.device),
+        }
+        encode, encoded = self.encode, self.encode().detach()
+        self.encode = lambda: encoded
+        answers = []
+        try:
+            with evaluating(self.body):
+                for self.joins in (False, True):
+                    output = self.body(**inputs)
+                    answers.append(output[0].detach().float()[inputs["attention_mask"].bool()])
+        except (ValueError, TypeError, AttributeError, RuntimeError, InjectionError):
+            return False  # layers that look into their mask, or that mix tokens by themselves
+        finally:
+            self.encode, self.inside = encode, True
+        return _close(*answers, self.backbone.dtype)
 
     def _reentrant(self) -> bool:
         if not self.backbone.training:
@@ -284,11 +324,11 @@ class Injector:
         cross, self.crossing = self.crossing, None
         return None if cross is None else cross(output)
 
-    def _place_positions(self, named: dict[str, Any]) -> None:
-        given = named.get("position_ids")
+    def _shifted_positions(self, named: dict[str, Any]) -> Tensor:
+        given: Tensor | None = named.get("position_ids")
         if given is None:
             given = self._own_positions(named)
-        named["position_ids"] = given + self.num_virtual_tokens if self.shift else given
+        return given + self.num_virtual_tokens if self.shift else given
 
     def _own_positions(self, named: dict[str, Any]) -> Tensor:
         own = named.get("input_ids")
@@ -339,6 +379,23 @@ class Injector:
         return embeddings.cut_encoder_fields(
             output, at, self.num_virtual_tokens, states.shape[1] - self.num_virtual_tokens
         )
+
+
+def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+@contextmanager
+def evaluating(body: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode for a while."""
+    training = [m for m in body.modules() if m.training]
+    body.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
