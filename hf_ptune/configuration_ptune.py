@@ -44,6 +44,8 @@ class PTuneConfig(PreTrainedConfig):
         sites: attention sites of an encoder-decoder that take a prefix, of "encoder", "decoder", "cross".
         position_shift: whether own tokens stand after the virtual ones in the position count. Unset: yes in
             causal models that take `position_ids`, no in encoders, so that their full length stays usable.
+        loss_at_labels: whether language models compute logits only where a label counts while they train; loss
+            and gradients stay the same. Logits that somebody asks for all the same cost a second forward pass.
         modules_to_save: further modules of the backbone that are trained and saved; a task's head always is.
         flattened: whether the reparameterisation has been folded into the prompt.
     """
@@ -63,6 +65,7 @@ class PTuneConfig(PreTrainedConfig):
     layers: list[int] | None = None
     sites: list[str] | None = None
     position_shift: bool | None = None
+    loss_at_labels: bool = True
     modules_to_save: list[str] | None = None
     flattened: bool = False
     task: str | None = None

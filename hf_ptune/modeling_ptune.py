@@ -20,6 +20,7 @@ from hf_ptune.backbone import TASKS, adapter_names, count_parameter, load_backbo
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
 from hf_ptune.injection import Injector, find_geometry, word_embeddings
+from hf_ptune.loss_at_labels import LossAtLabels
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import DirectEmbeddings, DirectPrefix, EncoderSpec, PromptEncoder
 from hf_ptune.methods.base import flatten as fold
@@ -55,6 +56,7 @@ class PTunePreTrainedModel(PreTrainedModel):
         self._was_trainable = {n for n, p in backbone.named_parameters() if p.requires_grad}
         self.prompt: PromptEncoder | None = None
         self._injector: Injector | None = None
+        self._loss_at_labels = LossAtLabels(backbone, self.task) if config.loss_at_labels else None
         method = get_method(config.method)
         self._adopt(backbone)
         if not config.geometry:
@@ -73,13 +75,13 @@ class PTunePreTrainedModel(PreTrainedModel):
     def _adopt(self, backbone: PreTrainedModel) -> None:
         owner = backbone.__dict__.get(_OWNER)
         previous = owner() if owner is not None else None
-        if previous is not None and previous._injector is not None:
-            warnings.warn(
-                "the backbone had a prompt already; the new one takes its place and the old wrapper stops working.",
-                stacklevel=4,
-            )
-            previous._injector.detach()
-            previous._injector = None
+        if previous is not None:
+            if previous._injector is not None:
+                warnings.warn(
+                    "the backbone had a prompt already; the new one takes its place and the old wrapper stops working.",
+                    stacklevel=4,
+                )
+            previous._release()
         backbone.__dict__[_OWNER] = weakref.ref(self)
 
     def _build_prompt(self, kind: PromptKind) -> None:
@@ -169,6 +171,8 @@ class PTunePreTrainedModel(PreTrainedModel):
             raise PTuneError("torch.nn.DataParallel is not supported; start one process per device: accelerate launch.")
         if self.prompt is not None and self._injector is None:
             raise PTuneError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
+        if self._loss_at_labels is not None and (output := self._loss_at_labels(args, kwargs)) is not None:
+            return output
         return self.backbone(*args, **kwargs)
 
     @contextmanager
@@ -185,14 +189,21 @@ class PTunePreTrainedModel(PreTrainedModel):
 
     def unwrap(self) -> PreTrainedModel:
         """Give the backbone back as it was before it was wrapped, with the head that has been trained."""
-        if self._injector is not None:
-            self._injector.detach()
-            self._injector = None
+        self._release()
         self.backbone.__dict__.pop(_OWNER, None)
         for name, parameter in self.backbone.named_parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(name in self._was_trainable)
         return self.backbone
+
+    def _release(self) -> None:
+        """Take every hook off the backbone."""
+        if self._injector is not None:
+            self._injector.detach()
+            self._injector = None
+        if self._loss_at_labels is not None:
+            self._loss_at_labels.detach()
+            self._loss_at_labels = None
 
     def flatten(self) -> "PTunePreTrainedModel":
         """Fold the reparameterisation into the prompt, in place; outputs stay the same, training it does not."""

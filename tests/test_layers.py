@@ -10,7 +10,7 @@ LAYERS = [
     {"errors", "shapes"},
     {"methods"},
     {"configuration_ptune", "injection", "backbone"},
-    {"adapter_file", "placement", "prompt_start"},
+    {"adapter_file", "placement", "prompt_start", "loss_at_labels"},
     {"modeling_ptune"},
     {"auto"},
     {"recipe", "data", "metrics", "cards"},

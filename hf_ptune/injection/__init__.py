@@ -1,6 +1,6 @@
 """The only place where prompts meet a backbone."""
 
-from hf_ptune.injection.calls import parameters_of
+from hf_ptune.injection.calls import bind, parameters_of
 from hf_ptune.injection.embeddings import word_embeddings
 from hf_ptune.injection.injector import Injector, evaluating
 from hf_ptune.injection.probe import PROBE_TOKENS, body_of, find_geometry, text_of
@@ -8,6 +8,7 @@ from hf_ptune.injection.probe import PROBE_TOKENS, body_of, find_geometry, text_
 __all__ = [
     "PROBE_TOKENS",
     "Injector",
+    "bind",
     "body_of",
     "evaluating",
     "find_geometry",

@@ -1,0 +1,160 @@
+"""The loss of a language model from the logits of labelled positions alone."""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from hf_ptune.injection import bind, evaluating
+
+logger = logging.get_logger(__name__)
+_IGNORED = -100
+_SHIFTED = "CAUSAL_LM"
+TASKS = (_SHIFTED, "SEQ_2_SEQ_LM", "MASKED_LM")
+# what a caller may pass that needs all logits, or counts labels in another way
+_OTHERWISE = ("logits_to_keep", "shift_labels", "ignore_index", "output_logits")
+
+
+class LossAtLabels:
+    """Let the vocabulary projection see only hidden states whose label counts.
+
+    The states are gathered as they enter the projection, and the labels likewise, so that everything around it
+    (scales, soft caps, the loss itself) stays the backbone's own.
+
+    Args:
+        backbone: a loaded language model.
+        task: a key of `backbone.TASKS`.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, task: str) -> None:
+        self.backbone = backbone
+        self.shifted = task == _SHIFTED
+        self.agrees: bool | None = None  # tried when the first batch trains
+        self.now: tuple[Tensor, torch.Size] | None = None  # rows to keep of the flat states, and what they are of
+        head = backbone.get_output_embeddings() if task in TASKS else None
+        self.handle = None if head is None else head.register_forward_pre_hook(self._gather)
+
+    def detach(self) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a training call, or `None` where it is not one that needs labelled positions alone.
+
+        Args:
+            args: of the backbone's forward.
+            kwargs: of the backbone's forward.
+
+        Returns:
+            The backbone's output; its `logits` are computed if somebody asks for them.
+        """
+        if self.handle is None or not self.backbone.training or not torch.is_grad_enabled():
+            return None
+        if torch.compiler.is_compiling() or self.agrees is False:
+            return None
+        named = bind(self.backbone, args, kwargs)
+        labels = named.get("labels")
+        if not isinstance(labels, Tensor) or labels.dim() != 2 or any(named.get(name) for name in _OTHERWISE):
+            return None
+        if named.get("return_dict") is False:
+            return None
+        if self.agrees is None:
+            self.agrees = self._same_loss(labels.device)
+        output = self._run(named) if self.agrees else None
+        if output is None or output.get("logits") is None:
+            return output
+        return _with_logits(output, lambda: self._all_logits(named))
+
+    def _run(self, named: dict[str, Any]) -> Any:
+        labels: Tensor = named["labels"]
+        flat = labels.new_full(labels.shape, _IGNORED)
+        if self.shifted:
+            flat[:, :-1] = labels[:, 1:]
+        else:
+            flat = labels
+        rows = (flat.flatten() != _IGNORED).nonzero()[:, 0]
+        if not len(rows):
+            return None
+        kept = flat.flatten()[rows]
+        if self.shifted:  # the backbone shifts by itself: the first label and the last state meet nothing
+            rows, kept = torch.cat([rows, rows[-1:]]), torch.cat([kept.new_full((1,), _IGNORED), kept])
+        replaced = named | {"labels": kept[None]}
+        if self.backbone.config.is_encoder_decoder and named.get("decoder_input_ids") is None:
+            prepare: Any = self.backbone.prepare_decoder_input_ids_from_labels
+            replaced["decoder_input_ids"] = prepare(labels=labels)
+        self.now = rows, labels.shape
+        try:
+            return self.backbone(**replaced)
+        finally:
+            self.now = None
+
+    def _gather(self, module: Any, args: tuple[Any, ...]) -> Any:
+        if self.now is None or not args or args[0].shape[:-1] != self.now[1]:
+            return None
+        return args[0].flatten(0, 1).index_select(0, self.now[0].to(args[0].device))[None], *args[1:]
+
+    def _same_loss(self, device: torch.device) -> bool:
+        """Whether the backbone's loss is the same from labelled positions alone, on a few tokens."""
+        words: Any = self.backbone.get_input_embeddings()
+        size = getattr(words, "num_embeddings", None)
+        if size is None:
+            return False
+        ids = torch.tensor([[5, 9, 13, 4, 7], [11, 3, 8, 6, 12]], device=device) % size
+        labels = ids.clone()
+        labels[0, :2] = labels[1, 3:] = _IGNORED
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        try:
+            with evaluating(self.backbone), torch.no_grad():
+                whole, part = self.backbone(**inputs).loss, self._run(inputs).loss
+        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
+            return False
+        exact = whole.dtype in (torch.float32, torch.float64) and self.backbone.dtype != torch.bfloat16
+        return bool(torch.isclose(whole, part, rtol=1e-4 if exact else 2e-2, atol=1e-6))
+
+    def _all_logits(self, named: dict[str, Any]) -> Tensor:
+        logger.warning_once(
+            "logits were asked for after a training step that computed them at labels only: the forward pass is "
+            "repeated. Set loss_at_labels=False in the PTuneConfig to have them with the loss."
+        )
+        inputs = dict(named)
+        if self.backbone.config.is_encoder_decoder and named.get("decoder_input_ids") is None:
+            inputs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(labels=named["labels"])
+        inputs.pop("labels")
+        logits: Tensor = self.backbone(**inputs).logits
+        return logits
+
+
+class _LogitsOnDemand:
+    """Mixed into an output class: `logits` are computed when they are asked for, and are no item before."""
+
+    @property
+    def logits(self) -> Tensor | None:
+        kept = self.__dict__
+        if kept.get("_logits") is None and "_compute" in kept:
+            kept["_logits"] = kept["_compute"]()
+        return kept.get("_logits")
+
+    @logits.setter
+    def logits(self, value: Tensor | None) -> None:
+        self.__dict__["_logits"] = value
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.logits if key == "logits" else super().__getitem__(key)  # type: ignore[misc]
+
+
+@functools.cache
+def _on_demand(kind: type) -> type:
+    return type(kind.__name__, (_LogitsOnDemand, kind), {"__module__": kind.__module__})
+
+
+def _with_logits(output: Any, compute: Callable[[], Tensor]) -> Any:
+    OrderedDict.__delitem__(output, "logits")
+    del output.__dict__["logits"]
+    output.__class__ = _on_demand(type(output))
+    output.__dict__["_compute"] = compute
+    return output
