@@ -1,21 +1,24 @@
 """The loss of a language model from the logits of labelled positions alone."""
 
-import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.utils import logging
 
+from hf_ptune.cross_entropy import causal_lm_loss, masked_lm_loss
 from hf_ptune.injection import bind, evaluating
 
 logger = logging.get_logger(__name__)
 _IGNORED = -100
 _SHIFTED = "CAUSAL_LM"
 TASKS = (_SHIFTED, "SEQ_2_SEQ_LM", "MASKED_LM")
+_LOSSES: dict[Any, Any] = {ForCausalLMLoss: causal_lm_loss, ForMaskedLMLoss: masked_lm_loss}
 # what a caller may pass that needs all logits, or counts labels in another way
 _OTHERWISE = ("logits_to_keep", "shift_labels", "ignore_index", "output_logits")
 
@@ -27,11 +30,13 @@ class LossAtLabels:
     (scales, soft caps, the loss itself) stays the backbone's own.
 
     Args:
+        wrapper: a model that holds a backbone.
         backbone: a loaded language model.
         task: a key of `backbone.TASKS`.
     """
 
-    def __init__(self, backbone: PreTrainedModel, task: str) -> None:
+    def __init__(self, wrapper: nn.Module, backbone: PreTrainedModel, task: str) -> None:
+        self.wrapper = wrapper
         self.backbone = backbone
         self.shifted = task == _SHIFTED
         self.agrees: bool | None = None  # tried when the first batch trains
@@ -53,9 +58,9 @@ class LossAtLabels:
         Returns:
             The backbone's output; its `logits` are computed if somebody asks for them.
         """
-        if self.handle is None or not self.backbone.training or not torch.is_grad_enabled():
+        if not self.backbone.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if torch.compiler.is_compiling() or self.agrees is False:
+        if self.handle is None or self.agrees is False:
             return None
         named = bind(self.backbone, args, kwargs)
         labels = named.get("labels")
@@ -89,9 +94,24 @@ class LossAtLabels:
             replaced["decoder_input_ids"] = prepare(labels=labels)
         self.now = rows, labels.shape
         try:
-            return self.backbone(**replaced)
+            with self._own_loss():
+                return self.backbone(**replaced)
         finally:
             self.now = None
+
+    @contextmanager
+    def _own_loss(self) -> Iterator[None]:
+        """Let transformers' standard losses run without a softmax of all logits; others stay."""
+        kept = self.backbone.__dict__.get("_loss_function")
+        ours = _LOSSES.get(self.backbone.loss_function)
+        if ours is not None:
+            self.backbone.__dict__["_loss_function"] = ours
+        try:
+            yield
+        finally:
+            if ours is not None:
+                self.backbone.__dict__.pop("_loss_function")
+                self.backbone.__dict__.update({} if kept is None else {"_loss_function": kept})
 
     def _gather(self, module: Any, args: tuple[Any, ...]) -> Any:
         if self.now is None or not args or args[0].shape[:-1] != self.now[1]:
@@ -109,7 +129,7 @@ class LossAtLabels:
         labels[0, :2] = labels[1, 3:] = _IGNORED
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         try:
-            with evaluating(self.backbone), torch.no_grad():
+            with evaluating(self.wrapper), torch.no_grad():
                 whole, part = self.backbone(**inputs).loss, self._run(inputs).loss
         except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
             return False
@@ -147,14 +167,15 @@ class _LogitsOnDemand:
         return self.logits if key == "logits" else super().__getitem__(key)  # type: ignore[misc]
 
 
-@functools.cache
-def _on_demand(kind: type) -> type:
-    return type(kind.__name__, (_LogitsOnDemand, kind), {"__module__": kind.__module__})
+_on_demand: dict[Any, type] = {}
 
 
 def _with_logits(output: Any, compute: Callable[[], Tensor]) -> Any:
     OrderedDict.__delitem__(output, "logits")
     del output.__dict__["logits"]
-    output.__class__ = _on_demand(type(output))
+    kind = type(output)
+    if kind not in _on_demand:
+        _on_demand[kind] = type(kind.__name__, (_LogitsOnDemand, kind), {"__module__": kind.__module__})
+    output.__class__ = _on_demand[kind]
     output.__dict__["_compute"] = compute
     return output

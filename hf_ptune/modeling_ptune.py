@@ -56,7 +56,7 @@ class PTunePreTrainedModel(PreTrainedModel):
         self._was_trainable = {n for n, p in backbone.named_parameters() if p.requires_grad}
         self.prompt: PromptEncoder | None = None
         self._injector: Injector | None = None
-        self._loss_at_labels = LossAtLabels(backbone, self.task) if config.loss_at_labels else None
+        self._loss_at_labels = LossAtLabels(self, backbone, self.task) if config.loss_at_labels else None
         method = get_method(config.method)
         self._adopt(backbone)
         if not config.geometry:

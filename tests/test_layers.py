@@ -7,7 +7,7 @@ import hf_ptune
 
 ROOT = Path(hf_ptune.__file__).parent
 LAYERS = [
-    {"errors", "shapes"},
+    {"errors", "shapes", "cross_entropy"},
     {"methods"},
     {"configuration_ptune", "injection", "backbone"},
     {"adapter_file", "placement", "prompt_start", "loss_at_labels"},

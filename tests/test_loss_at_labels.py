@@ -45,9 +45,10 @@ def test_same_loss_and_gradients(family: str, task: str | None, method: str, wra
         loss.backward()
         results.append((loss, [p.grad for p in model.prompt.parameters()]))
         assert seen == [count + (family in DECODERS) if on else inputs["labels"].numel()]
-    assert torch.allclose(results[0][0], results[1][0], atol=1e-10)
+    # transformers computes its losses in float32, whatever the logits are in
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-6)
     for ours, whole in zip(results[0][1], results[1][1], strict=True):
-        assert torch.allclose(ours, whole, atol=1e-10)
+        assert torch.allclose(ours, whole, rtol=1e-5, atol=1e-8)
 
 
 @every_case
@@ -76,7 +77,7 @@ def test_a_count_of_labels_from_outside_is_kept(wrap: Wrap) -> None:
     for on in (True, False):
         model = wrap("llama", "prompt_tuning", loss_at_labels=on).train()
         losses.append(model(**inputs, num_items_in_batch=torch.tensor(40)).loss)
-    assert torch.allclose(*losses, atol=1e-12)
+    assert torch.allclose(*losses, rtol=1e-6)
 
 
 def test_trainer_meets_no_logits(wrap: Wrap, tmp_path: Any) -> None:

@@ -289,7 +289,8 @@ class Injector:
             "input_ids": ids % vocabulary_of(self.body),
             "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=ids.device),
         }
-        encode, encoded = self.encode, self.encode().detach()
+        with evaluating(self.prompt):
+            encode, encoded = self.encode, self.encode().detach()
         self.encode = lambda: encoded
         answers = []
         try:
@@ -301,7 +302,7 @@ class Injector:
             return False  # layers that look into their mask, or that mix tokens by themselves
         finally:
             self.encode, self.inside = encode, True
-        return _close(*answers, self.backbone.dtype)
+        return _close(answers[0], answers[1], self.backbone.dtype)
 
     def _reentrant(self) -> bool:
         if not self.backbone.training:
@@ -387,15 +388,15 @@ def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def evaluating(body: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Put every module into eval mode for a while."""
-    training = [m for m in body.modules() if m.training]
-    body.eval()
+    training = [m for m in module.modules() if m.training]
+    module.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for part in training:
+            part.training = True
 
 
 @contextmanager

@@ -1,22 +1,30 @@
-"""Attention over a prefix that all rows share, without a copy per row.
+"""Attention over a prefix that all rows share, of which no row keeps a copy.
 
 Attention over [prefix | own tokens] is attention over either part, weighted by the log-sum-exps of their scores.
-The queries of all rows and of all heads that share a key head meet the prefix in one call of batch 1, so that its
-keys and values, and their gradients, exist once. Backward needs no more than the kernels offer: given the merged
-output and log-sum-exp, the backward of either part is that of its share (the identity behind ring attention).
+The queries of all rows meet the prefix in one call of batch 1, so that its keys and values, and their gradients,
+exist once. Backward needs no more than the kernels offer: given the merged output and log-sum-exp, the backward of
+either part is that of its share (the identity behind ring attention).
+
+The CPU's kernel is faster over one longer row of keys than over two. There a short prefix is laid before the own
+keys of each row for the length of one call, forward or backward; what is kept for the backward stays shared.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_ptune.injection.kernels import Kernel, kernel_for
+from hf_ptune.injection.shared_prefix import shared_backward, shared_forward
 
 _disabled = False
+_COPY = 32 * 2**20  # bytes of prefix that one call may lay out
+_causal_mask: "weakref.ref[Tensor] | None" = None  # the last one; kept alive by the layers that will need it again
 
 
 @contextmanager
@@ -77,13 +85,24 @@ def merged_attention(
     if causal:
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     dtype = _working_type(query)
-    tensors = [t.to(dtype) for t in (query, key, value, prefix_key, prefix_value)]
-    additive = None if mask is None else _additive(mask, dtype, query.shape[2], key.shape[2])
-    how = (additive, causal, query.shape[-1] ** -0.5 if scale is None else scale, kernel)
+    tensors: list[Any] = [t.to(dtype) for t in (query, key, value, prefix_key, prefix_value)]
+    joins = _fits(query, prefix_key, prefix_value, key.shape[0])
+    before = prefix_key.shape[1] if joins else 0
+    additive = None if mask is None else _additive(mask, dtype, query.shape[2], key.shape[2], before)
+    if joins and causal:
+        additive, causal = _causal(query.shape[2], before, dtype, query.device), False
+    how: tuple[Any, ...] = (additive, causal, query.shape[-1] ** -0.5 if scale is None else scale, kernel)
+    function: Any = _Joined if joins else _Merged
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        output: Tensor = _Merged.apply(*tensors, *how)
+        output: Tensor = function.apply(*tensors, *how)
         return output
-    return _forward(*tensors, *how)[0]
+    attended: Tensor = function.compute(*tensors, *how)[0]
+    return attended
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor, rows: int) -> bool:
+    size = rows * (key.numel() + value.numel()) * query.element_size()
+    return query.device.type == "cpu" and query.shape[2] > 1 and size <= _COPY
 
 
 def _working_type(query: Tensor) -> torch.dtype:
@@ -93,59 +112,71 @@ def _working_type(query: Tensor) -> torch.dtype:
     return query.dtype
 
 
-def _additive(mask: Tensor, dtype: torch.dtype, queries: int, keys: int) -> Tensor:
-    """Read a mask once for all layers that share it.
+def _causal(queries: int, before: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An additive mask `[1, 1, S, P + S]` that shows every query the prefix and the own keys up to its place."""
+    global _causal_mask
+    kept = None if _causal_mask is None or torch.compiler.is_compiling() else _causal_mask()
+    shape = (1, 1, queries, before + queries)
+    if kept is None or kept.shape != shape or kept.dtype != dtype:
+        hidden = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
+        kept = hidden.triu(before + 1)
+        if not torch.compiler.is_compiling():
+            _causal_mask = weakref.ref(kept)
+    return kept
+
+
+def _additive(mask: Tensor, dtype: torch.dtype, queries: int, keys: int, before: int) -> Tensor:
+    """Read a mask once for all layers that share it, with `before` visible columns before it.
 
     Hidden keys get the lowest finite number: a query that sees none of them then keeps a finite log-sum-exp, and
     its own share vanishes beside the prefix's.
     """
     if torch.compiler.is_compiling():
-        return _read(mask, dtype, queries, keys)
+        return _read(mask, dtype, queries, keys, before)
     kept: Any = mask.__dict__.get("_ptune_additive")
-    of = (mask._version, dtype, keys)
+    of = (mask._version, dtype, queries, keys, before)
     if kept is None or kept[0] != of:
-        kept = mask.__dict__["_ptune_additive"] = (of, _read(mask, dtype, queries, keys))
+        kept = mask.__dict__["_ptune_additive"] = (of, _read(mask, dtype, queries, keys, before))
     additive: Tensor = kept[1]
     return additive
 
 
-def _read(mask: Tensor, dtype: torch.dtype, queries: int, keys: int) -> Tensor:
+def _read(mask: Tensor, dtype: torch.dtype, queries: int, keys: int, before: int) -> Tensor:
     lowest = torch.finfo(dtype).min
     seen = mask[..., :keys]
     if seen.dtype == torch.bool:
         additive = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, lowest)
     else:
         additive = seen.to(dtype).clamp(min=lowest)
-    return additive.expand(*additive.shape[:-2], queries, keys)
-
-
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    additive: Tensor | None,
-    causal: bool,
-    scale: float,
-    kernel: Kernel,
-) -> tuple[Tensor, Tensor]:
-    own, own_lse = kernel.forward(query, key, value, additive, causal, scale)
-    stacked, stacked_lse = kernel.forward(
-        _stack(query, key.shape[1]), prefix_key[None], prefix_value[None], None, False, scale
-    )
-    shared, shared_lse = _unstack(stacked, query), _unstack(stacked_lse[..., None], query)[..., 0]
-    share = torch.sigmoid(shared_lse - own_lse)[..., None]
-    # half precision is merged in the precision of the log-sum-exp
-    output = own.to(share.dtype).lerp(shared.to(share.dtype), share).to(own.dtype)
-    return output, torch.logaddexp(own_lse, shared_lse)
+    return F.pad(additive, (before, 0)).expand(*additive.shape[:-2], queries, before + keys)
 
 
 class _Merged(torch.autograd.Function):
+    """Two calls, merged."""
+
+    @staticmethod
+    def compute(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        additive: Tensor | None,
+        causal: bool,
+        scale: float,
+        kernel: Kernel,
+    ) -> tuple[Tensor, Tensor]:
+        own, own_lse = kernel.forward(query, key, value, additive, causal, scale)
+        shared, shared_lse = shared_forward(kernel, query, prefix_key, prefix_value, scale)
+        share = torch.sigmoid(shared_lse - own_lse)[..., None]
+        # half precision is merged in the precision of the log-sum-exp
+        output = own.to(share.dtype).lerp_(shared.to(share.dtype), share).to(own.dtype)
+        return output, torch.logaddexp(own_lse, shared_lse)
+
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
+        output, lse = _Merged.compute(*args)
         *tensors, additive, causal, scale, kernel = args
-        output, lse = _forward(*tensors, additive, causal, scale, kernel)
         ctx.save_for_backward(*tensors, additive, output, lse)
         ctx.causal, ctx.scale, ctx.kernel = causal, scale, kernel
         return output
@@ -154,37 +185,58 @@ class _Merged(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         query, key, value, prefix_key, prefix_value, additive, output, lse = ctx.saved_tensors
-        needs, backward = ctx.needs_input_grad[:5], ctx.kernel.backward
+        needs = ctx.needs_input_grad[:5]
         grads: list[Tensor | None] = [None] * 5
         if any(needs[:3]):
-            grads[:3] = backward(grad, query, key, value, additive, output, lse, ctx.causal, ctx.scale)
+            grads[:3] = ctx.kernel.backward(grad, query, key, value, additive, output, lse, ctx.causal, ctx.scale)
         if needs[0] or any(needs[3:]):
-            heads = key.shape[1]
-            to_query, to_key, to_value = backward(
-                _stack(grad, heads),
-                _stack(query, heads),
-                prefix_key[None],
-                prefix_value[None],
-                None,
-                _stack(output, heads),
-                _stack(lse[..., None], heads)[..., 0],
-                False,
-                ctx.scale,
+            to_query, *grads[3:] = shared_backward(
+                ctx.kernel, grad, query, prefix_key, prefix_value, output, lse, ctx.scale
             )
             if grads[0] is not None:
-                grads[0] = grads[0] + _unstack(to_query, query)
-            grads[3:] = to_key[0], to_value[0]
+                grads[0] += to_query
         return (*(g if n else None for g, n in zip(grads, needs, strict=True)), None, None, None, None)
 
 
-def _stack(tensor: Tensor, heads: int) -> Tensor:
-    """`[B, K * G, S, D]` to `[1, K, B * S * G, D]`: all queries of a key head in one row."""
-    grouped = tensor.unflatten(1, (heads, -1)).permute(1, 0, 3, 2, 4)  # K B S G D
-    return grouped.reshape(1, heads, -1, tensor.shape[-1])
+class _Joined(torch.autograd.Function):
+    """One call over keys and values that are laid side by side for its length."""
+
+    @staticmethod
+    def compute(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        additive: Tensor | None,
+        causal: bool,
+        scale: float,
+        kernel: Kernel,
+    ) -> tuple[Tensor, Tensor]:
+        return kernel.forward(query, _lay(prefix_key, key), _lay(prefix_value, value), additive, causal, scale)
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        output, lse = _Joined.compute(*args)
+        *tensors, additive, causal, scale, kernel = args
+        ctx.save_for_backward(*tensors, additive, output, lse)
+        ctx.causal, ctx.scale, ctx.kernel = causal, scale, kernel
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        query, key, value, prefix_key, prefix_value, additive, output, lse = ctx.saved_tensors
+        keys, values = _lay(prefix_key, key), _lay(prefix_value, value)
+        to_query, to_keys, to_values = ctx.kernel.backward(
+            grad, query, keys, values, additive, output, lse, ctx.causal, ctx.scale
+        )
+        sizes = [prefix_key.shape[1], key.shape[2]]
+        (to_prefix_key, to_key), (to_prefix_value, to_value) = (t.split(sizes, 2) for t in (to_keys, to_values))
+        grads = (to_query, to_key, to_value, to_prefix_key.sum(0), to_prefix_value.sum(0))
+        return (*(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None, None)
 
 
-def _unstack(tensor: Tensor, query: Tensor) -> Tensor:
-    """The way back: `[1, K, B * S * G, D]` to `[B, K * G, S, D]`."""
-    batch, heads, length, _ = query.shape
-    grouped = tensor[0].unflatten(1, (batch, length, heads // tensor.shape[1]))  # K B S G D
-    return grouped.permute(1, 0, 3, 2, 4).flatten(1, 2)
+def _lay(prefix: Tensor, own: Tensor) -> Tensor:
+    """`[K, P, D]` before each row of `[B, K, T, D]`."""
+    return torch.cat([prefix[None].expand(own.shape[0], -1, -1, -1), own], dim=2)

@@ -1,0 +1,83 @@
+"""Cross entropy over a large vocabulary that keeps the logits and one number a row, and no softmax."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_PIECE = 2**22  # logits that are exponentiated at a time
+
+
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> Tensor:
+    """What transformers' `ForCausalLMLoss` gives: mean, or sum over a given count, of shifted labels.
+
+    Args:
+        logits: `[B, S, V]`.
+        labels: `[B, S]`; those equal to `ignore_index` do not count.
+        vocab_size: V.
+        num_items_in_batch: what to divide the sum by; the number of labels that count when unset.
+        ignore_index: see labels.
+        kwargs: not used; transformers passes everything on.
+
+    Returns:
+        The loss, a scalar in float32.
+    """
+    shifted = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return masked_lm_loss(logits, shifted, vocab_size, num_items_in_batch, ignore_index)
+
+
+def masked_lm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> Tensor:
+    """What transformers' `ForMaskedLMLoss` gives; arguments and result are those of `causal_lm_loss`."""
+    targets = labels.reshape(-1).to(logits.device)
+    total: Tensor = _CrossEntropy.apply(logits.reshape(-1, vocab_size), targets, ignore_index)
+    count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Sum over rows of `[N, V]`, computed in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
+        counts = targets != ignored
+        targets = targets.masked_fill(~counts, 0)
+        lse = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+        for piece in _pieces(logits):
+            torch.logsumexp(logits[piece].float(), -1, out=lse[piece])
+        picked = logits.gather(1, targets[:, None])[:, 0].float()
+        ctx.save_for_backward(logits, targets, counts, lse)
+        return (lse - picked).masked_fill(~counts, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, counts, lse = ctx.saved_tensors
+        weights = counts * grad.float()
+        gradient = torch.empty_like(logits)
+        for piece in _pieces(logits):
+            shares = (logits[piece].float() - lse[piece, None]).exp_().mul_(weights[piece, None])
+            gradient[piece] = shares.scatter_add_(1, targets[piece, None], -weights[piece, None])
+        return gradient, None, None
+
+
+def _pieces(logits: Tensor) -> Iterator[slice]:
+    size = max(1, _PIECE // logits.shape[1])
+    for start in range(0, len(logits), size):
+        yield slice(start, start + size)

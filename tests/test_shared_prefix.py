@@ -1,0 +1,209 @@
+"""Attention over a shared prefix: equal to copies before every row, and one sweep equal to two passes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import CONFIGS, DECODERS, batch, build
+
+from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.injection import joint, kernels, merge, shared_prefix
+from hf_ptune.injection.kernels import Kernel
+
+Wrap = Callable[..., PTunePreTrainedModel]
+ROUTE_1 = [f for f in CONFIGS if f not in ("bloom", "deberta-v2", "gemma2", "t5")]  # attention by the interface
+METHODS = ["prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2"]
+
+
+def naive(
+    query: torch.Tensor, tensors: list[torch.Tensor], mask: torch.Tensor | None, causal: bool, scale: float
+) -> torch.Tensor:
+    """Softmax over the scores of a copy of the prefix before each row."""
+    key, value, prefix_key, prefix_value = tensors
+    rows, groups = len(key), query.shape[1] // key.shape[1]
+    keys = torch.cat([prefix_key.expand(rows, *prefix_key.shape), key], 2).repeat_interleave(groups, 1)
+    values = torch.cat([prefix_value.expand(rows, *prefix_value.shape), value], 2).repeat_interleave(groups, 1)
+    scores = query @ keys.mT * scale
+    own = scores[..., -key.shape[2] :]
+    if causal:
+        own = own.masked_fill(~torch.ones(own.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    if mask is not None:
+        own = own.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else own + mask
+    scores = torch.cat([scores[..., : -key.shape[2]], own], -1)
+    return scores.softmax(-1) @ values
+
+
+@pytest.fixture(params=["laid out", "merged", "merged in pieces", "merged by the kernel"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param != "laid out":
+        monkeypatch.setattr(merge, "_COPY", 0)
+    if request.param == "merged in pieces":
+        monkeypatch.setattr(shared_prefix, "_SCORES", 200)
+    if request.param == "merged by the kernel":
+        monkeypatch.setattr(shared_prefix, "_by_products", lambda query: False)
+    return str(request.param)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 9), (70, 70)])
+@pytest.mark.parametrize("kind", ["full", "causal", "padded", "additive"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_outputs_and_gradients(
+    way: str, heads: int, key_heads: int, queries: int, keys: int, kind: str, dtype: torch.dtype
+) -> None:
+    if kind == "causal" and queries != keys:
+        pytest.skip("causal without a mask is for whole sequences")
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    query, key, value = draw(3, queries, heads, 8), draw(3, keys, key_heads, 8), draw(3, key_heads, keys, 8)
+    query, key = query.transpose(1, 2), key.transpose(1, 2)  # strides as layers have them, and plain ones
+    tensors = [key, value, draw(key_heads, 11, 8), draw(key_heads, 11, 8)]
+    mask = None
+    if kind == "padded":
+        mask = torch.ones(3, 1, queries, keys, dtype=torch.bool).tril(keys - queries)
+        mask[0, ..., :3] = mask[1, ..., -2:] = False  # the first rows of left padding see none of their own keys
+    elif kind == "additive":
+        mask = torch.randn(3, 1, queries, keys, generator=generator, dtype=torch.float64).to(dtype)
+    kernel = merge.merge_kernel(query, key, value, mask, 0.0)
+    assert kernel is not None
+    found = merge.merged_attention(query, *tensors, mask, kind == "causal", 0.3, kernel)
+    expected = naive(query, tensors, mask, kind == "causal", 0.3)
+    grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    assert torch.allclose(found, expected, atol=tolerance)
+    pairs = [torch.autograd.grad(o, [query, *tensors], grad) for o in (found, expected)]
+    for ours, plain in zip(*pairs, strict=True):
+        assert torch.allclose(ours, plain, atol=10 * tolerance)
+    with torch.no_grad():
+        assert torch.equal(merge.merged_attention(query, *tensors, mask, kind == "causal", 0.3, kernel), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_close_as_concatenation(dtype: torch.dtype) -> None:
+    query, key, value = (torch.randn(2, 4, 33, 16) for _ in range(3))
+    prefix = [torch.randn(4, 7, 16), torch.randn(4, 7, 16)]
+    exact = naive(query, [key, value, *prefix], None, True, 0.25)
+    half = [t.to(dtype) for t in (query, key, value, *prefix)]
+    kernel = merge.merge_kernel(*half[:3], None, 0.0)
+    assert kernel is not None
+    found = merge.merged_attention(*half, None, True, 0.25, kernel).float()
+    plain = naive(half[0], half[1:], None, True, 0.25).float()
+    assert (found - exact).abs().max() < 1.5 * (plain - exact).abs().max() + 1e-3
+
+
+def test_autocast_reaches_the_kernels(wrap: Wrap) -> None:
+    model, inputs = wrap("llama", "p_tuning_v2").float(), batch("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        merged = model(**inputs).loss
+        with merge.concatenated_attention():
+            assert torch.allclose(merged, model(**inputs).loss, rtol=2e-2)
+
+
+@pytest.mark.parametrize("family", ROUTE_1)
+@pytest.mark.parametrize("method", METHODS)
+def test_models_equal_the_reference_path(family: str, method: str, way: str, wrap: Wrap) -> None:
+    model, inputs, results = wrap(family, method).train(), batch(family, rows=3), []
+    inputs["attention_mask"][0, -2:] = 0
+    for reference in (False, True):
+        model.zero_grad()
+        if reference:
+            with merge.concatenated_attention():
+                loss = model(**inputs).loss
+        else:
+            loss = model(**inputs).loss
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-10)
+    for name, gradient in results[0][1].items():
+        # transformers computes its losses in float32
+        assert torch.allclose(gradient, results[1][1][name], rtol=1e-6, atol=1e-10), name
+
+
+def test_nothing_is_laid_out_beyond_the_limit(wrap: Wrap, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "_lay", lambda *_: pytest.fail("a row got a copy"))
+    monkeypatch.setattr(merge, "_COPY", 2 * 2 * 2 * 4 * 8 * 8 - 1)  # two rows of a layer's keys and values
+    model = wrap("llama", "p_tuning_v2")
+    model(**batch("llama")).loss.backward()
+    model.generate(batch("llama")["input_ids"], max_new_tokens=3)
+
+
+def test_concatenation_where_it_must_be(wrap: Wrap) -> None:
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+    assert merge.merge_kernel(query, key, key, None, 0.0) is not None
+    assert merge.merge_kernel(query, key, key, None, 0.1) is None  # dropout of probabilities
+    assert merge.merge_kernel(query, key, key[..., :4], None, 0.0) is None  # values of another width
+    assert merge.merge_kernel(query, key, key, torch.zeros(5, 5, requires_grad=True), 0.0) is None
+    model = wrap("llama", "p_tuning_v2")
+    model.set_attn_implementation("eager")
+    assert model(**batch("llama"), output_attentions=True).attentions[0].shape == (2, 4, 7, 7)
+
+
+def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernels._KERNELS["cpu"]
+
+    def off(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output, lse = right.forward(*args)
+        return output, lse + 0.01
+
+    def refuses(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("no kernel for this")
+
+    for forward, said in ((off, "differs"), (refuses, "no kernel for this")):
+        found = kernels._difference(Kernel(forward, right.backward), "cpu", torch.float32, 8)
+        assert found is not None and said in found
+    assert kernels._difference(right, "cpu", torch.float32, 8) is None
+    monkeypatch.setattr(kernels, "_KERNELS", {"cpu": Kernel(refuses, right.backward)})
+    monkeypatch.setattr(kernels, "_chosen", {})
+    assert kernels.kernel_for("cpu", torch.float32, 8) is None
+
+
+# one sweep -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning"])
+def test_one_sweep_equals_two_passes(family: str, method: str) -> None:
+    model = get_ptune_model(build(family), PTuneConfig(method=method, num_virtual_tokens=4)).train()
+    inputs, results = batch(family, rows=3), []
+    inputs["attention_mask"][0, :2] = inputs["attention_mask"][1, -3:] = 0
+    for joins in (None, False):
+        model._injector.joins = joins
+        model.zero_grad()
+        output = model(**inputs, output_hidden_states=True)
+        output.loss.backward()
+        real = inputs["attention_mask"].bool()
+        states = [h.detach()[real] for h in output.hidden_states]
+        results.append((output.loss.detach(), states, [p.grad for p in model.prompt.parameters()]))
+        if joins is None:
+            # BLOOM and Gemma 2 compute attention by themselves
+            assert model._injector.joins == (family not in ("bloom", "gemma2"))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-7)
+    for ours, plain in zip(results[0][1] + results[0][2], results[1][1] + results[1][2], strict=True):
+        assert ours.shape == plain.shape and torch.allclose(ours, plain, rtol=1e-6, atol=1e-8)
+
+
+def test_one_sweep_is_taken_while_training_only(wrap: Wrap, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs, calls = wrap("llama", "prompt_tuning").train(), batch("llama"), []
+    original = joint.attend
+    model(**inputs)  # the first one compares
+    monkeypatch.setattr(joint, "attend", lambda *a: (calls.append(1), original(*a))[1])
+    model(**inputs)
+    assert len(calls) == 2
+    with torch.no_grad():
+        model(**inputs)
+    model(**inputs, use_cache=True)
+    model(inputs["input_ids"], attention_mask=torch.ones(2, 1, 7, 7, dtype=torch.bool).tril())
+    assert len(calls) == 2
+
+
+def test_one_sweep_with_hidden_dropout_keeps_modes(wrap: Wrap) -> None:
+    model = wrap("gpt2", "p_tuning", encoder_dropout=0.5).train()
+    model.backbone.transformer.h[0].eval()
+    before = {n: m.training for n, m in model.named_modules()}
+    model(**batch("gpt2"))
+    assert model._injector.joins
+    assert {n: m.training for n, m in model.named_modules()} == before
