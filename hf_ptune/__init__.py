@@ -1,25 +1,26 @@
 """Prompt learning as a part of transformers: importing registers the classes with the Auto classes."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from hf_ptune.auto import register
-from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import PTuneError
-from hf_ptune.modeling_ptune import (
-    PTuneForCausalLM,
-    PTuneForMaskedLM,
-    PTuneForMultipleChoice,
-    PTuneForQuestionAnswering,
-    PTuneForSeq2SeqLM,
-    PTuneForSequenceClassification,
-    PTuneForTokenClassification,
-    PTuneModel,
-    PTunePreTrainedModel,
-    get_ptune_model,
-)
 
 if TYPE_CHECKING:
     from hf_ptune.callbacks import FreezeBackboneCallback, GuardCallback, MemoryCallback
+    from hf_ptune.configuration_ptune import PTuneConfig
+    from hf_ptune.errors import PTuneError
+    from hf_ptune.modeling_ptune import (
+        PTuneForCausalLM,
+        PTuneForMaskedLM,
+        PTuneForMultipleChoice,
+        PTuneForQuestionAnswering,
+        PTuneForSeq2SeqLM,
+        PTuneForSequenceClassification,
+        PTuneForTokenClassification,
+        PTuneModel,
+        PTunePreTrainedModel,
+        get_ptune_model,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,15 +40,23 @@ __all__ = [
     "PTunePreTrainedModel",
     "get_ptune_model",
 ]
-_CALLBACKS = ("FreezeBackboneCallback", "GuardCallback", "MemoryCallback")
 
 register()
 
 
 def __getattr__(name: str) -> Any:
-    # the Trainer's modules are slow to import, and serving does not need them
-    if name in _CALLBACKS:
-        from hf_ptune import callbacks
+    # torch and the Trainer are slow to import, and not every program that imports this package needs them
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    room = "modeling_ptune"
+    if name.endswith("Callback"):
+        room = "callbacks"
+    elif name in ("PTuneConfig", "PTuneError"):
+        room = {"PTuneConfig": "configuration_ptune", "PTuneError": "errors"}[name]
+    value = getattr(importlib.import_module(f"{__name__}.{room}"), name)
+    globals()[name] = value
+    return value
 
-        return getattr(callbacks, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,16 +1,52 @@
-"""Make the classes known to transformers' Auto classes and pipelines."""
+"""Make the classes known to transformers' Auto classes and pipelines, when those are first used.
 
-from transformers import AutoConfig
+Importing transformers loads neither torch nor a model; importing hf_ptune should not do so either. Its
+configuration and model modules register themselves as they are imported, and are imported right after the modules
+of transformers that they register with.
+"""
 
-from hf_ptune.backbone import TASKS
-from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.modeling_ptune import CLASSES
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
-__all__ = ["TASKS", "register"]
+_FOLLOWS = {
+    "transformers.models.auto.configuration_auto": "hf_ptune.configuration_ptune",
+    "transformers.models.auto.modeling_auto": "hf_ptune.modeling_ptune",
+}
+
+
+class _Follower(MetaPathFinder):
+    """Import our module after theirs."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _FOLLOWS:
+            return None
+        finders: list[Any] = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
+        spec: ModuleSpec | None = next((s for f in finders if (s := f.find_spec(fullname, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            loader.exec_module = _then(loader.exec_module, _FOLLOWS[fullname])
+        return spec
+
+
+def _then(execute: Callable[[ModuleType], None], name: str) -> Callable[[ModuleType], None]:
+    def both(module: ModuleType) -> None:
+        execute(module)
+        importlib.import_module(name)
+
+    return both
 
 
 def register() -> None:
-    """Register configuration and task classes; a second call changes nothing."""
-    AutoConfig.register(PTuneConfig.model_type, PTuneConfig, exist_ok=True)
-    for task, auto_class in TASKS.items():
-        auto_class.register(PTuneConfig, CLASSES[task], exist_ok=True)
+    """Register configuration and task classes, now or as soon as there is something to register with."""
+    for theirs, ours in _FOLLOWS.items():
+        if theirs in sys.modules:
+            importlib.import_module(ours)
+    if not any(isinstance(finder, _Follower) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Follower())

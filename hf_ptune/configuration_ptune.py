@@ -5,7 +5,7 @@ from dataclasses import field
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hf_ptune.errors import ConfigError
 from hf_ptune.methods import PromptKind, get_method
@@ -170,3 +170,6 @@ class PTuneConfig(PreTrainedConfig):
         settings: dict[str, Any] = super().to_diff_dict()
         settings.pop("_base", None)
         return settings
+
+
+AutoConfig.register(PTuneConfig.model_type, PTuneConfig, exist_ok=True)

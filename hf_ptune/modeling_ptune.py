@@ -501,3 +501,7 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
     if model.prompt is not None and config.geometry["skipped"]:
         logger.warning(f"layers without attention take no prefix: {', '.join(config.geometry['skipped'])}")
     return model
+
+
+for _task, _auto_class in TASKS.items():
+    _auto_class.register(PTuneConfig, CLASSES[_task], exist_ok=True)

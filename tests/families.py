@@ -22,7 +22,7 @@ from transformers import (
     T5Config,
 )
 
-from hf_ptune.auto import TASKS
+from hf_ptune.backbone import TASKS
 
 VOCABULARY = 99
 _COMMON: dict[str, Any] = {

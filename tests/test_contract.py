@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 import hf_ptune
-from hf_ptune.auto import TASKS
+from hf_ptune.backbone import TASKS
 from hf_ptune.methods import get_method, method_names
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 

@@ -7,12 +7,11 @@ import hf_ptune
 
 ROOT = Path(hf_ptune.__file__).parent
 LAYERS = [
-    {"errors", "shapes", "cross_entropy"},
+    {"errors", "shapes", "cross_entropy", "auto"},
     {"methods"},
     {"configuration_ptune", "injection", "backbone"},
     {"adapter_file", "placement", "prompt_start", "loss_at_labels"},
     {"modeling_ptune"},
-    {"auto"},
     {"recipe", "data", "metrics", "cards"},
     {"callbacks"},
     {"hub", "interop"},

@@ -1,6 +1,8 @@
 """Loading and saving: every trap of wrapping a base, each with its test."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,3 +189,36 @@ def test_quantised_backbones(bits: int, tmp_path: Path) -> None:
     with torch.no_grad():
         same = torch.allclose(loaded(**batch("llama")).logits, model.eval()(**batch("llama")).logits, atol=1e-4)
     assert same and getattr(loaded.backbone, "is_quantized", False)
+
+
+def in_a_fresh_process(*lines: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "\n".join(lines)], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def test_importing_loads_nothing_more_than_transformers_does() -> None:
+    found = in_a_fresh_process(
+        "import importlib.abc, importlib.machinery, sys, transformers",
+        "before = set(sys.modules)",
+        "import hf_ptune",
+        "print(sorted(set(sys.modules) - before))",
+    )
+    assert found == "['hf_ptune', 'hf_ptune.auto']"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("import hf_ptune", "from transformers import AutoModelForCausalLM"),
+        ("from transformers import AutoModelForCausalLM", "import hf_ptune"),
+        ("from transformers import AutoConfig", "import hf_ptune", "from transformers import AutoModelForCausalLM"),
+        ("import hf_ptune.modeling_ptune", "from transformers import AutoModelForCausalLM"),
+        ("import hf_ptune.configuration_ptune", "from transformers import AutoModelForCausalLM"),
+        ("from hf_ptune import get_ptune_model", "from transformers import AutoModelForCausalLM"),
+    ],
+)
+def test_auto_classes_know_ours_whatever_is_imported_first(lines: tuple[str, ...], wrap: Any, tmp_path: Path) -> None:
+    wrap("llama", "p_tuning_v2").save_pretrained(tmp_path)
+    load = f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"
+    assert in_a_fresh_process(*lines, load) == "PTuneForCausalLM"

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
-from hf_ptune.auto import TASKS
+from hf_ptune.backbone import TASKS
 
 Wrap = Callable[..., PTunePreTrainedModel]
 BOTH = pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
