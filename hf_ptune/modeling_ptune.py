@@ -24,7 +24,7 @@ from hf_ptune.loss_at_labels import LossAtLabels
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import DirectEmbeddings, DirectPrefix, EncoderSpec, PromptEncoder
 from hf_ptune.methods.base import flatten as fold
-from hf_ptune.placement import choose_sites, shifts_positions
+from hf_ptune.placement import check_base, choose_sites, shifts_positions
 
 logger = hf_logging.get_logger(__name__)
 _OWNER = "_ptune_owner"
@@ -297,18 +297,27 @@ class PTunePreTrainedModel(PreTrainedModel):
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        config: Any = None,
+        backbone: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Load the base that the adapter names, then the adapter.
 
         Args:
             pretrained_model_name_or_path: adapter folder or Hub id.
             config: its configuration, where it has been read already.
+            backbone: the base, where it is in memory already; it is not loaded then, and what the adapter keeps of
+                it (a head, biases) is written into it.
             kwargs: `revision` is the adapter's; `cache_dir`, `token`, `local_files_only` serve both; dtype,
                 device_map, attn_implementation, quantization_config and the like go to the base.
 
         Raises:
             AdapterFileError: the folder does not hold what its configuration describes.
-            BackboneError: the base lacks weights or has another geometry.
+            BackboneError: the base lacks weights or has another geometry or class.
         """
         hub = {k: kwargs.pop(k) for k in _HUB_KEYS if k in kwargs}
         own = hub | {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
@@ -322,7 +331,11 @@ class PTunePreTrainedModel(PreTrainedModel):
             kwargs = {k: v for k, v in kwargs.items() if k in rest or k not in config.__dict__}
         source = os.fspath(pretrained_model_name_or_path)
         tensors = read_tensors(find_weights(source, **own))
-        backbone, absent = _load_base(cls.task, config, hub | kwargs)
+        if backbone is None:
+            backbone, absent = _load_base(cls.task, config, hub | kwargs)
+        else:
+            check_base(backbone, config)
+            absent = set()
         absent = {n for n in absent if f"backbone.{n}" not in tensors}
         model = cls(config, backbone)
         expected = model.adapter_state_dict()

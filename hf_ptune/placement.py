@@ -12,6 +12,16 @@ from hf_ptune.methods import PromptKind
 
 # layers that a pooled head never reads: a prefix there would get no gradient
 _UNREAD = {"canine": "final_char_encoder"}
+_SHAPE = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+)
 _POOLED = ("SEQ_CLS", "MULTIPLE_CHOICE")
 
 
@@ -56,6 +66,26 @@ def choose_sites(backbone: PreTrainedModel, config: PTuneConfig, kind: PromptKin
     if not chosen:
         raise ConfigError(f"sites={config.sites} and layers={config.layers} leave no attention of {name}.")
     return chosen
+
+
+def check_base(backbone: PreTrainedModel, config: PTuneConfig) -> None:
+    """Refuse a backbone in memory that is not of the kind an adapter was made for.
+
+    Args:
+        backbone: the task model.
+        config: of the adapter.
+
+    Raises:
+        BackboneError: another class, or another shape.
+    """
+    found, expected = type(backbone).__name__, config.base_class
+    if expected is not None and found != expected:
+        raise BackboneError(f"the adapter was made for a {expected}, but the backbone is a {found}.")
+    theirs, ours = (c.get_text_config().to_dict() for c in (backbone.config, config.base))
+    differ = [n for n in _SHAPE if theirs.get(n) != ours.get(n)]
+    if differ:
+        listed = ", ".join(f"{n} {theirs.get(n)} instead of {ours.get(n)}" for n in differ)
+        raise BackboneError(f"the backbone has another shape than the adapter's base: {listed}.")
 
 
 def shifts_positions(backbone: PreTrainedModel, config: PTuneConfig) -> bool:

@@ -222,3 +222,23 @@ def test_auto_classes_know_ours_whatever_is_imported_first(lines: tuple[str, ...
     wrap("llama", "p_tuning_v2").save_pretrained(tmp_path)
     load = f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"
     assert in_a_fresh_process(*lines, load) == "PTuneForCausalLM"
+
+
+@pytest.mark.parametrize(("family", "task"), [("llama", None), ("bert", "SEQ_CLS"), ("bart", None)])
+def test_an_adapter_loads_on_a_base_in_memory(family: str, task: str | None, wrap: Wrap, tmp_path: Path) -> None:
+    model, inputs = wrap(family, "p_tuning_v2", task), batch(family)
+    model.save_pretrained(tmp_path, flatten=True)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    backbone = model.unwrap()
+    loaded = type(model).from_pretrained(tmp_path, backbone=backbone)
+    assert loaded.backbone is backbone and not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, expected)
+
+
+def test_another_base_in_memory_is_refused(adapter: Path) -> None:
+    with pytest.raises(BackboneError, match="hidden_size 64 instead of 32"):
+        PTuneForCausalLM.from_pretrained(adapter, backbone=build("llama", hidden_size=64, num_attention_heads=8))
+    with pytest.raises(BackboneError, match="made for a LlamaForCausalLM"):
+        PTuneForCausalLM.from_pretrained(adapter, backbone=build("gpt2"))
