@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from hf_ptune.errors import InjectionError
 from hf_ptune.injection import alibi
 from hf_ptune.injection.attention import extend_dense_mask
+from hf_ptune.injection.merge import merge_kernel, merged_attention
+from hf_ptune.injection.shared_prefix import shared_product
 from hf_ptune.injection.sites import Site, key_groups, site_of
 
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
@@ -147,19 +149,21 @@ class ScoreShadow(TorchFunctionMode):
         self.keys[number] = key
         shadow = scores.new_empty(0)
         if self.site.key is not None:
-            shadow = query @ self._expand(self.site.prefix(query)[0], query).transpose(-1, -2) * scale
+            shadow = self._meet(query, self.site.prefix(query)[0].mT) * scale
             if func in _BIASED_PRODUCTS:
                 shadow = self._add_bias(shadow)
             if axes is not None:
                 shadow = axes.restore(shadow)
         return self._track(scores, shadow, number)
 
-    def _expand(self, prefix: Tensor, like: Tensor) -> Tensor:
-        """Give `[K, P, D]` the leading axes of `like`: `[1, Hq, P, D]`, or `[B * Hq, P, D]`."""
-        if like.dim() == 4:
-            return prefix.repeat_interleave(like.shape[1] // prefix.shape[0], dim=0)[None]
-        rows = like.shape[0] // prefix.shape[0]
-        return prefix[None].expand(rows, -1, -1, -1).reshape(like.shape[0], *prefix.shape[1:])
+    def _meet(self, rows: Tensor, shared: Tensor) -> Tensor:
+        """Multiply `[B, H, S, N]` or `[B * H, S, N]` with `[K, N, M]`, of which no row gets a copy."""
+        if rows.dim() == 4:
+            return shared_product(rows, shared)
+        return shared_product(rows.unflatten(0, (-1, shared.shape[0])), shared).flatten(0, 1)
+
+    def _repeat(self, prefix: Tensor, heads: int) -> Tensor:
+        return prefix.repeat_interleave(heads // prefix.shape[0], dim=0)
 
     def _add_bias(self, shadow: Tensor) -> Tensor:
         if self.bias is None:
@@ -239,7 +243,7 @@ class ScoreShadow(TorchFunctionMode):
             return output
         if axes is not None:
             shadow = axes.standard(shadow, axes.first)
-        share = shadow @ self._expand(self.site.prefix(value)[1], value).to(shadow.dtype)
+        share = self._meet(shadow, self.site.prefix(value)[1].to(shadow.dtype))
         return output + (axes.restore(share) if axes is not None else share)
 
     def _heads(self, operand: Tensor) -> Tensor:
@@ -261,14 +265,18 @@ class ScoreShadow(TorchFunctionMode):
         if self.site.recording:
             self.site.record(self._heads(key), self._heads(value))
         if self.site.key is not None:
+            prefix_key, prefix_value = (self._repeat(t, key.shape[1]) for t in self.site.prefix(key))
+            fused = None if self.bias is not None else merge_kernel(query, key, value, attn_mask, dropout_p)
+            if fused is not None:
+                scale = kwargs.get("scale")
+                return merged_attention(query, key, value, prefix_key, prefix_value, attn_mask, is_causal, scale, fused)
             virtual, keys, queries = self.site.num_virtual_tokens, key.shape[-2], query.shape[-2]
-            prefix_key, prefix_value = self.site.prefix(key)
             if is_causal:
                 attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
             if attn_mask is not None:
                 attn_mask = self._extend_kernel_mask(attn_mask, virtual, keys, query.shape[-1])
-            key = torch.cat([self._expand(prefix_key, key).expand(*key.shape[:-2], -1, -1), key], dim=-2)
-            value = torch.cat([self._expand(prefix_value, value).expand(*value.shape[:-2], -1, -1), value], dim=-2)
+            key = torch.cat([prefix_key.expand(*key.shape[:-2], -1, -1), key], dim=-2)
+            value = torch.cat([prefix_value.expand(*value.shape[:-2], -1, -1), value], dim=-2)
             is_causal = False
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **kwargs

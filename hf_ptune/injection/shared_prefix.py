@@ -85,6 +85,14 @@ def shared_backward(
     return _unstack(to_query.transpose(0, 1)[None], query), to_key, to_value
 
 
+def shared_product(rows: Tensor, shared: Tensor) -> Tensor:
+    """Multiply `[B, H, S, N]` with one `[K, N, M]` for all rows: `[B, H, S, M]`."""
+    heads, groups = shared.shape[0], rows.shape[1] // shared.shape[0]
+    stacked = rows.unflatten(1, (heads, groups)).transpose(0, 1).reshape(heads, -1, rows.shape[-1])  # K B*G*S N
+    product = torch.bmm(stacked, shared).unflatten(1, (rows.shape[0], groups, rows.shape[2]))
+    return product.transpose(0, 1).flatten(1, 2)
+
+
 def _by_products(query: Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
 
