@@ -12,7 +12,7 @@ from hf_ptune.injection import joint, kernels, merge, shared_prefix
 from hf_ptune.injection.kernels import Kernel
 
 Wrap = Callable[..., PTunePreTrainedModel]
-ROUTE_1 = [f for f in CONFIGS if f not in ("bloom", "deberta-v2", "gemma2", "t5")]  # attention by the interface
+ROUTE_1 = [f for f in CONFIGS if f not in ("bloom", "deberta-v2", "gemma2")]  # attention by the interface
 METHODS = ["prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2"]
 
 

@@ -96,15 +96,30 @@ def _merge(
     kwargs: dict[str, Any],
 ) -> torch.Tensor | None:
     """What torch's fused attention over [prefix | own tokens] gives, `[B, S, H, D]`, or `None` to concatenate."""
-    if any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap")):
+    if any(kwargs.get(name) is not None for name in ("cache", "softcap")):
         return None
+    causal = mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
+    if (bias := kwargs.get("position_bias")) is not None:
+        if not (mask is None or isinstance(mask, torch.Tensor)):
+            return None
+        mask, causal = _biased_mask(bias[..., : key.shape[2]], mask, causal), False
     kernel = merge_kernel(query, key, value, mask, kwargs.get("dropout", 0.0))
     if kernel is None:
         return None
     prefix_key, prefix_value = _checked_prefix(site, key, value)
-    causal = mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
     output = merged_attention(query, key, value, prefix_key, prefix_value, mask, causal, kwargs.get("scaling"), kernel)
     return output.transpose(1, 2).contiguous()
+
+
+def _biased_mask(bias: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
+    """A learned bias over own keys, with the hidden ones at the lowest number."""
+    if mask is not None and mask.dtype != torch.bool:
+        return bias + mask[..., : bias.shape[-1]]
+    if causal:
+        mask = torch.ones(bias.shape[-2:], dtype=torch.bool, device=bias.device).tril()
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask[..., : bias.shape[-1]], torch.finfo(bias.dtype).min)
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
