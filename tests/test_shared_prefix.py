@@ -200,6 +200,15 @@ def test_one_sweep_is_taken_while_training_only(wrap: Wrap, monkeypatch: pytest.
     assert len(calls) == 2
 
 
+def test_packed_sequences_stay_apart_while_training(wrap: Wrap) -> None:
+    model = wrap("llama", "prompt_tuning").train()
+    ids = batch("llama", rows=1, length=8)["input_ids"]
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
+    packed = model(ids, position_ids=positions).logits
+    assert torch.allclose(packed[:, 3:], model(ids[:, 3:]).logits, atol=1e-10)
+    assert model._injector.joins
+
+
 def test_one_sweep_with_hidden_dropout_keeps_modes(wrap: Wrap) -> None:
     model = wrap("gpt2", "p_tuning", encoder_dropout=0.5).train()
     model.backbone.transformer.h[0].eval()

@@ -203,7 +203,8 @@ class Injector:
             self.cached = None
             return self._pairs()
         if self.cached is None or self.cached[0] != version:
-            self.cached = (version, self._pairs())
+            dtype = self.backbone.dtype
+            self.cached = (version, [(key.to(dtype), value.to(dtype)) for key, value in self._pairs()])
         return self.cached[1]
 
     def _version(self) -> Any:

@@ -92,7 +92,8 @@ def can_join(named: dict[str, Any]) -> bool:
     """Whether a call of the body asks for nothing that a joint sequence could not give."""
     given = {k for k, v in named.items() if v is not None and v is not False}
     mask = named.get("attention_mask")
-    plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+    # without a mask, backbones tell packed sequences apart by positions
+    plain = named.get("position_ids") is None if mask is None else isinstance(mask, Tensor) and mask.dim() == 2
     return plain and given <= _KNOWN and not named.get("use_cache")
 
 
