@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from hf_ptune.auto import register
 
 if TYPE_CHECKING:
-    from hf_ptune.callbacks import FreezeBackboneCallback, GuardCallback, MemoryCallback
+    from hf_ptune.callbacks import FreezeBackboneCallback, GuardCallback, MemoryCallback, ModelCardCallback
     from hf_ptune.configuration_ptune import PTuneConfig
     from hf_ptune.errors import PTuneError
     from hf_ptune.modeling_ptune import (
@@ -27,6 +27,7 @@ __all__ = [
     "FreezeBackboneCallback",
     "GuardCallback",
     "MemoryCallback",
+    "ModelCardCallback",
     "PTuneConfig",
     "PTuneError",
     "PTuneForCausalLM",

@@ -1,6 +1,8 @@
 """The folder on disk: names, write, read, validate."""
 
+import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers.utils import cached_file
 from hf_ptune.errors import AdapterFileError
 
 WEIGHTS_NAME = "model.safetensors"
+_DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def write_tensors(folder: str | os.PathLike[str], tensors: dict[str, Tensor]) -> Path:
@@ -48,7 +51,47 @@ def find_weights(source: str, **hub: Any) -> str:
     path: str | None = cached_file(source, WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if path is None:
         raise AdapterFileError(f"{source} has no {WEIGHTS_NAME}; expected an adapter that save_pretrained wrote.")
+    if not os.path.isdir(source):
+        check_download(Path(path), source)
     return path
+
+
+def check_download(path: Path, source: str) -> None:
+    """Compare a file of the Hub's cache with the name it is kept under, which is the digest the Hub gave for it.
+
+    The Hub's client accepts a damaged body, and serves it ever after; here it is taken out of the cache.
+
+    Raises:
+        AdapterFileError: they differ.
+    """
+    kept = path.resolve()
+    expected = kept.name
+    if not _DIGEST.fullmatch(expected):
+        return  # a cache without links, or another kind of store
+    found = sha256_of(kept) if len(expected) == 64 else blob_id_of(kept)
+    if found != expected:
+        kept.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        raise AdapterFileError(
+            f"{path.name} of {source} was damaged on its way: its digest is {found[:12]}…, the Hub says "
+            f"{expected[:12]}…. It has been taken out of the cache; load it again."
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """The name under which the Hub keeps a large file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def blob_id_of(path: Path) -> str:
+    """The name under which the Hub, as git, keeps a small file."""
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

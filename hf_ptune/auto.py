@@ -16,6 +16,7 @@ from typing import Any
 _FOLLOWS = {
     "transformers.models.auto.configuration_auto": "hf_ptune.configuration_ptune",
     "transformers.models.auto.modeling_auto": "hf_ptune.modeling_ptune",
+    "transformers.trainer": "hf_ptune.callbacks.model_card",
 }
 
 

@@ -17,6 +17,10 @@ class AdapterFileError(PTuneError):
     """Raised when a folder or file does not hold the adapter that its configuration describes."""
 
 
+class HubError(PTuneError):
+    """Raised when the Hub refuses a push or cannot be reached."""
+
+
 class GuardError(PTuneError):
     """Raised before training starts when one batch shows that training could not work."""
 

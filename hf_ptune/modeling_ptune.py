@@ -25,6 +25,7 @@ from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import DirectEmbeddings, DirectPrefix, EncoderSpec, PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import check_base, choose_sites, shifts_positions
+from hf_ptune.publishing import publish
 
 logger = hf_logging.get_logger(__name__)
 _OWNER = "_ptune_owner"
@@ -289,12 +290,60 @@ class PTunePreTrainedModel(PreTrainedModel):
             os.makedirs(save_directory, exist_ok=True)
             task_class = next(c for c in type(self).__mro__ if "backbone_class" not in c.__dict__)
             config.architectures = [task_class.__name__]
+            type(config)._auto_class = None  # loaded by a repository's shim, transformers would copy our source
             config.save_pretrained(save_directory)
             if self.can_generate():
                 self.generation_config.save_pretrained(save_directory)
             write_tensors(save_directory, tensors)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tokenizer: Any = None,
+        keep_encoder: bool = False,
+        **ignored: Any,
+    ) -> str | None:
+        """Push adapter, tokenizer and card in one commit; of several ranks, the first does.
+
+        Args:
+            repo_id: `user/name`.
+            commit_message: first line of the commit.
+            commit_description: the rest of it.
+            private: of a repository that is made here.
+            token: a write token; the saved one when unset.
+            revision: a branch.
+            create_pr: open a pull request instead.
+            tokenizer: the base's own when unset.
+            keep_encoder: keep the reparameterisation, so that others can train on; else the prompt is flattened.
+            ignored: what pushing whole models takes (max_shard_size, tags).
+
+        Returns:
+            The address of the repository; `None` on other ranks.
+
+        Raises:
+            HubError: the push failed; says where the finished folder is and how to push it again.
+        """
+        return publish(
+            self,
+            repo_id,
+            tokenizer=tokenizer,
+            keep_encoder=keep_encoder,
+            commit_message=commit_message or "Upload adapter",
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
     @classmethod
     def from_pretrained(
@@ -322,6 +371,8 @@ class PTunePreTrainedModel(PreTrainedModel):
         hub = {k: kwargs.pop(k) for k in _HUB_KEYS if k in kwargs}
         own = hub | {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
         with_info = kwargs.pop("output_loading_info", False)
+        # what a repository of ours may run says nothing of what its base may
+        kwargs.pop("trust_remote_code", None)
         for name in ("use_safetensors", "weights_only", "_from_auto", "_commit_hash", "state_dict", "adapter_kwargs"):
             kwargs.pop(name, None)
         if not isinstance(config, PTuneConfig):

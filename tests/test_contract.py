@@ -1,7 +1,7 @@
 """What holds for every registered method on every family."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 
 import hf_ptune
 from hf_ptune.backbone import TASKS
+from hf_ptune.injection import Injector
+from hf_ptune.injection.merge import concatenated_attention
+from hf_ptune.loss_at_labels import LossAtLabels
 from hf_ptune.methods import get_method, method_names
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 
@@ -21,6 +24,18 @@ PAIRS = [(f, m) for f in CONFIGS for m in METHODS if m != "bitfit" or takes_bitf
 PROMPTED = [(f, m) for f, m in PAIRS if m != "bitfit"]
 every_pair = pytest.mark.parametrize(("family", "method"), PAIRS)
 every_prompt = pytest.mark.parametrize(("family", "method"), PROMPTED)
+
+
+@pytest.fixture(params=["fast", "reference"], autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Shared attention and one sweep, or a copy of the prefix before every row and two passes."""
+    if request.param == "fast":
+        yield request.param
+        return
+    monkeypatch.setattr(Injector, "_may_join", lambda *_: False)
+    monkeypatch.setattr(LossAtLabels, "__call__", lambda *_: None)
+    with concatenated_attention():
+        yield request.param
 
 
 def logits(model: Any, **inputs: Any) -> torch.Tensor:

@@ -10,11 +10,13 @@ LAYERS = [
     {"errors", "shapes", "cross_entropy", "auto"},
     {"methods"},
     {"configuration_ptune", "injection", "backbone"},
-    {"adapter_file", "placement", "prompt_start", "loss_at_labels"},
+    {"adapter_file", "cards", "placement", "prompt_start", "loss_at_labels"},
+    {"hub"},
+    {"publishing"},
     {"modeling_ptune"},
-    {"recipe", "data", "metrics", "cards"},
+    {"recipe", "data", "metrics"},
     {"callbacks"},
-    {"hub", "interop"},
+    {"interop"},
     {"train", "cli"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -216,3 +216,52 @@ def test_one_sweep_with_hidden_dropout_keeps_modes(wrap: Wrap) -> None:
     model(**batch("gpt2"))
     assert model._injector.joins
     assert {n: m.training for n, m in model.named_modules()} == before
+
+
+# CUDA's operators, where there is no such device ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("key_heads", [6, 2])
+def test_cuda_operators_take_and_give_these_shapes(dtype: torch.dtype, masked: bool, key_heads: int) -> None:
+    query = torch.empty(2, 6, 5, 16, device="meta", dtype=dtype)
+    key = torch.empty(2, key_heads, 9, 16, device="meta", dtype=dtype)
+    mask = torch.empty(2, 1, 5, 9, device="meta", dtype=dtype) if masked else None
+    output, lse = kernels._cuda_forward(query, key, key, mask, False, 0.25)
+    assert (output.shape, lse.shape, lse.dtype) == (query.shape, (2, 6, 5), torch.float32)
+    found = kernels._cuda_backward(output, query, key, key, mask, output, lse, False, 0.25)
+    assert [g.shape for g in found] == [query.shape, key.shape, key.shape]
+
+
+class PlainOperators:
+    """Memory-efficient attention by its contract: no grouped heads, log-sum-exps in rows of a multiple of 32."""
+
+    @staticmethod
+    def _scores(query: Any, key: Any, mask: Any, causal: bool, scale: float) -> Any:
+        assert query.shape[1] == key.shape[1]
+        scores = query @ key.mT * scale
+        if mask is not None:
+            assert mask.shape == scores.shape and mask.stride(-2) % 16 == 0
+            scores = scores + mask
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return scores.masked_fill(later, -torch.inf) if causal else scores
+
+    def _scaled_dot_product_efficient_attention(
+        self, query: Any, key: Any, value: Any, mask: Any, wants_lse: bool, dropout: float, causal: bool, scale: float
+    ) -> tuple[Any, ...]:
+        scores = self._scores(query, key, mask, causal, scale)
+        lse = torch.nn.functional.pad(scores.logsumexp(-1), (0, -query.shape[2] % 32), value=torch.inf)
+        return scores.softmax(-1) @ value, lse, None, None
+
+    def _scaled_dot_product_efficient_attention_backward(self, *args: Any, scale: float) -> tuple[Any, ...]:
+        grad, query, key, value, mask, output, lse, _, _, _, wanted, causal = args
+        assert lse.shape[2] % 32 == 0 and wanted == [True, True, True, False]
+        shares = (self._scores(query, key, mask, causal, scale) - lse[..., : query.shape[2], None]).exp()
+        to_scores = shares * (grad @ value.mT - (grad * output).sum(-1, keepdim=True)) * scale
+        return to_scores @ key, to_scores.mT @ query, shares.mT @ grad, None
+
+
+def test_what_stands_around_cuda_operators_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_ATEN", PlainOperators())
+    assert kernels._difference(kernels._KERNELS["cuda"], "cpu", torch.float32, 8) is None

@@ -3,5 +3,6 @@
 from hf_ptune.callbacks.freeze import FreezeBackboneCallback
 from hf_ptune.callbacks.guard import GuardCallback, check_batch
 from hf_ptune.callbacks.memory import MemoryCallback
+from hf_ptune.callbacks.model_card import ModelCardCallback
 
-__all__ = ["FreezeBackboneCallback", "GuardCallback", "MemoryCallback", "check_batch"]
+__all__ = ["FreezeBackboneCallback", "GuardCallback", "MemoryCallback", "ModelCardCallback", "check_batch"]

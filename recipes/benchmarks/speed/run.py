@@ -32,6 +32,7 @@ def cases(gpu: bool) -> list[Case]:
         (4, 32, 100),
         (4, 32, 200),
         (4, 128, 100),
+        (4, 128, 20),
     ):
         shape = {"rows": rows, "length": length, "virtual": virtual}
         found.append(

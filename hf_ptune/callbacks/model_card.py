@@ -1,0 +1,157 @@
+"""Gather the facts of a run, and write the card; the Trainer's own card gives way to it."""
+
+import functools
+import importlib.metadata
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from hf_ptune.cards import RunFacts
+from hf_ptune.modeling_ptune import PTunePreTrainedModel
+from hf_ptune.publishing import facts_of, finish_folder
+
+logger = logging.get_logger(__name__)
+_HYPERPARAMETERS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "optim",
+    "label_smoothing_factor",
+    "bf16",
+    "fp16",
+    "gradient_checkpointing",
+)
+_LIBRARIES = ("hf_ptune", "transformers", "torch", "accelerate", "datasets")
+_MEMORY = re.compile("mem_([a-z_]+)_mib")
+_SPEED = ("step_time_s", "tokens_per_second", "train_runtime")
+_TIMES = ("runtime", "per_second", "epoch", "flos")
+
+
+class ModelCardCallback(TrainerCallback):
+    """Write facts and card of a run into its output folder when training ends; pushes carry them.
+
+    Args:
+        datasets: ids or names of the training data, the one that was evaluated on first.
+        languages: ISO codes of its languages.
+        license: of the adapter; the base's own goes here.
+        example: an input for the card's snippet.
+        limits: sentences on what to know before use.
+
+    Attributes:
+        facts: of the run, after training.
+    """
+
+    def __init__(
+        self,
+        datasets: list[str] | None = None,
+        languages: list[str] | None = None,
+        license: str | None = None,
+        example: str | None = None,
+        limits: list[str] | None = None,
+    ) -> None:
+        given = {"datasets": datasets, "languages": languages, "license": license, "example": example, "limits": limits}
+        self.given = {k: v for k, v in given.items() if v is not None}
+        self.facts: RunFacts | None = None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write facts and card, on the first rank of all."""
+        model = extract_model_from_parallel(kwargs["model"], keep_torch_compile=False)
+        if not state.is_world_process_zero or not isinstance(model, PTunePreTrainedModel):
+            return
+        self.facts = gather_facts(args, state, model, self.given)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        self.facts.save(args.output_dir)
+
+
+def gather_facts(
+    args: TrainingArguments,
+    state: TrainerState,
+    model: PTunePreTrainedModel,
+    given: dict[str, Any] | None = None,
+) -> RunFacts:
+    """What Trainer, model and callbacks know of a run.
+
+    Args:
+        args: of the Trainer.
+        state: of the Trainer.
+        model: the wrapped model.
+        given: fields of `RunFacts` that only the user knows.
+    """
+    facts = facts_of(model)
+    for name, value in (given or {}).items():
+        setattr(facts, name, value)
+    unset = TrainingArguments(output_dir=args.output_dir)
+    chosen = {n: getattr(args, n) for n in _HYPERPARAMETERS}
+    always = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
+    facts.hyperparameters = {
+        k: getattr(v, "value", v) for k, v in chosen.items() if k in always or v != getattr(unset, k)
+    }
+    facts.seeds = [args.seed]
+    facts.history = [
+        {k: v for k, v in entry.items() if isinstance(v, (int, float)) and not k.startswith("mem_")}
+        for entry in state.log_history
+    ]
+    evaluations = [e for e in facts.history if any(k.startswith("eval_") for k in e)]
+    if evaluations:
+        last = {k.removeprefix("eval_"): v for k, v in evaluations[-1].items() if k.startswith("eval_")}
+        facts.metrics = [{k: v for k, v in last.items() if not k.endswith(_TIMES)}]
+    for entry in state.log_history:
+        for key, value in entry.items():
+            if found := _MEMORY.fullmatch(key):
+                facts.memory[found[1]] = max(facts.memory.get(found[1], 0.0), value)
+            elif key in _SPEED:
+                facts.speed[key] = value  # the last log of a training is about all of it
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine() + " CPU"
+    facts.hardware = {
+        "device": device,
+        "processes": args.world_size,
+        "engine": args.distributed_state.distributed_type.value if args.distributed_state is not None else "NO",
+    }
+    facts.versions = {name: _version(name) for name in _LIBRARIES}
+    return facts
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _give_way(original: Any) -> Any:
+    """Let the Trainer finish a folder of ours in our way, and every other one in its own."""
+
+    @functools.wraps(original)
+    def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
+        model = extract_model_from_parallel(self.model, keep_torch_compile=False)
+        if not isinstance(model, PTunePreTrainedModel):
+            original(self, *args, **kwargs)
+            return
+        if not self.is_world_process_zero():
+            return
+        callbacks = self.callback_handler.callbacks
+        ours = next((c for c in callbacks if isinstance(c, ModelCardCallback)), None)
+        facts = gather_facts(self.args, self.state, model, None if ours is None else ours.given)
+        repo_id = self.hub_model_id or Path(self.args.output_dir).name
+        finish_folder(model, Path(self.args.output_dir), repo_id, facts=facts)
+
+    vars(create_model_card)["_ptune"] = True
+    return create_model_card
+
+
+if "_ptune" not in vars(Trainer.create_model_card):
+    Trainer.create_model_card = _give_way(Trainer.create_model_card)

@@ -1,0 +1,267 @@
+"""What a run found out, and the model card that says it."""
+
+import json
+import math
+import re
+import statistics
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_ptune.backbone import TASKS
+from hf_ptune.errors import PTuneError
+from hf_ptune.methods import get_method
+
+FACTS_NAME = "run_facts.json"
+CARD_NAME = "README.md"
+CURVES_NAME = "curves.png"
+_TEMPLATE = "adapter_card.md.jinja"
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+_PIPELINES = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "MULTIPLE_CHOICE": "multiple-choice",
+    "SEQ_2_SEQ_LM": "text-generation",
+    "CAUSAL_LM": "text-generation",
+    "MASKED_LM": "fill-mask",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+# transformers 5 has no pipeline for these; the snippet calls the model
+_WITHOUT_PIPELINE = ("QUESTION_ANS", "MULTIPLE_CHOICE", "SEQ_2_SEQ_LM")
+
+
+@dataclass
+class RunFacts:
+    """Everything a card says of an adapter; kept as JSON beside it, so that the card can be made again.
+
+    Args:
+        method: name of the method.
+        task: a key of `backbone.TASKS`.
+        base: id of the base on the Hub, or what it is called.
+        base_revision: its commit.
+        options: options of the method, as in PTuneConfig.
+        parameters: trained parameters.
+        all_parameters: those of base and adapter together.
+        adapter_bytes: size of the adapter's file.
+        base_bytes: size of the base's weights, which full fine-tuning would write.
+        example: an input for the snippet.
+        datasets: ids or names of what it was trained on.
+        languages: ISO codes.
+        license: of the base.
+        hyperparameters: of the training.
+        seeds: one a run.
+        metrics: final metrics, one dict a seed.
+        history: logged losses and metrics, each with step and epoch.
+        memory: MiB by what holds it.
+        speed: seconds a step, tokens a second, seconds in all.
+        hardware: device and number of processes.
+        versions: of the libraries.
+        limits: what to know before use.
+    """
+
+    method: str
+    task: str
+    base: str | None = None
+    base_revision: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    parameters: int = 0
+    all_parameters: int = 0
+    adapter_bytes: int = 0
+    base_bytes: int = 0
+    example: str = "Prompts are cheap."
+    datasets: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)
+    license: str | None = None
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+    memory: dict[str, float] = field(default_factory=dict)
+    speed: dict[str, float] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    limits: list[str] = field(default_factory=list)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the facts beside the adapter."""
+        path = Path(folder) / FACTS_NAME
+        path.write_text(json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "RunFacts":
+        """Read the facts of a run.
+
+        Raises:
+            PTuneError: there are none, or they are not ours.
+        """
+        path = Path(folder) / FACTS_NAME
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            known = {f.name for f in fields(cls)}
+            return cls(**{k: v for k, v in found.items() if k in known})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise PTuneError(f"{path} holds no facts of a run ({error}); train with ModelCardCallback.") from error
+
+
+def merge_seeds(runs: list[RunFacts]) -> RunFacts:
+    """One set of facts of runs that differ by their seeds; the first one's curves and sizes are shown.
+
+    Raises:
+        PTuneError: runs of different methods, tasks or bases.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        if (run.method, run.task, run.base) != (first.method, first.task, first.base):
+            raise PTuneError("a card is for one method, task and base; the runs differ in them.")
+    merged = RunFacts(**asdict(first))
+    merged.seeds = [seed for run in runs for seed in run.seeds]
+    merged.metrics = [metrics for run in runs for metrics in run.metrics]
+    return merged
+
+
+def make_card(facts: RunFacts, repo_id: str = "user/adapter", curves: str | None = None) -> ModelCard:
+    """Render the card of an adapter.
+
+    Args:
+        facts: of the run, or runs.
+        repo_id: where the adapter will be; its name is the title.
+        curves: name of an image beside the card.
+
+    Returns:
+        A card that the Hub takes.
+    """
+    method = get_method(facts.method)
+    template = resources.files("hf_ptune").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    card: ModelCard = ModelCard.from_template(
+        _metadata(facts, repo_id),
+        template_str=template,
+        facts=facts,
+        method=method,
+        repo_id=repo_id,
+        name=repo_id.split("/")[-1],
+        base_known=_is_hub_id(facts.base),
+        auto_class=TASKS[facts.task].__name__,
+        pipeline=None if facts.task in _WITHOUT_PIPELINE else _PIPELINES[facts.task],
+        percent=100 * facts.parameters / max(facts.all_parameters, 1),
+        summary=summarise(facts.metrics),
+        epochs=_by_epoch(facts.history),
+        curves=curves,
+        human=human_bytes,
+    )
+    return card
+
+
+def draw_curves(facts: RunFacts, path: Path) -> str | None:
+    """Draw losses and metrics over steps; nothing where matplotlib is missing or nothing was logged.
+
+    Returns:
+        The image's name, or `None`.
+    """
+    losses = [(e["step"], e["loss"]) for e in facts.history if "loss" in e and "step" in e]
+    measured: dict[str, list[tuple[float, float]]] = {}
+    for entry in facts.history:
+        for name, value in entry.items():
+            if name.startswith("eval_") and not name.endswith(("runtime", "per_second")) and "step" in entry:
+                measured.setdefault(name, []).append((entry["step"], value))
+    if not losses and not measured:
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(8, 3.2))
+    left, right = figure.subplots(1, 2)
+    left.set_title("loss")
+    right.set_title("evaluation")
+    if losses:
+        left.plot(*zip(*losses, strict=True), label="train")
+    for name, points in measured.items():
+        (left if name == "eval_loss" else right).plot(*zip(*points, strict=True), label=name, marker="o")
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        if axes.lines:
+            axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+    return path.name
+
+
+def summarise(metrics: list[dict[str, float]]) -> dict[str, tuple[float, float | None]]:
+    """Mean and sample deviation of every metric over seeds; no deviation of one."""
+    names = [n for n in (metrics[0] if metrics else {}) if all(n in m for m in metrics)]
+    found = {}
+    for name in names:
+        values = [m[name] for m in metrics]
+        found[name] = (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+    return found
+
+
+def human_bytes(size: float) -> str:
+    """A size with its unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _is_hub_id(base: str | None) -> bool:
+    return base is not None and _HUB_ID.fullmatch(base) is not None and not base.startswith(".")
+
+
+def _metadata(facts: RunFacts, repo_id: str) -> ModelCardData:
+    results = [
+        EvalResult(
+            task_type=_PIPELINES[facts.task],
+            dataset_type=_slug(facts.datasets[0]) if facts.datasets else "held-out",
+            dataset_name=facts.datasets[0] if facts.datasets else "held-out rows",
+            metric_type=name,
+            metric_name=name,
+            metric_value=round(mean, 4),
+        )
+        for name, (mean, _) in summarise(facts.metrics).items()
+        if not name.endswith(("runtime", "per_second", "epoch"))
+    ]
+    known = _is_hub_id(facts.base)
+    return ModelCardData(
+        base_model=facts.base if known else None,
+        base_model_relation="adapter" if known else None,
+        library_name="transformers",
+        pipeline_tag=_PIPELINES[facts.task],
+        license=facts.license,
+        language=facts.languages or None,
+        datasets=[d for d in facts.datasets if _is_hub_id(d)] or None,
+        tags=["hf_ptune", "prompt-learning", facts.method.replace("_", "-")],
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=results or None,
+    )
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w./-]+", "-", name).strip("-").lower() or "held-out"
+
+
+def _by_epoch(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Evaluations, each with the last training loss before it."""
+    rows, loss = [], math.nan
+    for entry in history:
+        loss = entry.get("loss", loss)
+        measured = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
+        measured = {k: v for k, v in measured.items() if not k.endswith(("runtime", "per_second"))}
+        if measured:
+            rows.append({"epoch": entry.get("epoch", 0.0), "step": entry.get("step", 0), "train loss": loss} | measured)
+    return rows
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

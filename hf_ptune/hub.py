@@ -1,0 +1,171 @@
+"""Push a finished adapter folder to the Hub, in one commit whatever happens on the way."""
+
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, HfApi
+
+# HTTPError is that of the client which the installed huggingface_hub is built on
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+from huggingface_hub.hf_api import RepoFile
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from hf_ptune.adapter_file import WEIGHTS_NAME, blob_id_of, sha256_of
+from hf_ptune.errors import AdapterFileError, HubError
+
+logger = logging.get_logger(__name__)
+ATTEMPTS = 6
+_LONGEST_WAIT = 30.0  # seconds
+# what a training folder holds besides a finished adapter
+_LEFT_OUT = (".git", "checkpoint-", "runs", "_", ".cache", "__pycache__")
+_LEFT_OUT_ENDS = (".partial", ".bin", ".pt", ".pth", ".pyc")
+_Result = TypeVar("_Result")
+
+
+def push_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload adapter",
+    commit_description: str | None = None,
+) -> str:
+    """Upload a finished adapter folder in one commit.
+
+    What the Hub answers with 429, 5xx or a dropped connection is tried again, after a look at whether the commit
+    has arrived all the same.
+
+    Args:
+        folder: what `save_pretrained` wrote, tokenizer and card beside it.
+        repo_id: `user/name`, or a name of your own; the repository is made where it is missing.
+        private: of a repository that is made here.
+        token: a write token; the saved one when unset.
+        revision: a branch; made where it is missing.
+        create_pr: open a pull request instead of committing.
+        commit_message: first line of the commit.
+        commit_description: the rest of it.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        AdapterFileError: the folder holds no adapter.
+        HubError: the Hub refused, or could not be reached; says how to push again.
+    """
+    files = adapter_files(folder)
+    api = HfApi(token=token)
+    with tqdm(total=2 + ATTEMPTS, desc=f"push to {repo_id}", unit="try", leave=False) as bar:
+        try:
+            url = _persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), bar)
+            if revision is not None and not revision.startswith("refs/pr"):
+                _persist(lambda: api.create_branch(url.repo_id, branch=revision, exist_ok=True), bar)
+            push = _Push(api, url.repo_id, revision, create_pr, files, commit_message, commit_description)
+            _persist(push, bar)
+        except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+            raise HubError(
+                f"{folder} could not be pushed to {repo_id}: {_first_line(error)} The finished adapter is in "
+                f"{folder}; push it again: hf-ptune push {folder} {repo_id}"
+            ) from error
+    return str(url)
+
+
+def adapter_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """The files of a finished adapter by their names in the repository; checkpoints and caches stay out.
+
+    Raises:
+        AdapterFileError: no configuration or no weights.
+    """
+    root = Path(folder)
+    missing = [name for name in ("config.json", WEIGHTS_NAME) if not (root / name).is_file()]
+    if missing:
+        raise AdapterFileError(f"{folder} holds no finished adapter: {', '.join(missing)} missing; save_pretrained it.")
+    found = {}
+    for path in sorted(root.rglob("*")):
+        parts = path.relative_to(root).parts
+        hidden = any(part.startswith(_LEFT_OUT) for part in parts) or path.name.endswith(_LEFT_OUT_ENDS)
+        if path.is_file() and not path.is_symlink() and not hidden:
+            found["/".join(parts)] = path
+    return found
+
+
+class _Push:
+    """One commit, tried until it is there."""
+
+    def __init__(
+        self,
+        api: HfApi,
+        repo_id: str,
+        revision: str | None,
+        create_pr: bool,
+        files: dict[str, Path],
+        message: str,
+        description: str | None,
+    ) -> None:
+        self.api, self.repo_id, self.revision, self.create_pr = api, repo_id, revision, create_pr
+        self.files, self.message, self.description = files, message, description
+        self.tried = False
+
+    def __call__(self) -> None:
+        parent = self.api.model_info(self.repo_id, revision=self.revision).sha
+        # the answer to an earlier try may be all that was lost
+        if self.tried and not self.create_pr and self._arrived():
+            return
+        self.tried = True
+        self.api.create_commit(
+            self.repo_id,
+            [CommitOperationAdd(name, path) for name, path in self.files.items()],
+            commit_message=self.message,
+            commit_description=self.description,
+            revision=self.revision,
+            create_pr=self.create_pr,
+            parent_commit=None if self.create_pr else parent,
+        )
+
+    def _arrived(self) -> bool:
+        infos = self.api.get_paths_info(self.repo_id, list(self.files), revision=self.revision)
+        there = {i.path: i.lfs.sha256 if i.lfs else i.blob_id for i in infos if isinstance(i, RepoFile)}
+        return all(there.get(name) in (sha256_of(path), blob_id_of(path)) for name, path in self.files.items())
+
+
+def _persist(action: Callable[[], _Result], bar: Any) -> _Result:
+    for attempt in range(ATTEMPTS):
+        try:
+            result = action()
+            bar.update()
+            return result
+        except (HTTPError, ConnectionError) as error:
+            if attempt + 1 == ATTEMPTS or isinstance(error, OfflineModeIsEnabled) or not _passes(error):
+                raise
+            wait = _wait(error, attempt)
+            bar.set_postfix_str(f"{_first_line(error)[:60]}; again in {wait:.0f} s")
+            logger.info(f"the Hub answered with {_first_line(error)} trying again in {wait:.1f} s.")
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _passes(error: Exception) -> bool:
+    """Whether an error may be gone the next time."""
+    response = getattr(error, "response", None)
+    # 412: somebody, perhaps an earlier try of this very push, has moved the branch
+    return response is None or response.status_code in (408, 412, 429) or response.status_code >= 500
+
+
+def _wait(error: Exception, attempt: int) -> float:
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    asked = headers.get("Retry-After", "")
+    if asked.isdigit():
+        return min(float(asked), _LONGEST_WAIT)
+    return min(0.5 * 2**attempt, _LONGEST_WAIT) * random.uniform(0.8, 1.2)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."

@@ -1,0 +1,178 @@
+"""From a wrapped model to a folder that a stranger can load, and from there to the Hub."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from hf_ptune.adapter_file import WEIGHTS_NAME
+from hf_ptune.backbone import TASKS, resolve
+from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, make_card
+from hf_ptune.hub import push_folder
+from hf_ptune.methods import get_method
+
+logger = logging.get_logger(__name__)
+SHIM = "modeling_hf_ptune"
+
+
+def write_repository(
+    model: Any,
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    tokenizer: Any = None,
+    keep_encoder: bool = False,
+    facts: RunFacts | None = None,
+) -> Path:
+    """Write everything that a repository of an adapter holds.
+
+    Args:
+        model: a wrapped model.
+        folder: made where it is missing.
+        repo_id: where it will be; the card names it.
+        tokenizer: the base's own when unset, where it has one.
+        keep_encoder: keep the reparameterisation, so that training can go on; else the prompt is flattened.
+        facts: of the run; what the model itself tells when unset.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model.config.base_model_name_or_path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return finish_folder(model, folder, repo_id, keep_encoder=keep_encoder, facts=facts)
+
+
+def finish_folder(
+    model: Any, folder: Path, repo_id: str, *, keep_encoder: bool = False, facts: RunFacts | None = None
+) -> Path:
+    """Write adapter, shim, facts and card into a folder that may hold a tokenizer already.
+
+    Args:
+        model: a wrapped model.
+        folder: made where it is missing.
+        repo_id: where it will be.
+        keep_encoder: see `write_repository`.
+        facts: see `write_repository`.
+
+    Returns:
+        The folder.
+    """
+    model.save_pretrained(folder, flatten=not keep_encoder)
+    add_shim(folder, type(model).task)
+    facts = facts or facts_of(model, folder)
+    facts.adapter_bytes = (folder / WEIGHTS_NAME).stat().st_size
+    facts.save(folder)
+    curves = draw_curves(facts, folder / CURVES_NAME)
+    make_card(facts, repo_id, curves).save(folder / CARD_NAME)
+    return folder
+
+
+def add_shim(folder: Path, task: str) -> None:
+    """Let transformers find the classes without an import of this package, for those who trust remote code."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name = config["architectures"][0]
+    config["auto_map"] = {"AutoConfig": f"{SHIM}.PTuneConfig", TASKS[task].__name__: f"{SHIM}.{name}"}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / f"{SHIM}.py").write_text(
+        '"""Loads with `trust_remote_code=True`; needs `pip install hf_ptune`."""\n\n'
+        f"from hf_ptune import PTuneConfig, {name}\n\n"
+        f'__all__ = ["PTuneConfig", "{name}"]\n',
+        encoding="utf-8",
+    )
+
+
+def facts_of(model: Any, folder: str | os.PathLike[str] | None = None) -> RunFacts:
+    """What a model tells of itself, on top of the facts that its folder holds.
+
+    Args:
+        model: a wrapped model.
+        folder: may hold the facts of a run.
+    """
+    if folder is not None and (Path(folder) / FACTS_NAME).is_file():
+        return RunFacts.load(Path(folder))
+    config = model.config
+    trained, everything = model.get_nb_trainable_parameters()
+    base = config.base_model_name_or_path
+    return RunFacts(
+        method=config.method,
+        task=type(model).task,
+        base=None if base is None or _is_local(base) else base,
+        base_revision=config.base_model_revision,
+        options=method_options(config),
+        parameters=trained,
+        all_parameters=everything,
+        base_bytes=sum(p.numel() * p.element_size() for p in model.backbone.parameters()),
+    )
+
+
+def method_options(config: Any) -> dict[str, Any]:
+    """The options of a method that differ from what they are unset."""
+    unset = type(config)(method=config.method)
+    names = ["num_virtual_tokens"] if get_method(config.method).kind is not None else []
+    names += [
+        "prompt_tuning_init",
+        "encoder_reparameterization_type",
+        "encoder_hidden_size",
+        "encoder_num_layers",
+        "encoder_dropout",
+        "prefix_dropout",
+        "layers",
+        "sites",
+        "modules_to_save",
+    ]
+    found = {name: getattr(config, name) for name in names}
+    return {k: v for k, v in found.items() if k == "num_virtual_tokens" or v != getattr(unset, k)}
+
+
+def publish(model: Any, repo_id: str, *, tokenizer: Any = None, keep_encoder: bool = False, **push: Any) -> str | None:
+    """Write a repository and push it; only the first of several ranks does.
+
+    Args:
+        model: a wrapped model.
+        repo_id: `user/name`.
+        tokenizer: see `write_repository`.
+        keep_encoder: see `write_repository`.
+        push: see `hub.push_folder`.
+
+    Returns:
+        The address of the repository; `None` on other ranks, which do not wait.
+
+    Raises:
+        HubError: the push failed; the folder is kept, and named.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return None
+    base = model.config.base_model_name_or_path
+    if base is None or _is_local(base):
+        logger.warning(
+            "the adapter's base is a folder of this machine, which nobody else has. Set "
+            "model.config.base_model_name_or_path to its id on the Hub before pushing."
+        )
+    folder = Path(tempfile.mkdtemp(prefix="hf_ptune-"))
+    write_repository(model, folder, repo_id, tokenizer=tokenizer, keep_encoder=keep_encoder)
+    url = push_folder(folder, repo_id, **push)
+    shutil.rmtree(folder)
+    return url
+
+
+def _is_local(base: str) -> bool:
+    return os.path.isabs(base) or base.startswith((".", "~")) or os.path.isdir(base)
+
+
+def _tokenizer_of(base: str | None) -> Any:
+    if base is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(resolve(base))
+    except (OSError, ValueError) as error:
+        logger.warning(f"no tokenizer was found beside the base ({str(error).splitlines()[0]}); pass tokenizer=….")
+        return None

@@ -1,0 +1,150 @@
+"""Cards: what a run found out, said in a way that the Hub takes, and nothing of the machine it ran on."""
+
+import getpass
+import json
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import batch, build
+from huggingface_hub import ModelCard
+from transformers import Trainer, TrainingArguments
+
+from hf_ptune import MemoryCallback, ModelCardCallback, PTuneConfig, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.cards import RunFacts, make_card, merge_seeds
+from hf_ptune.errors import PTuneError
+from hf_ptune.methods import get_method, method_names
+from hf_ptune.publishing import facts_of, write_repository
+
+Wrap = Callable[..., PTunePreTrainedModel]
+
+
+def trained(wrap: Wrap, folder: Path, *callbacks: Any, seed: int = 0) -> Trainer:
+    """A short run with an evaluation every two steps."""
+    model = wrap("bert", "prefix_tuning", "SEQ_CLS", strong=False).float()
+    rows = [{k: v[0] for k, v in batch("bert", rows=1).items()} for _ in range(8)]
+    arguments = TrainingArguments(
+        folder,
+        max_steps=4,
+        per_device_train_batch_size=2,
+        logging_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        seed=seed,
+        learning_rate=0.25,
+    )
+
+    def accuracy(found: Any) -> dict[str, float]:
+        return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+
+    run = Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=accuracy, callbacks=list(callbacks)
+    )
+    run.train()
+    return run
+
+
+def test_the_trainer_s_card_gives_way(wrap: Wrap, tmp_path: Path) -> None:
+    callback = ModelCardCallback(
+        datasets=["user/topics"], languages=["en"], license="mit", limits=["Short lines only."]
+    )
+    run = trained(wrap, tmp_path / "out", MemoryCallback(), callback)
+    run.save_model()
+    run.create_model_card()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    data = card.data.to_dict()
+    assert data["tags"] == ["hf_ptune", "prompt-learning", "prefix-tuning"] and data["library_name"] == "transformers"
+    assert (data["pipeline_tag"], data["license"], data["language"]) == ("text-classification", "mit", ["en"])
+    assert data["datasets"] == ["user/topics"]
+    metrics = data["model-index"][0]["results"][0]["metrics"]
+    assert {m["type"] for m in metrics} == {"accuracy", "loss"}
+    for expected in (get_method("prefix_tuning").paper, "Short lines only.", "| `learning_rate` | 0.25 |", "backbone", "curves.png"):
+        assert expected in card.text, expected
+    facts = RunFacts.load(tmp_path / "out")
+    assert facts.metrics == callback.facts.metrics and facts.speed["step_time_s"] > 0
+    assert facts.adapter_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["flattened"] and config["auto_map"]["AutoConfig"] == "modeling_hf_ptune.PTuneConfig"
+
+
+def test_other_models_keep_the_trainer_s_card(tmp_path: Path) -> None:
+    arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True)
+    Trainer(build("bert").float(), arguments).create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "generated automatically" in text or "generated_from_trainer" in text
+    assert "prompt-learning" not in text
+
+
+def test_nothing_of_the_machine_is_told(wrap: Wrap, tmp_path: Path) -> None:
+    run = trained(wrap, tmp_path / "out", ModelCardCallback())
+    run.create_model_card()
+    for name in ("README.md", "run_facts.json"):
+        text = (tmp_path / "out" / name).read_text()
+        for secret in (str(tmp_path), str(Path.home()), platform.node()):
+            assert secret not in text, (name, secret)
+        assert re.search(rf"\b{re.escape(getpass.getuser())}\b", text) is None or getpass.getuser() in ("root", "user")
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_has_a_card(method: str, wrap: Wrap, tmp_path: Path) -> None:
+    model = wrap("bert", method, "SEQ_CLS")
+    model.config.base_model_name_or_path = "user/base"
+    write_repository(model, tmp_path, "user/adapter", tokenizer=NoTokenizer())
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "user/base" and card.data.to_dict()["base_model_relation"] == "adapter"
+    assert f"{model.get_nb_trainable_parameters()[0]:,}" in card.text
+
+
+class NoTokenizer:
+    def save_pretrained(self, folder: Any) -> None: ...
+
+
+def test_a_card_is_made_again_from_its_facts(wrap: Wrap, tmp_path: Path) -> None:
+    model = wrap("llama", "p_tuning")
+    write_repository(model, tmp_path, "user/adapter", tokenizer=NoTokenizer())
+    assert str(make_card(RunFacts.load(tmp_path), "user/adapter")) == (tmp_path / "README.md").read_text()
+
+
+def test_seeds_are_summarised() -> None:
+    runs = [
+        RunFacts("p_tuning_v2", "SEQ_CLS", base="user/base", seeds=[n], metrics=[{"accuracy": value}])
+        for n, value in enumerate((0.9, 0.92, 0.94))
+    ]
+    card = make_card(merge_seeds(runs))
+    assert "| accuracy | 0.9200 ± 0.0200 |" in card.text and "0, 1, 2" in card.text
+    assert card.data.eval_results[0].metric_value == 0.92
+    runs[1].base = "user/other"
+    with pytest.raises(PTuneError, match="one method, task and base"):
+        merge_seeds(runs)
+
+
+def test_the_snippet_runs(wrap: Wrap, tmp_path: Path, base_folder: Callable[..., Path]) -> None:
+    """As printed, with the folder for the id; the tiny base has no tokenizer, so the model is called."""
+    model = wrap("t5", "p_tuning_v2")
+    write_repository(model, tmp_path / "adapter", "user/adapter", tokenizer=NoTokenizer())
+    text = ModelCard.load(tmp_path / "adapter" / "README.md").text
+    snippet = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0].replace("user/adapter", str(tmp_path / "adapter"))
+    exec(snippet, {})
+
+
+def test_facts_that_are_none_get_one_error(tmp_path: Path) -> None:
+    with pytest.raises(PTuneError, match="ModelCardCallback"):
+        RunFacts.load(tmp_path)
+    for content in ("", "[]", '{"task": 1}', "{"):
+        (tmp_path / "run_facts.json").write_text(content)
+        with pytest.raises(PTuneError, match="no facts of a run"):
+            RunFacts.load(tmp_path)
+
+
+def test_values_that_json_lacks_are_dropped(tmp_path: Path) -> None:
+    RunFacts("p_tuning", "CAUSAL_LM", history=[{"loss": float("nan"), "step": 1}]).save(tmp_path)
+    assert RunFacts.load(tmp_path).history == [{"loss": None, "step": 1}]
+    model = get_ptune_model(build("llama"), PTuneConfig(method="p_tuning", num_virtual_tokens=2))
+    assert facts_of(model, tmp_path).task == "CAUSAL_LM" and torch.is_tensor(model.prompt())
