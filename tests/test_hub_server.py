@@ -145,6 +145,16 @@ def test_revisions(hub: HubServer, alice: HfApi, tmp_path: Path) -> None:
     assert not hub.repos
 
 
+def test_a_dataset_has_a_name_of_its_own(hub: HubServer, alice: HfApi, tmp_path: Path) -> None:
+    hub.add_repo("alice/same", {"a.bin": b"model"})
+    assert alice.create_repo("alice/same", repo_type="dataset") == f"{hub.url}/datasets/alice/same"
+    where = {"repo_id": "alice/same", "repo_type": "dataset"}
+    alice.upload_file(path_or_fileobj=b"data", path_in_repo="a.bin", **where)
+    path = alice.hf_hub_download(**where, filename="a.bin", cache_dir=tmp_path)
+    assert Path(path).read_bytes() == hub.repos["datasets/alice/same"].at().files["a.bin"].content == b"data"
+    assert hub.repos["alice/same"].at().files["a.bin"].content == b"model"
+
+
 def test_who_may_do_what(hub: HubServer, alice: HfApi, tmp_path: Path) -> None:
     reader = HfApi(endpoint=hub.url, token="alice-reads")
     bob, nobody = HfApi(endpoint=hub.url, token="bob-writes"), HfApi(endpoint=hub.url, token=False)

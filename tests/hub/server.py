@@ -264,7 +264,7 @@ class _Handler(BaseHTTPRequestHandler):
         body, size = (b"" if self.command == "HEAD" else response.body), len(response.body)
         kind = fault.kind if fault else None
         at = fault.at if fault and fault.at is not None else size // 2
-        if kind == "corrupt" and body:
+        if kind == "corrupt" and at < len(body):
             body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
         elif kind in ("truncate", "reset_in_body"):
             body = body[:at]
