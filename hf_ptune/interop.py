@@ -1,0 +1,450 @@
+"""Adapters of other libraries: PEFT's folders both ways, THUDM's checkpoints, soft prompts for servers."""
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
+from transformers.utils import cached_file
+
+from hf_ptune.adapter_file import check_tensors, read_tensors
+from hf_ptune.backbone import head_names, load_backbone, resolve, task_of
+from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
+from hf_ptune.injection import Injector, body_of, evaluating, parameters_of
+from hf_ptune.injection.probe import vocabulary_of
+from hf_ptune.methods import PromptKind, get_method
+from hf_ptune.methods.base import flatten, split_prefix
+from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
+
+FilePath = str | os.PathLike[str]
+PEFT_CONFIG_NAME = "adapter_config.json"
+PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_PICKLE_NAME = "adapter_model.bin"
+_PEFT_TYPES = {
+    "prompt_tuning": "PROMPT_TUNING",
+    "p_tuning": "P_TUNING",
+    "prefix_tuning": "PREFIX_TUNING",
+    "p_tuning_v2": "PREFIX_TUNING",
+}
+_PEFT_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+_HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")  # serve adapter and base
+_NO_PREFIX = "PEFT puts a prefix into the decoder's own attention alone, and moves or biases positions there."
+_NO_PROMPT = "PEFT puts it before the first token, where the head pools; here it stands behind that. A prefix could be."
+
+
+def load_peft(source: FilePath, backbone: PreTrainedModel | None = None, **kwargs: Any) -> PTunePreTrainedModel:
+    """Load a prompt that PEFT saved.
+
+    With a prefix of a bidirectional encoder PEFT counts positions from P on; the base's table of positions is moved
+    by P instead, and belongs to the adapter then. Inputs longer than the table less P have no equal there. Nor has a
+    prefix in layers with a sliding window once a text outgrows the window: there it falls out, here it stays.
+
+    Args:
+        source: folder or Hub id.
+        backbone: the base, where it is in memory already; what the adapter keeps of it is written into it.
+        kwargs: `revision` and `subfolder` are the adapter's; `cache_dir`, `token`, `local_files_only` serve both;
+            dtype, device_map, attn_implementation and the like go to the base.
+
+    Returns:
+        The model of the task, in eval mode, with outputs equal to PEFT's.
+
+    Raises:
+        AdapterFileError: files are missing or damaged, or tensors are not those of the configuration.
+        BackboneError: the base cannot be loaded, or not take the prompt.
+        ConfigError: no prompt, or one whose outputs could not be equal.
+    """
+    hub = {k: kwargs.pop(k) for k in _HUB_KEYS if k in kwargs}
+    own = hub | {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
+    name = os.fspath(source)
+    settings = _read_settings(name, own)
+    method = _method_of(settings, name)
+    path = _find(name, PEFT_WEIGHTS_NAME, own) or _find(name, PEFT_PICKLE_NAME, own)
+    if path is None:
+        raise AdapterFileError(f"{name} has neither {PEFT_WEIGHTS_NAME} nor {PEFT_PICKLE_NAME}.")
+    tensors = _read_file(path)
+    prompt = _pop_prompt(tensors, settings, name)
+    kept = {n.removeprefix("base_model."): t for n, t in tensors.items()}
+    if backbone is None:
+        backbone = _load_base(settings, kept, name, hub | kwargs)
+    task = task_of(backbone)
+    if settings["task_type"] not in (task, None):
+        raise ConfigError(f"{name} was trained for {settings['task_type']}, but the backbone does {task}.")
+    config = PTuneConfig(
+        method=method,
+        num_virtual_tokens=settings["num_virtual_tokens"],
+        prompt_tuning_init="ZERO",
+        flattened=get_method(method).reparameterised,
+        modules_to_save=sorted({n.rpartition(".")[0] for n in set(kept) - head_names(backbone, task)}) or None,
+        base_model_name_or_path=backbone.name_or_path or settings.get("base_model_name_or_path"),
+        base_model_revision=settings.get("revision"),
+    )
+    return _fill(get_ptune_model(backbone, config), {"weight": prompt}, kept, name)
+
+
+def save_peft(model: PTunePreTrainedModel, folder: FilePath) -> None:
+    """Write a prompt as a folder that `peft.PeftModel.from_pretrained(base, folder)` loads.
+
+    The prompt is written without its reparameterisation. With a prefix of a bidirectional encoder the base's table
+    of positions is written too, moved by P, since PEFT counts positions from P on.
+
+    Args:
+        model: a wrapped model of one of PEFT's tasks.
+        folder: made where it is missing; not one that `save_pretrained` has written to.
+
+    Raises:
+        ConfigError: PEFT has no such thing, or its outputs could not be equal.
+    """
+    target = Path(folder)
+    if (target / "config.json").exists():
+        raise ConfigError(f"{target} holds a config.json; transformers would hand it to PEFT. Choose another folder.")
+    injector = _exportable(model)
+    _check_same(model)
+    names = sorted(n.removeprefix("backbone.") for n in model.adapter_parameter_names() if n.startswith("backbone."))
+    tensors = {n: model.backbone.get_parameter(n) for n in names}
+    assert model.prompt is not None
+    prompt = flatten(model.prompt).weight
+    if _moves_table(injector):
+        name, table, first = _positions(model.backbone)
+        tensors[f"{name}.weight"] = _moved(table.weight, first, model.config.num_virtual_tokens)
+    written: dict[str, Tensor] = {f"base_model.{n}": t for n, t in tensors.items()} | {"prompt_embeddings": prompt}
+    heads = head_names(model.backbone, model.task)  # kept as wholes there
+    modules = sorted({n.split(".")[0] if n in heads else n.rpartition(".")[0] for n in tensors})
+    settings = _peft_settings(model, injector, modules)
+    target.mkdir(parents=True, exist_ok=True)
+    (target / PEFT_CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    plain = {n: t.detach().cpu().contiguous() for n, t in written.items()}
+    save_file(plain, target / PEFT_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def load_thudm(checkpoint: FilePath | Mapping[str, Tensor], backbone: PreTrainedModel) -> PTunePreTrainedModel:
+    """Load a prefix that THUDM's P-tuning-v2 trained, its projection included where it has one.
+
+    As with PEFT's prefixes of encoders, the base's table of positions is moved by P and belongs to the adapter.
+
+    Args:
+        checkpoint: its state dict, or the file that holds it (safetensors, or a pickle of tensors alone).
+        backbone: the base, with a head for the checkpoint's labels; the checkpoint's head is written into it.
+
+    Returns:
+        The model of the task, in eval mode, with outputs equal to the checkpoint's.
+
+    Raises:
+        AdapterFileError: no prefix, or tensors of another shape.
+        BackboneError: the checkpoint's frozen weights are not the backbone's.
+        ConfigError: outputs could not be equal.
+    """
+    name = "the checkpoint" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
+    tensors = _check_finite(checkpoint, name) if isinstance(checkpoint, Mapping) else _read_file(name)
+    prefix = {n.removeprefix("prefix_encoder."): t for n, t in tensors.items() if n.startswith("prefix_encoder.")}
+    if "embedding.weight" not in prefix:
+        raise AdapterFileError(f"{name} has no prefix_encoder.embedding.weight; expected a prefix of P-tuning-v2.")
+    _check_base(tensors, backbone, name)
+    projected = "trans.0.weight" in prefix
+    config = PTuneConfig(
+        method="prefix_tuning" if projected else "p_tuning_v2",
+        num_virtual_tokens=prefix["embedding.weight"].shape[0],
+        encoder_hidden_size=prefix["trans.0.weight"].shape[0] if projected else None,
+        prompt_tuning_init="ZERO",
+        prefix_dropout=float(getattr(backbone.config, "hidden_dropout_prob", 0.0)),
+    )
+    model = get_ptune_model(backbone, config)
+    if projected:
+        prompt = {n.replace("trans.0.", "mlp.0.").replace("trans.2.", "mlp.3."): t for n, t in prefix.items()}
+        prompt["offset"] = torch.zeros(config.num_virtual_tokens, prefix["trans.2.weight"].shape[0])
+    else:
+        prompt = {n.removeprefix("embedding."): t for n, t in prefix.items()}
+    return _fill(model, prompt, _thudm_head(tensors, backbone), name)
+
+
+def prompt_embeds(model: PTunePreTrainedModel) -> Tensor:
+    """Return the soft prompt `[P, H]` that a server puts before the embeddings of a text.
+
+    Args:
+        model: of `prompt_tuning` or `p_tuning`.
+
+    Returns:
+        A copy, without the reparameterisation.
+
+    Raises:
+        ConfigError: the method has no prompt among the inputs.
+    """
+    if get_method(model.config.method).kind is not PromptKind.EMBEDDINGS or model.prompt is None:
+        raise ConfigError(
+            f"{model.config.method} puts nothing among the inputs, so that it has no prompt embeddings. "
+            "Methods that have: prompt_tuning, p_tuning."
+        )
+    return flatten(model.prompt).weight.detach()
+
+
+def save_prompt_embeds(model: PTunePreTrainedModel, path: FilePath) -> None:
+    """Write the soft prompt `[P, H]` as one tensor.
+
+    Args:
+        model: of `prompt_tuning` or `p_tuning`.
+        path: the file; `torch.load` reads it.
+
+    Raises:
+        ConfigError: the method has no prompt among the inputs.
+    """
+    torch.save(prompt_embeds(model).cpu(), path)
+
+
+def _fill(
+    model: PTunePreTrainedModel, prompt: dict[str, Tensor], kept: dict[str, Tensor], source: str
+) -> PTunePreTrainedModel:
+    """Write a prompt and what is kept of the base; nothing of the base changes where outputs could not be equal."""
+    try:
+        injector = model._injector
+        assert injector is not None
+        if _moves_table(injector):
+            name, table, first = _positions(model.backbone)
+            weight = kept.get(f"{name}.weight", table.weight.detach())
+            kept = kept | {f"{name}.weight": _moved(weight, first, -model.config.num_virtual_tokens)}
+            model.config.modules_to_save = sorted({*(model.config.modules_to_save or []), name})
+            model.freeze_backbone()
+        tensors = {f"prompt.{n}": t for n, t in prompt.items()} | {f"backbone.{n}": t for n, t in kept.items()}
+        expected = model.adapter_state_dict()
+        check_tensors(tensors, expected, source)
+        with torch.no_grad():
+            for name in prompt:
+                expected[f"prompt.{name}"].copy_(tensors[f"prompt.{name}"])
+        _check_same(model.eval())
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                expected[name].copy_(tensor)
+    except PTuneError:
+        model.unwrap()
+        raise
+    return model
+
+
+def _check_same(model: PTunePreTrainedModel) -> None:
+    """Refuse a prompt that answers otherwise in PEFT's places: in the cache, or before the input embeddings."""
+    injector, name = model._injector, type(model.backbone).__name__
+    assert injector is not None
+    seq2seq, prefixed = injector.body.config.is_encoder_decoder, injector.kind is PromptKind.PREFIX
+    if seq2seq and prefixed:
+        raise ConfigError(f"a prefix of {name} cannot be converted to equal outputs: {_NO_PREFIX}")
+    if injector.inputs is not None and not seq2seq:
+        raise ConfigError(f"the prompt of {name} cannot be converted to equal outputs: {_NO_PROMPT}")
+    if prefixed and "past_key_values" not in parameters_of(injector.body):
+        raise ConfigError(f"{name} takes no past_key_values, the way by which PEFT and THUDM bring a prefix in.")
+    device = next(injector.body.parameters()).device
+    ids = torch.tensor([[11, 18, 25]], device=device) % vocabulary_of(injector.body)
+    further = {"decoder_input_ids": ids} if seq2seq else {}
+    try:
+        with evaluating(model), torch.no_grad():
+            found = injector.body(input_ids=ids, attention_mask=torch.ones_like(ids), **further)[0].float()
+            with model.disable_adapter():
+                expected = _states_as_peft(injector, ids, further)
+        limit = 1e-3 if model.backbone.dtype in (torch.float32, torch.float64) else 0.1
+        same = bool((found - expected).abs().max() <= limit * expected.abs().max())
+    except (ValueError, TypeError, AttributeError, NotImplementedError, IndexError):
+        same = False  # families that take neither embeddings nor a filled cache
+    if not same:
+        raise ConfigError(
+            f"{name} answers otherwise with the prompt {'in a cache' if prefixed else 'before the tokens'}, where PEFT "
+            "puts it: positions, scales or sliding windows differ there, so that outputs could not be equal."
+        )
+
+
+def _states_as_peft(injector: Injector, ids: Tensor, further: dict[str, Tensor]) -> Tensor:
+    """Hidden states `[1, S, H]` of the body with the prompt where PEFT puts it."""
+    body, encoded, tokens = injector.body, injector.encode(), injector.num_virtual_tokens
+    mask = ids.new_ones(1, tokens + ids.shape[1])
+    if injector.kind is PromptKind.EMBEDDINGS:
+        words = injector.words()(ids)
+        embeds = torch.cat([encoded[None].to(words), words], dim=1)
+        states: Tensor = body(inputs_embeds=embeds, attention_mask=mask, **further)[0]
+        return states[:, -ids.shape[1] :].float()
+    pairs = split_prefix(encoded, [s.shape for s in injector.sites])
+    for number, (site, pair) in enumerate(zip(injector.sites, pairs, strict=True)):
+        device = next(body.get_submodule(site.name).parameters()).device
+        pairs[number] = pair[0][None].to(device, body.dtype), pair[1][None].to(device, body.dtype)
+    if _moves_table(injector):
+        first = _positions(injector.backbone)[2]
+        further = further | {"position_ids": first + torch.arange(ids.shape[1], device=ids.device)[None]}
+    states = body(input_ids=ids, attention_mask=mask, past_key_values=DynamicCache(pairs), **further)[0]
+    return states.float()
+
+
+def _moves_table(injector: Injector) -> bool:
+    """Whether PEFT counts positions from P on where the prompt here leaves them alone."""
+    return injector.kind is PromptKind.PREFIX and not injector.causal and not injector.body.config.is_encoder_decoder
+
+
+def _positions(backbone: PreTrainedModel) -> tuple[str, nn.Embedding, int]:
+    """Name and module of an encoder's table of positions, and its row for the first token; pads come before."""
+    table = getattr(getattr(body_of(backbone), "embeddings", None), "position_embeddings", None)
+    if not isinstance(table, nn.Embedding):
+        raise ConfigError(
+            f"{type(backbone).__name__} has no table of positions that could be moved by the length of the prefix, as "
+            "PEFT and THUDM count them. Convertible encoders are those of the BERT and RoBERTa kin."
+        )
+    first = 0 if table.padding_idx is None else table.padding_idx + 1
+    return next(n for n, m in backbone.named_modules() if m is table), table, first
+
+
+def _moved(weight: Tensor, first: int, by: int) -> Tensor:
+    """Rows `[N, H]` of own tokens moved, round the end, so that moving back restores all."""
+    return torch.cat([weight[:first], weight[first:].roll(by, dims=0)])
+
+
+def _find(source: str, name: str, hub: dict[str, Any]) -> str | None:
+    try:
+        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"{source} is no folder or Hub id that could be read ({error}).") from error
+
+
+def _read_settings(source: str, hub: dict[str, Any]) -> dict[str, Any]:
+    path = _find(source, PEFT_CONFIG_NAME, hub)
+    if path is None:
+        raise AdapterFileError(f"{source} has no {PEFT_CONFIG_NAME}; expected an adapter that PEFT saved.")
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterFileError(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(settings, dict):
+        raise AdapterFileError(f"{path} holds a {type(settings).__name__}; expected an object.")
+    return {"peft_type": None, "task_type": None} | settings
+
+
+def _method_of(settings: dict[str, Any], source: str) -> str:
+    """Name of our method, once the settings have been found convertible."""
+    kind, task, tokens = settings["peft_type"], settings["task_type"], settings.get("num_virtual_tokens")
+    if kind not in _PEFT_TYPES.values():
+        raise ConfigError(f"{source} has peft_type={kind!r}; convertible are {', '.join(set(_PEFT_TYPES.values()))}.")
+    if task not in (*_PEFT_TASKS, None):
+        raise ConfigError(f"{source} has task_type={task!r}; expected one of {', '.join(_PEFT_TASKS)}.")
+    if type(tokens) is not int or tokens < 1:
+        raise ConfigError(f"{source} has num_virtual_tokens={tokens!r}; expected a number of at least 1.")
+    if kind == "PREFIX_TUNING" and (task == "SEQ_2_SEQ_LM" or settings.get("num_transformer_submodules") == 2):
+        raise ConfigError(f"{source} cannot be converted to equal outputs: {_NO_PREFIX}")
+    if kind == "PREFIX_TUNING":
+        return "prefix_tuning" if settings.get("prefix_projection") else "p_tuning_v2"
+    return "prompt_tuning" if kind == "PROMPT_TUNING" else "p_tuning"
+
+
+def _read_file(path: str) -> dict[str, Tensor]:
+    if path.endswith(".safetensors"):
+        return read_tensors(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise AdapterFileError(f"{path} cannot be read as a pickle of tensors alone ({error}).") from error
+    if not isinstance(loaded, dict):
+        raise AdapterFileError(f"{path} holds a {type(loaded).__name__}; expected tensors by name.")
+    return _check_finite(loaded, path)
+
+
+def _check_finite(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise AdapterFileError(f"{source}: {name} is a {type(tensor).__name__}; expected a tensor.")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AdapterFileError(f"{source}: {name} holds values that are not finite; the adapter is broken.")
+    return dict(tensors)
+
+
+def _pop_prompt(tensors: dict[str, Tensor], settings: dict[str, Any], source: str) -> Tensor:
+    """Take the prompt `[P, H]` or `[P, W]` out of a PEFT adapter's tensors."""
+    prompt = tensors.pop("prompt_embeddings", None)
+    if prompt is None:
+        raise AdapterFileError(f"{source} holds no prompt_embeddings, but {sorted(tensors)[:5]}.")
+    tokens: int = settings["num_virtual_tokens"]
+    # an encoder-decoder's has rows for a decoder too, which its forward never reads
+    parts = 2 if settings["task_type"] == "SEQ_2_SEQ_LM" and settings.get("num_transformer_submodules") != 1 else 1
+    if prompt.dim() != 2 or prompt.shape[0] != tokens * parts:
+        raise AdapterFileError(
+            f"{source}: prompt_embeddings is {tuple(prompt.shape)}, expected ({tokens * parts}, any)."
+        )
+    return prompt[:tokens]
+
+
+def _load_base(settings: dict[str, Any], kept: dict[str, Tensor], source: str, kwargs: Any) -> PreTrainedModel:
+    name, task = settings.get("base_model_name_or_path"), settings["task_type"]
+    if not isinstance(name, str) or not name or ".." in Path(name).parts or task is None:
+        raise ConfigError(f"{source}: base {name!r} and task {task!r} name nothing to load; pass backbone=.")
+    revision = settings.get("revision") or "main"
+    try:
+        hub = {k: v for k, v in kwargs.items() if k in _HUB_KEYS}
+        config = AutoConfig.from_pretrained(resolve(name), revision=revision, **hub)
+        heads = sorted(n for n, t in kept.items() if n.split(".")[0] in ("classifier", "score") and t.dim() == 2)
+        if heads:  # the output layer comes last in every head: dense, out_proj
+            config.num_labels = kept[heads[-1]].shape[0]
+        backbone, absent = load_backbone(task, name, config, revision=revision, **kwargs)
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"the base {name!r} of {source} cannot be loaded ({error}); pass backbone=.") from error
+    if unknown := sorted(absent - set(kept)):
+        raise BackboneError(f"the base {name!r} of {source} has no weights for {unknown[:5]}.")
+    return backbone.eval()
+
+
+def _exportable(model: PTunePreTrainedModel) -> Injector:
+    """The injector of a model whose method, task and places PEFT has too."""
+    config, injector = model.config, model._injector
+    if config.method not in _PEFT_TYPES:
+        raise ConfigError(f"PEFT has no {config.method}; it has {', '.join(_PEFT_TYPES)}.")
+    if model.task not in _PEFT_TASKS:
+        raise ConfigError(f"PEFT has no prompts for {model.task}; it has them for {', '.join(_PEFT_TASKS)}.")
+    if injector is None:
+        raise ConfigError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
+    if injector.kind is PromptKind.PREFIX:
+        shapes = {s.shape for s in injector.sites}
+        if config.layers is not None or config.sites is not None or config.geometry["skipped"]:
+            raise ConfigError("PEFT puts a prefix into every layer; this one is in some alone.")
+        if len(shapes) > 1 or any(s.key_dim != s.value_dim for s in shapes):
+            raise ConfigError(f"PEFT has one shape for all keys and values; found {list(shapes)}.")
+    return injector
+
+
+def _peft_settings(model: PTunePreTrainedModel, injector: Injector, modules: list[str]) -> dict[str, Any]:
+    config, shape = model.config, injector.sites[0].shape
+    settings: dict[str, Any] = {
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "inference_mode": True,
+        "modules_to_save": modules or None,
+        "num_attention_heads": shape.heads,
+        "num_layers": len(injector.sites),
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "peft_type": _PEFT_TYPES[config.method],
+        "revision": config.base_model_revision,
+        "task_type": model.task,
+        "token_dim": config.geometry["embedding_dim"],
+    }
+    if injector.kind is PromptKind.PREFIX:  # a projection has run already
+        settings |= {"token_dim": shape.heads * shape.key_dim, "prefix_projection": False}
+    return settings
+
+
+def _check_base(tensors: dict[str, Tensor], backbone: PreTrainedModel, source: str) -> None:
+    """Compare the frozen weights that a checkpoint holds beside its prefix with the backbone's."""
+    body = backbone.base_model_prefix + "."
+    for name, own in backbone.state_dict().items():
+        found = tensors.get(name)
+        if found is None or not name.startswith(body) or not own.is_floating_point():
+            continue
+        own = own.to(found)
+        if found.shape != own.shape or (found - own).abs().max() > 1e-2 * own.abs().max():
+            raise BackboneError(f"{source} was trained on another base: its {name} is not the backbone's.")
+
+
+def _thudm_head(tensors: dict[str, Tensor], backbone: PreTrainedModel) -> dict[str, Tensor]:
+    """The head by the backbone's names; its own where the checkpoint has none."""
+    body, names = backbone.base_model_prefix, head_names(backbone, task_of(backbone))
+    found = {n: t for n, t in tensors.items() if not n.startswith((body + ".", "prefix_encoder."))}
+    if "classifier.dense.weight" in names and "classifier.weight" in found:
+        # a pooler and one layer there are one head of two layers here
+        pooler = f"{body}.pooler.dense."
+        found = {f"classifier.out_proj.{n.removeprefix('classifier.')}": t for n, t in found.items()}
+        found |= {f"classifier.dense.{n.removeprefix(pooler)}": t for n, t in tensors.items() if n.startswith(pooler)}
+    return found or {n: backbone.get_parameter(n).detach() for n in names}
