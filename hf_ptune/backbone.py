@@ -4,6 +4,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
     AutoModel,
@@ -19,6 +21,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as hf_logging
+from transformers.utils.hub import extract_commit_hash
 
 from hf_ptune.errors import BackboneError
 from hf_ptune.methods.bitfit import bias_names
@@ -92,6 +95,21 @@ def resolve(base: str) -> str:
 
 def _folders(root: Path) -> list[str]:
     return [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("_")]
+
+
+def cached_commit(base: str | None) -> str | None:
+    """The commit of a base on the Hub that the cache holds as its main branch; transformers itself keeps none.
+
+    Args:
+        base: what the backbone was loaded by.
+    """
+    if base is None or Path(base).exists() or base.startswith(_PACKAGE) or base.count("/") > 1:
+        return None
+    try:
+        path = try_to_load_from_cache(base, "config.json")
+    except HFValidationError:
+        return None
+    return extract_commit_hash(path, None) if isinstance(path, str) else None
 
 
 def load_backbone(task: str, base: str, config: PreTrainedConfig, **kwargs: Any) -> tuple[PreTrainedModel, set[str]]:

@@ -1,4 +1,4 @@
-"""The command line: `hf-ptune init`, `hf-ptune run` and `hf-ptune train`."""
+"""The command line: `hf-ptune init`, `run`, `train`, `push`, `card` and `info`."""
 
 import argparse
 import runpy
@@ -13,8 +13,11 @@ from hf_ptune import train
 from hf_ptune.backbone import TASKS, resolve
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, PTuneError
+from hf_ptune.hub import push_folder
+from hf_ptune.info import describe_adapter
 from hf_ptune.methods import method_names
 from hf_ptune.modeling_ptune import get_ptune_model
+from hf_ptune.publishing import remake_card
 
 
 def init(
@@ -101,6 +104,23 @@ def make_parser() -> argparse.ArgumentParser:
     recipe = commands.add_parser("train", help="train by a recipe")
     recipe.add_argument("recipe", help="a YAML file")
     recipe.add_argument("overrides", nargs=argparse.REMAINDER, help="--section.key=value …")
+
+    push = commands.add_parser("push", help="push a finished adapter folder to the Hub")
+    push.add_argument("folder")
+    push.add_argument("repo_id", help="user/name")
+    push.add_argument("--private", action="store_true", default=None)
+    push.add_argument("--revision", help="a branch")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
+    push.add_argument("--commit-message", default="Upload adapter")
+
+    card = commands.add_parser("card", help="make the model card of a folder again, from the facts of its run")
+    card.add_argument("folder")
+    card.add_argument("seeds", nargs="*", help="folders of the same run with other seeds")
+    card.add_argument("--repo-id", help="user/name; the folder's name when unset")
+
+    told = commands.add_parser("info", help="say what an adapter is, without loading its base")
+    told.add_argument("source", help="folder or id on the Hub")
+    told.add_argument("--revision")
     return parser
 
 
@@ -119,6 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return train.main([given.recipe, *given.overrides])
         if given.command == "run":
             run_script(given.script, given.arguments)
+        elif given.command == "push":
+            options = {k: getattr(given, k) for k in ("private", "revision", "create_pr", "commit_message")}
+            print(push_folder(given.folder, given.repo_id, **options))
+        elif given.command == "card":
+            print(remake_card(Path(given.folder), [Path(s) for s in given.seeds], given.repo_id))
+        elif given.command == "info":
+            print(describe_adapter(given.source, revision=given.revision))
         else:
             init(given.base, given.method, given.folder, given.task, given.num_virtual_tokens, given.num_labels)
     except PTuneError as error:

@@ -77,6 +77,15 @@ def push_folder(
     return str(url)
 
 
+def commit_of(repo_id: str, token: str | bool | None = None) -> str | None:
+    """The commit that a repository's main branch is at, or `None` where the Hub does not tell."""
+    try:
+        return HfApi(token=token).model_info(repo_id).sha
+    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        logger.warning(f"the commit of {repo_id} is not known ({_first_line(error)}), so the adapter does not pin it.")
+        return None
+
+
 def adapter_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     """The files of a finished adapter by their names in the repository; checkpoints and caches stay out.
 

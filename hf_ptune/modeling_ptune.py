@@ -16,7 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from hf_ptune import prompt_start
 from hf_ptune.adapter_file import check_tensors, find_weights, read_tensors, write_tensors
-from hf_ptune.backbone import TASKS, adapter_names, count_parameter, load_backbone, resolve, task_of
+from hf_ptune.backbone import TASKS, adapter_names, cached_commit, count_parameter, load_backbone, resolve, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
 from hf_ptune.injection import Injector, find_geometry, word_embeddings
@@ -550,7 +550,7 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
     config.base_class = type(backbone).__name__
     config.set_base(backbone.config)
     config.base_model_name_or_path = config.base_model_name_or_path or backbone.name_or_path or None
-    config.base_model_revision = config.base_model_revision or getattr(backbone.config, "_commit_hash", None)
+    config.base_model_revision = config.base_model_revision or cached_commit(config.base_model_name_or_path)
     model = CLASSES[config.task](config, backbone)
     injector = model._injector
     shared = injector is not None and injector.kind is PromptKind.EMBEDDINGS and injector.in_attention

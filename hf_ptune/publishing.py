@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from hf_ptune.adapter_file import WEIGHTS_NAME
 from hf_ptune.backbone import TASKS, resolve
-from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, make_card
-from hf_ptune.hub import push_folder
+from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, make_card, merge_seeds
+from hf_ptune.hub import commit_of, push_folder
 from hf_ptune.methods import get_method
 
 logger = logging.get_logger(__name__)
@@ -90,6 +90,26 @@ def add_shim(folder: Path, task: str) -> None:
     )
 
 
+def remake_card(folder: Path, seeds: list[Path], repo_id: str | None = None) -> Path:
+    """Make a folder's card again from the facts of its run.
+
+    Args:
+        folder: holds the facts, and gets the card.
+        seeds: folders of the same run with other seeds.
+        repo_id: where the adapter is; the folder's name when unset.
+
+    Returns:
+        The card.
+
+    Raises:
+        PTuneError: a folder without facts, or facts of another run.
+    """
+    facts = merge_seeds([RunFacts.load(f) for f in (folder, *seeds)])
+    curves = draw_curves(facts, folder / CURVES_NAME)
+    make_card(facts, repo_id or folder.resolve().name, curves).save(folder / CARD_NAME)
+    return folder / CARD_NAME
+
+
 def facts_of(model: Any, folder: str | os.PathLike[str] | None = None) -> RunFacts:
     """What a model tells of itself, on top of the facts that its folder holds.
 
@@ -157,6 +177,8 @@ def publish(model: Any, repo_id: str, *, tokenizer: Any = None, keep_encoder: bo
             "the adapter's base is a folder of this machine, which nobody else has. Set "
             "model.config.base_model_name_or_path to its id on the Hub before pushing."
         )
+    elif model.config.base_model_revision is None:
+        model.config.base_model_revision = commit_of(base, token=push.get("token"))
     folder = Path(tempfile.mkdtemp(prefix="hf_ptune-"))
     write_repository(model, folder, repo_id, tokenizer=tokenizer, keep_encoder=keep_encoder)
     url = push_folder(folder, repo_id, **push)

@@ -16,7 +16,7 @@ LAYERS = [
     {"modeling_ptune"},
     {"recipe", "data", "metrics"},
     {"callbacks"},
-    {"interop"},
+    {"interop", "info"},
     {"train", "cli"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

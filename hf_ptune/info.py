@@ -1,0 +1,115 @@
+"""What an adapter is, told without loading its base's weights."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import cached_file
+
+from hf_ptune.adapter_file import find_weights, read_tensors
+from hf_ptune.backbone import describe, resolve
+from hf_ptune.cards import FACTS_NAME, RunFacts, human_bytes, summarise
+from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.errors import AdapterFileError, PTuneError
+from hf_ptune.methods import PromptKind, get_method
+
+_NEAREST = 3
+_ROWS = 8192  # of the vocabulary, compared at a time
+# names under which word embeddings are kept, most common first
+_EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight", "shared.weight", "tok_embeddings.weight")
+
+
+def describe_adapter(source: str, **hub: Any) -> str:
+    """Say method, base, sizes, metrics, and the tokens nearest to each virtual one.
+
+    Args:
+        source: folder or id on the Hub.
+        hub: revision, token, cache_dir.
+
+    Returns:
+        Lines of text.
+
+    Raises:
+        AdapterFileError: the source holds no adapter of ours.
+    """
+    hub = {k: v for k, v in hub.items() if v is not None}
+    config = AutoConfig.from_pretrained(source, **hub)
+    if not isinstance(config, PTuneConfig):
+        raise AdapterFileError(f"{source} holds a {config.model_type}, not an adapter of this package.")
+    path = find_weights(source, **hub)
+    tensors = read_tensors(path)
+    method = get_method(config.method)
+    count = sum(t.numel() for t in tensors.values())
+    lines = [
+        f"method: {method.title} ({method.paper})",
+        f"base: {config.base_model_name_or_path}, commit {config.base_model_revision or 'not pinned'}",
+        f"task: {config.task}, {describe(config.geometry)}",
+        f"adapter: {count:,} values in {len(tensors)} tensors, {human_bytes(os.path.getsize(path))}",
+    ]
+    if method.kind is not None:
+        state = (
+            "flattened" if config.flattened else "with its reparameterisation" if method.reparameterised else "direct"
+        )
+        lines.append(f"virtual tokens: {config.num_virtual_tokens}, {state}")
+    lines += [f"{name}: {value:.4f}" for name, (value, _) in summarise(_metrics(source, hub)).items()]
+    prompt = tensors.get("prompt.weight")
+    if method.kind is PromptKind.EMBEDDINGS and prompt is not None:
+        lines += _nearest_tokens(prompt.float(), config)
+    return "\n".join(lines)
+
+
+def _metrics(source: str, hub: dict[str, Any]) -> list[dict[str, float]]:
+    path = cached_file(source, FACTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:
+        return []
+    try:
+        return RunFacts.load(Path(path).parent).metrics
+    except PTuneError:
+        return []
+
+
+def _nearest_tokens(prompt: Tensor, config: PTuneConfig) -> list[str]:
+    """The vocabulary's tokens of the highest cosine with each virtual token, where the base is at hand."""
+    found = _embedding_file(config)
+    if found is None:
+        return ["nearest tokens: the base's embeddings are not at hand"]
+    path, name = found
+    tokenizer = AutoTokenizer.from_pretrained(resolve(str(config.base_model_name_or_path)))
+    prompt = torch.nn.functional.normalize(prompt, dim=-1)
+    best = torch.empty(len(prompt), 0)
+    ids = torch.empty(len(prompt), 0, dtype=torch.long)
+    with safe_open(path, framework="pt") as file:
+        rows = file.get_slice(name)
+        for start in range(0, rows.get_shape()[0], _ROWS):
+            words = torch.nn.functional.normalize(rows[start : start + _ROWS].float(), dim=-1)
+            cosines, places = (prompt @ words.T).topk(min(_NEAREST, len(words)), dim=-1)
+            best, ids = torch.cat([best, cosines], 1), torch.cat([ids, places + start], 1)
+            best, order = best.topk(min(_NEAREST, best.shape[1]), dim=-1)
+            ids = ids.gather(1, order)
+    lines = ["nearest tokens by cosine:"]
+    for number, (scores, tokens) in enumerate(zip(best.tolist(), ids.tolist(), strict=True)):
+        words_ = ", ".join(f"{tokenizer.decode([t])!r} {s:.2f}" for s, t in zip(scores, tokens, strict=True))
+        lines.append(f"  {number}: {words_}")
+    return lines
+
+
+def _embedding_file(config: PTuneConfig) -> tuple[str, str] | None:
+    """The base's file with its word embeddings, and their name in it; other weights are not read."""
+    base = config.base_model_name_or_path
+    if base is None:
+        return None
+    folder = resolve(base)
+    try:
+        path = cached_file(folder, "model.safetensors", revision=config.base_model_revision or "main")
+    except (OSError, ValueError):
+        return None
+    if path is None:
+        return None
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+    name = next((n for end in _EMBEDDINGS for n in names if n.endswith(end)), None)
+    return None if name is None else (path, name)

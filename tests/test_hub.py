@@ -1,0 +1,341 @@
+"""Push and pull against a Hub that fails: one commit, nothing lost, nothing half-written, no wrong answer."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from families import batch, build
+from hub import HubServer, client_environment, connect
+from huggingface_hub import HfApi, ModelCard
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from hf_ptune import PTuneConfig, PTuneForCausalLM, get_ptune_model
+from hf_ptune import hub as pushing
+from hf_ptune.cli import main
+from hf_ptune.errors import AdapterFileError, HubError
+from hf_ptune.hub import adapter_files, push_folder
+from hf_ptune.publishing import write_repository
+
+ADAPTER = "alice/adapter"
+TOKEN = "alice-writes"
+
+
+def words() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({f"w{n}": n for n in range(98)} | {"[UNK]": 98}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", unk_token="[UNK]")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub with a tiny base on it, a client in this process, and no waiting between tries."""
+    with HubServer() as hub:
+        hub.add_user("alice", TOKEN)
+        hub.add_user("alice", "alice-reads", write=False)
+        hub.add_user("bob", "bob-writes")
+        base = tmp_path / "base"
+        build("llama").float().save_pretrained(base)
+        words().save_pretrained(base)
+        hub.add_repo("alice/base", {p.name: p.read_bytes() for p in base.iterdir()})
+        connect(monkeypatch, hub)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # both remember the Hub of their first call
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+        monkeypatch.setattr(pushing, "_wait", lambda *_: 0.0)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> dict[str, Any]:
+    return {"cache_dir": tmp_path / "cache", "token": TOKEN}
+
+
+@pytest.fixture
+def model(server: HubServer, cache: dict[str, Any]) -> Any:
+    """An adapter on the base that the Hub holds."""
+    torch.manual_seed(0)
+    backbone = AutoModelForCausalLM.from_pretrained("alice/base", **cache)
+    return get_ptune_model(backbone, PTuneConfig(method="prefix_tuning", num_virtual_tokens=3)).eval()
+
+
+@pytest.fixture
+def finished(model: Any, tmp_path: Path) -> Path:
+    return write_repository(model, tmp_path / "finished", ADAPTER, tokenizer=words())
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(batch("llama")["input_ids"]).logits
+
+
+def commits(server: HubServer) -> int:
+    """Commits of the adapter beyond the Hub's own first one."""
+    return len(server.repos[ADAPTER].commits) - 1 if ADAPTER in server.repos else 0
+
+
+def check_pushed(server: HubServer, folder: Path) -> None:
+    files = HfApi(token=TOKEN).list_repo_files(ADAPTER)
+    assert set(adapter_files(folder)) <= set(files)
+    assert commits(server) == 1
+
+
+# push ------------------------------------------------------------------------------------------------------
+
+
+def test_a_stranger_loads_what_was_pushed(server: HubServer, model: Any, tmp_path: Path) -> None:
+    url = model.push_to_hub(ADAPTER, token=TOKEN, tokenizer=words())
+    assert url == f"{server.url}/{ADAPTER}" and commits(server) == 1
+    fresh = {"cache_dir": tmp_path / "other", "token": TOKEN}
+    loaded = AutoModelForCausalLM.from_pretrained(ADAPTER, **fresh)
+    assert isinstance(loaded, PTuneForCausalLM) and loaded.config.flattened
+    assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
+    assert loaded.config.base_model_revision == server.repos["alice/base"].at().id
+    pipe = pipeline("text-generation", model=loaded, tokenizer=AutoTokenizer.from_pretrained(ADAPTER, **fresh))
+    assert pipe("w3 w4", max_new_tokens=2)[0]["generated_text"].startswith("w3 w4")
+    card = ModelCard.load(ADAPTER, token=TOKEN).data
+    assert card.base_model == "alice/base" and card.pipeline_tag == "text-generation"
+
+
+def test_the_reparameterisation_is_kept_on_request(server: HubServer, model: Any, tmp_path: Path) -> None:
+    model.push_to_hub(ADAPTER, token=TOKEN, tokenizer=words(), keep_encoder=True, private=True)
+    loaded = AutoModelForCausalLM.from_pretrained(ADAPTER, cache_dir=tmp_path / "other", token=TOKEN)
+    assert not loaded.config.flattened and type(loaded.prompt) is type(model.prompt)
+    with pytest.raises(OSError, match="not a valid model identifier|gated|private|404|401"):
+        AutoModelForCausalLM.from_pretrained(ADAPTER, cache_dir=tmp_path / "third", token=False)
+
+
+@pytest.mark.parametrize("storage", ["lfs", "regular"])
+@pytest.mark.parametrize(
+    ("method", "path", "kind"),
+    [
+        ("POST", "/api/repos/create", 429),
+        ("POST", "/api/repos/create", 503),
+        ("POST", "/api/repos/create", "reset"),
+        ("POST", "/api/repos/create", "lose_response"),
+        ("POST", "preupload", 429),
+        ("POST", "preupload", 500),
+        ("POST", "preupload", "reset"),
+        ("POST", "/commit/", 429),
+        ("POST", "/commit/", 500),
+        ("POST", "/commit/", 503),
+        ("POST", "/commit/", "reset"),
+        ("POST", "/commit/", "lose_response"),
+        ("POST", "validate-yaml", 503),
+        ("GET", "/api/models/", 503),
+        ("GET", "/api/models/", "reset"),
+        ("POST", "objects/batch", 503),
+        ("PUT", "", 500),
+        ("PUT", "", "reset"),
+    ],
+)
+def test_a_push_that_meets_a_fault_ends_in_one_commit(
+    server: HubServer, finished: Path, storage: str, method: str, path: str, kind: Any
+) -> None:
+    server.regular_only = storage == "regular"
+    fault = server.fail(method, path, kind, retry_after=0 if kind == 429 else None)
+    push_folder(finished, ADAPTER, token=TOKEN)
+    assert fault.hits or (storage == "regular" and path in ("objects/batch", ""))
+    check_pushed(server, finished)
+    server.clear_faults()
+    push_folder(finished, ADAPTER, token=TOKEN)  # nothing has changed
+    assert commits(server) == 1
+
+
+def test_a_push_that_fails_for_good_says_how_to_go_on(
+    server: HubServer, model: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.fail("POST", "/commit/", 503, times=None)
+    with pytest.raises(HubError, match=r"hf-ptune push (\S+) alice/adapter") as raised:
+        model.push_to_hub(ADAPTER, token=TOKEN, tokenizer=words())
+    folder = str(raised.value).rsplit("hf-ptune push ", 1)[1].split()[0]
+    assert commits(server) == 0
+    server.clear_faults()
+    assert main(["push", folder, ADAPTER]) == 0
+    assert capsys.readouterr().out.strip() == f"{server.url}/{ADAPTER}"
+    check_pushed(server, Path(folder))
+
+
+@pytest.mark.parametrize(("token", "status"), [("alice-reads", "403"), ("bob-writes", "403"), ("nobody", "401")])
+def test_a_refused_push_is_not_repeated(server: HubServer, finished: Path, token: str, status: str) -> None:
+    with pytest.raises(HubError, match=status):
+        push_folder(finished, ADAPTER, token=token)
+    assert len(server.requests("POST", "/api/repos/create")) == 1 and commits(server) == 0
+
+
+def test_branches_and_pull_requests(server: HubServer, finished: Path, cache: dict[str, Any]) -> None:
+    push_folder(finished, ADAPTER, token=TOKEN)
+    (finished / "README.md").write_text((finished / "README.md").read_text() + "\nMore.\n")
+    push_folder(finished, ADAPTER, token=TOKEN, revision="second")
+    assert AutoModelForCausalLM.from_pretrained(ADAPTER, revision="second", **cache).config.method == "prefix_tuning"
+    text = {r: ModelCard.load(ADAPTER, token=TOKEN).text for r in ("main",)}
+    assert "More." not in text["main"]
+
+
+def test_what_is_no_adapter_is_not_pushed(server: HubServer, finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match=r"config.json, model.safetensors missing"):
+        push_folder(tmp_path, ADAPTER, token=TOKEN)
+    for name in ("checkpoint-2/model.safetensors", "optimizer.pt", "training_args.bin", ".cache/x", "_tmp"):
+        (finished / name).parent.mkdir(exist_ok=True)
+        (finished / name).write_text("x")
+    (finished / "outside").symlink_to(tmp_path / "base" / "config.json")
+    assert not {
+        "checkpoint-2/model.safetensors",
+        "optimizer.pt",
+        "training_args.bin",
+        ".cache/x",
+        "_tmp",
+        "outside",
+    } & (set(adapter_files(finished)))
+
+
+def test_the_trainer_pushes_a_finished_adapter(server: HubServer, model: Any, tmp_path: Path) -> None:
+    rows = [{k: v[0] for k, v in batch("llama").items()} for _ in range(4)]
+    arguments = TrainingArguments(
+        tmp_path / "run",
+        max_steps=2,
+        per_device_train_batch_size=2,
+        save_strategy="steps",
+        save_steps=1,
+        push_to_hub=True,
+        hub_model_id=ADAPTER,
+        hub_token=TOKEN,
+        hub_strategy="every_save",
+        report_to=[],
+        use_cpu=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, processing_class=words())
+    trainer.train()
+    trainer.push_to_hub()
+    loaded = AutoModelForCausalLM.from_pretrained(ADAPTER, cache_dir=tmp_path / "other", token=TOKEN)
+    assert loaded.config.flattened and torch.allclose(logits(loaded), logits(model.eval()), atol=1e-5)
+    card = ModelCard.load(ADAPTER, token=TOKEN)
+    assert "hf_ptune" in card.data.tags and "generated_from_trainer" not in card.content
+    assert len(server.requests("POST", "/api/repos/create")) == 1
+
+
+# pull ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["lfs", "regular"])
+@pytest.mark.parametrize("at", [0, 9, 100, None])
+def test_a_flipped_byte_is_an_error_and_the_cache_stays_usable(
+    server: HubServer, model: Any, finished: Path, cache: dict[str, Any], storage: str, at: int | None
+) -> None:
+    server.regular_only = storage == "regular"
+    push_folder(finished, ADAPTER, token=TOKEN)
+    fault = server.fail("GET", f"{ADAPTER}/resolve/", "corrupt", times=None, at=at)
+    fault.path = server.repos[ADAPTER].at().id + "/model.safetensors"
+    with pytest.raises(AdapterFileError, match="damaged on its way"):
+        AutoModelForCausalLM.from_pretrained(ADAPTER, **cache)
+    assert fault.hits
+    server.clear_faults()
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(ADAPTER, **cache)), logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [500, 503, "reset", "reset_in_body", "truncate", "delay"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pull_that_meets_a_fault_succeeds_or_can_be_repeated(
+    server: HubServer, model: Any, finished: Path, cache: dict[str, Any], kind: Any, name: str
+) -> None:
+    push_folder(finished, ADAPTER, token=TOKEN)
+    server.fail("GET", f"{ADAPTER}/resolve", kind, seconds=0.2)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(ADAPTER, **cache)
+    except Exception:
+        loaded = AutoModelForCausalLM.from_pretrained(ADAPTER, **cache)
+    assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
+
+
+def test_a_warm_cache_serves_offline(
+    server: HubServer, model: Any, finished: Path, cache: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push_folder(finished, ADAPTER, token=TOKEN)
+    AutoModelForCausalLM.from_pretrained(ADAPTER, **cache)
+    server.fail(None, "", "reset", times=None)
+    loaded = AutoModelForCausalLM.from_pretrained(ADAPTER, local_files_only=True, **cache)
+    assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
+
+
+def test_the_commit_of_a_base_is_read_from_the_cache(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "default"))
+    backbone = AutoModelForCausalLM.from_pretrained("alice/base", cache_dir=tmp_path / "default", token=TOKEN)
+    config = get_ptune_model(backbone, PTuneConfig(num_virtual_tokens=2)).config
+    assert config.base_model_revision == server.repos["alice/base"].at().id
+
+
+def test_the_base_is_taken_at_its_commit(server: HubServer, model: Any, cache: dict[str, Any], tmp_path: Path) -> None:
+    model.push_to_hub(ADAPTER, token=TOKEN, tokenizer=words())
+    expected = logits(model)
+    torch.manual_seed(5)
+    other = build("llama").float()
+    other.lm_head.weight.data.normal_()
+    other.save_pretrained(tmp_path / "newer")
+    newer = {p.name: p.read_bytes() for p in (tmp_path / "newer").iterdir()}
+    server.repos["alice/base"].commit(newer, "New weights")
+    loaded = AutoModelForCausalLM.from_pretrained(ADAPTER, **cache)
+    assert torch.allclose(logits(loaded), expected, atol=1e-5)
+
+
+def test_without_the_import_it_takes_trust(server: HubServer, finished: Path, tmp_path: Path) -> None:
+    push_folder(finished, ADAPTER, token=TOKEN)
+    program = (
+        "import sys; from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({ADAPTER!r}, **eval(sys.argv[1]))\n"
+        f"model.save_pretrained({str(tmp_path / 'again')!r}); print(type(model).__name__)"
+    )
+    environment = client_environment(
+        server, tmp_path / "home", TOKEN, HF_HUB_DISABLE_XET="1", PYTHONPATH=str(Path(__file__).parents[1])
+    )
+
+    def run(options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "ignore", "-c", program, options]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+    assert "trust_remote_code" in run("{}").stderr
+    trusted = run("{'trust_remote_code': True}")
+    assert trusted.stdout.strip().splitlines()[-1:] == ["PTuneForCausalLM"], trusted.stderr[-2000:]
+    assert {p.suffix for p in (tmp_path / "again").iterdir()} == {".json", ".safetensors"}  # no copy of our source
+
+
+# the command line ------------------------------------------------------------------------------------------
+
+
+def test_info_and_card(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = json.loads((finished / "run_facts.json").read_text()) | {"metrics": [{"accuracy": 0.75}]}
+    (finished / "run_facts.json").write_text(json.dumps(facts))
+    assert main(["info", str(finished)]) == 0
+    told = capsys.readouterr().out
+    for expected in ("Prefix Tuning", "alice/base", "virtual tokens: 3, flattened", "accuracy: 0.7500"):
+        assert expected in told
+    assert main(["card", str(finished), "--repo-id", ADAPTER]) == 0
+    assert "| accuracy | 0.7500 |" in (finished / "README.md").read_text()
+    assert main(["card", str(finished.parent)]) == 2 and "ModelCardCallback" in capsys.readouterr().err
+
+
+def test_info_names_the_nearest_tokens(server: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = build("llama").float()
+    backbone.name_or_path = str(tmp_path / "base")
+    model = get_ptune_model(backbone, PTuneConfig(method="prompt_tuning", num_virtual_tokens=2))
+    with torch.no_grad():
+        model.prompt.weight.copy_(2 * backbone.get_input_embeddings().weight[[7, 42]])
+    model.save_pretrained(tmp_path / "prompt")
+    assert main(["info", str(tmp_path / "prompt")]) == 0
+    told = capsys.readouterr().out
+    assert "  0: 'w7' 1.00" in told and "  1: 'w42' 1.00" in told
