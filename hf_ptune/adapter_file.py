@@ -56,6 +56,24 @@ def find_weights(source: str, **hub: Any) -> str:
     return path
 
 
+def is_foreign(source: str | os.PathLike[str], hub: dict[str, Any]) -> bool:
+    """Whether a source holds what another library saved, and nothing of ours.
+
+    Args:
+        source: folder or Hub id.
+        hub: options of loading, some of which are the Hub's.
+    """
+    own = {k: hub[k] for k in ("cache_dir", "token", "local_files_only", "revision", "subfolder") if k in hub}
+
+    def has(name: str) -> bool:
+        try:
+            return cached_file(os.fspath(source), name, _raise_exceptions_for_missing_entries=False, **own) is not None
+        except OSError:
+            return False  # said where it is read
+
+    return not has("config.json") and has("adapter_config.json")
+
+
 def check_download(path: Path, source: str) -> None:
     """Compare a file of the Hub's cache with the name it is kept under, which is the digest the Hub gave for it.
 

@@ -1,8 +1,7 @@
 """Make the classes known to transformers' Auto classes and pipelines, when those are first used.
 
 Importing transformers loads neither torch nor a model; importing hf_ptune should not do so either. Its
-configuration and model modules register themselves as they are imported, and are imported right after the modules
-of transformers that they register with.
+modules register themselves as they are imported, and are imported right after the modules that they register with.
 """
 
 import importlib
@@ -17,6 +16,7 @@ _FOLLOWS = {
     "transformers.models.auto.configuration_auto": "hf_ptune.configuration_ptune",
     "transformers.models.auto.modeling_auto": "hf_ptune.modeling_ptune",
     "transformers.trainer": "hf_ptune.callbacks.model_card",
+    "hf_ptune.modeling_ptune": "hf_ptune.interop",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `hf-ptune init`, `run`, `train`, `push`, `card` and `info`."""
+"""The command line: `hf-ptune init`, `run`, `train`, `push`, `card`, `convert` and `info`."""
 
 import argparse
 import runpy
@@ -15,6 +15,7 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, PTuneError
 from hf_ptune.hub import push_folder
 from hf_ptune.info import describe_adapter
+from hf_ptune.interop import convert
 from hf_ptune.methods import method_names
 from hf_ptune.modeling_ptune import get_ptune_model
 from hf_ptune.publishing import remake_card
@@ -118,6 +119,11 @@ def make_parser() -> argparse.ArgumentParser:
     card.add_argument("seeds", nargs="*", help="folders of the same run with other seeds")
     card.add_argument("--repo-id", help="user/name; the folder's name when unset")
 
+    form = commands.add_parser("convert", help="write an adapter of ours or PEFT's in another form")
+    form.add_argument("source", help="folder or id on the Hub")
+    form.add_argument("target", help="folder to write; a file for prompt_embeds")
+    form.add_argument("--to", default="hf_ptune", choices=("hf_ptune", "peft", "prompt_embeds"))
+
     told = commands.add_parser("info", help="say what an adapter is, without loading its base")
     told.add_argument("source", help="folder or id on the Hub")
     told.add_argument("--revision")
@@ -144,6 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(push_folder(given.folder, given.repo_id, **options))
         elif given.command == "card":
             print(remake_card(Path(given.folder), [Path(s) for s in given.seeds], given.repo_id))
+        elif given.command == "convert":
+            convert(given.source, given.target, given.to)
+            print(f"written: {given.target}")
         elif given.command == "info":
             print(describe_adapter(given.source, revision=given.revision))
         else:

@@ -1,5 +1,6 @@
 """Adapters of other libraries: PEFT's folders both ways, THUDM's checkpoints, soft prompts for servers."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.utils import cached_file
 
-from hf_ptune.adapter_file import check_tensors, read_tensors
+from hf_ptune.adapter_file import check_tensors, is_foreign, read_tensors
 from hf_ptune.backbone import head_names, load_backbone, resolve, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
@@ -21,7 +22,7 @@ from hf_ptune.injection import Injector, body_of, evaluating, parameters_of
 from hf_ptune.injection.probe import vocabulary_of
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import flatten, split_prefix
-from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
+from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel, get_ptune_model
 
 FilePath = str | os.PathLike[str]
 PEFT_CONFIG_NAME = "adapter_config.json"
@@ -161,6 +162,37 @@ def load_thudm(checkpoint: FilePath | Mapping[str, Tensor], backbone: PreTrained
     else:
         prompt = {n.removeprefix("embedding."): t for n, t in prefix.items()}
     return _fill(model, prompt, _thudm_head(tensors, backbone), name)
+
+
+def convert(source: FilePath, target: FilePath, form: str, **kwargs: Any) -> None:
+    """Write an adapter in another form.
+
+    Args:
+        source: folder or Hub id of an adapter of ours, or of PEFT's.
+        target: where to write.
+        form: "hf_ptune" or "peft", a folder; "prompt_embeds", a file.
+        kwargs: of loading.
+
+    Raises:
+        PTuneError: the source cannot be read, or has no such form.
+    """
+    if Path(target).exists() and (Path(target).is_file() or any(Path(target).iterdir())):
+        raise PTuneError(f"{target} is there already and not empty; name a new one.")
+    model = load_peft(source, **kwargs) if is_foreign(source, kwargs) else _load_own(source, kwargs)
+    if form == "peft":
+        save_peft(model, target)
+    elif form == "prompt_embeds":
+        save_prompt_embeds(model, target)
+    else:
+        model.save_pretrained(target, flatten=True)
+        with contextlib.suppress(OSError, ValueError):
+            AutoTokenizer.from_pretrained(resolve(str(model.config.base_model_name_or_path))).save_pretrained(target)
+
+
+def _load_own(source: FilePath, kwargs: dict[str, Any]) -> PTunePreTrainedModel:
+    config = PTuneConfig.from_pretrained(source, **kwargs)
+    loaded: PTunePreTrainedModel = CLASSES[config.task or "FEATURE_EXTRACTION"].from_pretrained(source, **kwargs)
+    return loaded
 
 
 def prompt_embeds(model: PTunePreTrainedModel) -> Tensor:
@@ -448,3 +480,7 @@ def _thudm_head(tensors: dict[str, Tensor], backbone: PreTrainedModel) -> dict[s
         found = {f"classifier.out_proj.{n.removeprefix('classifier.')}": t for n, t in found.items()}
         found |= {f"classifier.dense.{n.removeprefix(pooler)}": t for n, t in tensors.items() if n.startswith(pooler)}
     return found or {n: backbone.get_parameter(n).detach() for n in names}
+
+
+# adapters of PEFT load by our own classes too
+PTunePreTrainedModel.load_foreign = staticmethod(load_peft)

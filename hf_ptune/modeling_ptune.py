@@ -5,7 +5,7 @@ import inspect
 import os
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
 
@@ -15,7 +15,7 @@ from transformers import AutoConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from hf_ptune import prompt_start
-from hf_ptune.adapter_file import check_tensors, find_weights, read_tensors, write_tensors
+from hf_ptune.adapter_file import check_tensors, find_weights, is_foreign, read_tensors, write_tensors
 from hf_ptune.backbone import TASKS, adapter_names, cached_commit, count_parameter, load_backbone, resolve, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
@@ -43,6 +43,8 @@ class PTunePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     task: ClassVar[str] = "FEATURE_EXTRACTION"
+    # reads what another library saved; set by the room that knows its format
+    load_foreign: ClassVar[Callable[..., "PTunePreTrainedModel"] | None] = None
 
     def __init__(self, config: PTuneConfig, backbone: PreTrainedModel | None = None) -> None:
         if backbone is None:
@@ -368,6 +370,13 @@ class PTunePreTrainedModel(PreTrainedModel):
             AdapterFileError: the folder does not hold what its configuration describes.
             BackboneError: the base lacks weights or has another geometry or class.
         """
+        if config is None and cls.load_foreign is not None and is_foreign(pretrained_model_name_or_path, kwargs):
+            model = cls.load_foreign(pretrained_model_name_or_path, backbone=backbone, **kwargs)
+            if not isinstance(model, cls):
+                raise ConfigError(
+                    f"{pretrained_model_name_or_path} holds a {type(model).__name__}, not a {cls.__name__}."
+                )
+            return model
         hub = {k: kwargs.pop(k) for k in _HUB_KEYS if k in kwargs}
         own = hub | {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
         with_info = kwargs.pop("output_loading_info", False)

@@ -1,13 +1,16 @@
-"""The command line: init, run, train."""
+"""The command line: init, run, train, convert; push, card and info are tried with the Hub."""
 
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from families import batch, build
 from test_train import write_base, write_recipe
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import hf_ptune
+from hf_ptune import PTuneConfig, PTuneForCausalLM, get_ptune_model
 from hf_ptune.cli import main
 
 SCRIPT = """
@@ -82,3 +85,25 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"hf_ptune {hf_ptune.__version__}\n"
+
+
+def test_convert_writes_other_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = build("gpt2").eval()
+    backbone.name_or_path = str(tmp_path / "base")
+    backbone.save_pretrained(tmp_path / "base")
+    model = get_ptune_model(backbone, PTuneConfig(method="prompt_tuning", num_virtual_tokens=3)).eval()
+    model.save_pretrained(tmp_path / "ours")
+    names = {"peft": "peft", "prompt_embeds": "prompt.pt"}
+    for form, name in names.items():
+        assert main(["convert", str(tmp_path / "ours"), str(tmp_path / name), "--to", form]) == 0
+    assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "back")]) == 0
+    assert torch.equal(torch.load(tmp_path / "prompt.pt"), model.prompt.weight.detach())
+    inputs = batch("gpt2")
+    with torch.no_grad():
+        expected = model(**inputs).logits.float()
+    for folder in ("peft", "back"):
+        loaded = PTuneForCausalLM.from_pretrained(tmp_path / folder)
+        with torch.no_grad():
+            assert torch.allclose(loaded(**inputs).logits.float(), expected, atol=1e-5)
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "peft")]) == 2
+    assert "not empty" in capsys.readouterr().err
