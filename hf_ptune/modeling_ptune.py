@@ -44,7 +44,7 @@ class PTunePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     task: ClassVar[str] = "FEATURE_EXTRACTION"
     # reads what another library saved; set by the room that knows its format
-    load_foreign: ClassVar[Callable[..., "PTunePreTrainedModel"] | None] = None
+    load_foreign: ClassVar[Callable[..., Any] | None] = None
 
     def __init__(self, config: PTuneConfig, backbone: PreTrainedModel | None = None) -> None:
         if backbone is None:
