@@ -235,7 +235,7 @@ def _metadata(facts: RunFacts, repo_id: str) -> ModelCardData:
         pipeline_tag=_PIPELINES[facts.task],
         license=facts.license,
         language=facts.languages or None,
-        datasets=[d for d in facts.datasets if _is_hub_id(d)] or None,
+        datasets=[d for d in facts.datasets if _is_hub_id(d) and "/" in d] or None,
         tags=["hf_ptune", "prompt-learning", facts.method.replace("_", "-")],
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,

@@ -49,6 +49,25 @@ class DataRecipe:
 
 
 @dataclass(frozen=True)
+class CardRecipe:
+    """Say what the card cannot know from the run.
+
+    Args:
+        base: the base's id on the Hub, where it is loaded by another name.
+        datasets: ids or names of the data; the name of `data.source` when unset.
+        languages: ISO codes.
+        license: of the adapter.
+        limits: sentences on what to know before use.
+    """
+
+    base: str | None = None
+    datasets: list[str] | None = None
+    languages: list[str] | None = None
+    license: str | None = None
+    limits: list[str] | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Name everything that a run needs.
 
@@ -61,6 +80,7 @@ class Recipe:
         options: further fields of PTuneConfig.
         training: fields of TrainingArguments.
         seed: seed of the prompt, the head and the training.
+        card: what the card should say besides.
         folder: where the recipe stands; paths of data start there.
     """
 
@@ -72,6 +92,7 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    card: CardRecipe = field(default_factory=CardRecipe)
     folder: Path = Path(".")
 
 
@@ -110,8 +131,8 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
     Raises:
         RecipeError: a key is unknown, missing or of the wrong type.
     """
-    top = {n: h for n, h in typing.get_type_hints(Recipe).items() if n not in ("folder", "data")}
-    given = _section(content, top | {"data": dict[str, Any]}, where, "")
+    top = {n: h for n, h in typing.get_type_hints(Recipe).items() if n not in ("folder", "data", "card")}
+    given = _section(content, top | {"data": dict[str, Any], "card": dict[str, Any]}, where, "")
     _need(given, Recipe, where, "")
     if given["task"] not in TRAINED_TASKS:
         known = "that task has no data preparation yet, " if given["task"] in TASKS else ""
@@ -130,7 +151,9 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
         "options": _section(given.get("options", {}), _option_types(), where, "options."),
         "training": _section(given.get("training", {}), _training_types(), where, "training."),
     }
-    return Recipe(**(given | sections | {"data": DataRecipe(**data), "folder": folder}))
+    card = _section(given.get("card", {}), typing.get_type_hints(CardRecipe), where, "card.")
+    own = {"data": DataRecipe(**data), "card": CardRecipe(**card), "folder": folder}
+    return Recipe(**(given | sections | own))
 
 
 def _option_types() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import argparse
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ from transformers import (
 
 from hf_ptune.adapter_file import WEIGHTS_NAME
 from hf_ptune.backbone import TASKS, head_names, load_backbone, resolve
-from hf_ptune.callbacks import FreezeBackboneCallback, GuardCallback, MemoryCallback
+from hf_ptune.callbacks import FreezeBackboneCallback, GuardCallback, MemoryCallback, ModelCardCallback
+from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, encode_rows, load_rows, make_collator
 from hf_ptune.errors import BackboneError, PTuneError, RecipeError
 from hf_ptune.metrics import MAIN_METRIC, choose_best, make_compute_metrics
 from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
+from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, read_recipe
 
 ADAPTER_FOLDER = "adapter"
@@ -83,16 +85,27 @@ def run(recipe: Recipe) -> Outcome:
     before = _evaluate(trainer)
     trainer.train()
     after = _evaluate(trainer)
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
 
     folder = Path(recipe.output_dir) / ADAPTER_FOLDER
-    model.save_pretrained(folder, is_main_process=first, flatten=True)
     answers: list[Answer] = []
     if first:
         tokenizer.save_pretrained(folder)
+        facts = gather_facts(arguments, trainer.state, model, card_facts(recipe, rows))
+        finish_folder(model, folder, Path(recipe.output_dir).name, facts=facts)
         answers = ask(folder, recipe, rows)
         report(Outcome(before, after, folder, answers), MAIN_METRIC[recipe.task])
     trainer.accelerator.wait_for_everyone()
     return Outcome(before, after, folder, answers)
+
+
+def card_facts(recipe: Recipe, rows: Rows) -> dict[str, Any]:
+    """What a recipe and its rows tell a card."""
+    given = {k: v for k, v in asdict(recipe.card).items() if v is not None}
+    given.setdefault("datasets", [Path(recipe.data.source).stem])
+    example = next((rows.held_out[0][k] for k in ("text", "prompt") if rows.held_out and k in rows.held_out[0]), None)
+    return given if example is None else given | {"example": str(example)}
 
 
 def make_arguments(recipe: Recipe) -> TrainingArguments:
@@ -170,7 +183,12 @@ def make_trainer(
         data_collator=make_collator(recipe.task, tokenizer),
         compute_metrics=make_compute_metrics(recipe.task, rows.labels),
         preprocess_logits_for_metrics=choose_best,
-        callbacks=[FreezeBackboneCallback(), GuardCallback(), MemoryCallback()],
+        callbacks=[
+            FreezeBackboneCallback(),
+            GuardCallback(),
+            MemoryCallback(),
+            ModelCardCallback(**card_facts(recipe, rows)),
+        ],
     )
 
 

@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import platform
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+import hf_ptune
 from hf_ptune.cards import RunFacts
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.publishing import facts_of, finish_folder
@@ -33,10 +35,10 @@ _HYPERPARAMETERS = (
     "fp16",
     "gradient_checkpointing",
 )
-_LIBRARIES = ("hf_ptune", "transformers", "torch", "accelerate", "datasets")
+_LIBRARIES = ("transformers", "torch", "accelerate", "datasets")
 _MEMORY = re.compile("mem_([a-z_]+)_mib")
 _SPEED = ("step_time_s", "tokens_per_second", "train_runtime")
-_TIMES = ("runtime", "per_second", "epoch", "flos")
+_TIMES = ("runtime", "per_second", "epoch", "flos", "preparation_time")
 
 
 class ModelCardCallback(TrainerCallback):
@@ -48,6 +50,7 @@ class ModelCardCallback(TrainerCallback):
         license: of the adapter; the base's own goes here.
         example: an input for the card's snippet.
         limits: sentences on what to know before use.
+        base: the base's id on the Hub, where it was loaded by another name.
 
     Attributes:
         facts: of the run, after training.
@@ -60,8 +63,16 @@ class ModelCardCallback(TrainerCallback):
         license: str | None = None,
         example: str | None = None,
         limits: list[str] | None = None,
+        base: str | None = None,
     ) -> None:
-        given = {"datasets": datasets, "languages": languages, "license": license, "example": example, "limits": limits}
+        given = {
+            "datasets": datasets,
+            "languages": languages,
+            "license": license,
+            "example": example,
+            "limits": limits,
+            "base": base,
+        }
         self.given = {k: v for k, v in given.items() if v is not None}
         self.facts: RunFacts | None = None
 
@@ -94,15 +105,18 @@ def gather_facts(
     facts = facts_of(model)
     for name, value in (given or {}).items():
         setattr(facts, name, value)
-    unset = TrainingArguments(output_dir=args.output_dir)
+    unset = {f.name: getattr(f.default, "value", f.default) for f in fields(TrainingArguments)}
     chosen = {n: getattr(args, n) for n in _HYPERPARAMETERS}
+    chosen = {n: getattr(v, "value", v) for n, v in chosen.items()}
     always = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
-    facts.hyperparameters = {
-        k: getattr(v, "value", v) for k, v in chosen.items() if k in always or v != getattr(unset, k)
-    }
+    facts.hyperparameters = {k: v for k, v in chosen.items() if k in always or (v and v != unset[k])}
     facts.seeds = [args.seed]
     facts.history = [
-        {k: v for k, v in entry.items() if isinstance(v, (int, float)) and not k.startswith("mem_")}
+        {
+            k: v
+            for k, v in entry.items()
+            if isinstance(v, (int, float)) and not k.startswith("mem_") and not k.endswith("preparation_time")
+        }
         for entry in state.log_history
     ]
     evaluations = [e for e in facts.history if any(k.startswith("eval_") for k in e)]
@@ -121,7 +135,7 @@ def gather_facts(
         "processes": args.world_size,
         "engine": args.distributed_state.distributed_type.value if args.distributed_state is not None else "NO",
     }
-    facts.versions = {name: _version(name) for name in _LIBRARIES}
+    facts.versions = {"hf_ptune": hf_ptune.__version__} | {name: _version(name) for name in _LIBRARIES}
     return facts
 
 
