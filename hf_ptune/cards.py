@@ -144,7 +144,7 @@ def make_card(facts: RunFacts, repo_id: str = "user/adapter", curves: str | None
         method=method,
         repo_id=repo_id,
         name=repo_id.split("/")[-1],
-        base_known=_is_hub_id(facts.base),
+        base_known=is_hub_id(facts.base),
         auto_class=TASKS[facts.task].__name__,
         pipeline=None if facts.task in _WITHOUT_PIPELINE else _PIPELINES[facts.task],
         percent=100 * facts.parameters / max(facts.all_parameters, 1),
@@ -210,7 +210,8 @@ def human_bytes(size: float) -> str:
     return f"{size:.1f} GiB"
 
 
-def _is_hub_id(base: str | None) -> bool:
+def is_hub_id(base: str | None) -> bool:
+    """Whether a name could be a repository's on the Hub."""
     return base is not None and _HUB_ID.fullmatch(base) is not None and not base.startswith(".")
 
 
@@ -227,7 +228,7 @@ def _metadata(facts: RunFacts, repo_id: str) -> ModelCardData:
         for name, (mean, _) in summarise(facts.metrics).items()
         if not name.endswith(("runtime", "per_second", "epoch"))
     ]
-    known = _is_hub_id(facts.base)
+    known = is_hub_id(facts.base)
     return ModelCardData(
         base_model=facts.base if known else None,
         base_model_relation="adapter" if known else None,
@@ -235,7 +236,7 @@ def _metadata(facts: RunFacts, repo_id: str) -> ModelCardData:
         pipeline_tag=_PIPELINES[facts.task],
         license=facts.license,
         language=facts.languages or None,
-        datasets=[d for d in facts.datasets if _is_hub_id(d) and "/" in d] or None,
+        datasets=[d for d in facts.datasets if is_hub_id(d) and "/" in d] or None,
         tags=["hf_ptune", "prompt-learning", facts.method.replace("_", "-")],
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 # HTTPError is that of the client which the installed huggingface_hub is built on
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
@@ -84,6 +84,17 @@ def commit_of(repo_id: str, token: str | bool | None = None) -> str | None:
     except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         logger.warning(f"the commit of {repo_id} is not known ({_first_line(error)}), so the adapter does not pin it.")
         return None
+
+
+def license_of(repo_id: str, token: str | bool | None = None) -> str | None:
+    """The licence that a repository's card names, or `None` where it has none or cannot be read."""
+    try:
+        found = ModelCard.load(
+            repo_id, token=token if isinstance(token, str) else None, ignore_metadata_errors=True
+        ).data.get("license")
+    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def adapter_files(folder: str | os.PathLike[str]) -> dict[str, Path]:

@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from hf_ptune.adapter_file import WEIGHTS_NAME
 from hf_ptune.backbone import TASKS, resolve
-from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, make_card, merge_seeds
-from hf_ptune.hub import commit_of, push_folder
+from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, is_hub_id, make_card, merge_seeds
+from hf_ptune.hub import commit_of, license_of, push_folder
 from hf_ptune.methods import get_method
 
 logger = logging.get_logger(__name__)
@@ -180,10 +180,18 @@ def publish(model: Any, repo_id: str, *, tokenizer: Any = None, keep_encoder: bo
     elif model.config.base_model_revision is None:
         model.config.base_model_revision = commit_of(base, token=push.get("token"))
     folder = Path(tempfile.mkdtemp(prefix="hf_ptune-"))
-    write_repository(model, folder, repo_id, tokenizer=tokenizer, keep_encoder=keep_encoder)
+    facts = inherit_license(facts_of(model), push.get("token"))
+    write_repository(model, folder, repo_id, tokenizer=tokenizer, keep_encoder=keep_encoder, facts=facts)
     url = push_folder(folder, repo_id, **push)
     shutil.rmtree(folder)
     return url
+
+
+def inherit_license(facts: RunFacts, token: str | bool | None = None) -> RunFacts:
+    """Take the base's licence where none was given."""
+    if facts.license is None and facts.base is not None and is_hub_id(facts.base):
+        facts.license = license_of(facts.base, token)
+    return facts
 
 
 def _is_local(base: str) -> bool:

@@ -51,6 +51,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
         base = tmp_path / "base"
         build("llama").float().save_pretrained(base)
         words().save_pretrained(base)
+        (base / "README.md").write_text("---\nlicense: bsd-3-clause\n---\n# A tiny base\n")
         hub.add_repo("alice/base", {p.name: p.read_bytes() for p in base.iterdir()})
         connect(monkeypatch, hub)
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # both remember the Hub of their first call
@@ -109,6 +110,25 @@ def test_a_stranger_loads_what_was_pushed(server: HubServer, model: Any, tmp_pat
     assert pipe("w3 w4", max_new_tokens=2)[0]["generated_text"].startswith("w3 w4")
     card = ModelCard.load(ADAPTER, token=TOKEN).data
     assert card.base_model == "alice/base" and card.pipeline_tag == "text-generation"
+    assert card.license == "bsd-3-clause"
+
+
+def test_pipeline_loads_by_id(server: HubServer, model: Any, tmp_path: Path) -> None:
+    model.push_to_hub(ADAPTER, token=TOKEN, tokenizer=words())
+    pipe = pipeline(model=ADAPTER, token=TOKEN, model_kwargs={"cache_dir": tmp_path / "other"})
+    assert type(pipe.model).__name__ == "PTuneForCausalLM" and pipe.task == "text-generation"
+
+
+def test_a_gated_adapter_wants_a_grant(server: HubServer, finished: Path, tmp_path: Path) -> None:
+    push_folder(finished, ADAPTER, token=TOKEN)
+    repo = server.repos[ADAPTER]
+    repo.gated = "manual"
+    with pytest.raises(OSError, match="gated"):
+        AutoModelForCausalLM.from_pretrained(ADAPTER, cache_dir=tmp_path / "bob", token="bob-writes")
+    repo.readers.add("bob")
+    assert AutoModelForCausalLM.from_pretrained(
+        ADAPTER, cache_dir=tmp_path / "bob", token="bob-writes"
+    ).config.flattened
 
 
 def test_the_reparameterisation_is_kept_on_request(server: HubServer, model: Any, tmp_path: Path) -> None:

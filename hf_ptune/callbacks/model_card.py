@@ -16,7 +16,7 @@ from transformers.utils import logging
 import hf_ptune
 from hf_ptune.cards import RunFacts
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
-from hf_ptune.publishing import facts_of, finish_folder
+from hf_ptune.publishing import facts_of, finish_folder, inherit_license
 
 logger = logging.get_logger(__name__)
 _HYPERPARAMETERS = (
@@ -161,6 +161,7 @@ def _give_way(original: Any) -> Any:
         ours = next((c for c in callbacks if isinstance(c, ModelCardCallback)), None)
         facts = gather_facts(self.args, self.state, model, None if ours is None else ours.given)
         repo_id = self.hub_model_id or Path(self.args.output_dir).name
+        inherit_license(facts, self.args.hub_token)
         finish_folder(model, Path(self.args.output_dir), repo_id, facts=facts)
 
     vars(create_model_card)["_ptune"] = True
