@@ -164,9 +164,10 @@ def test_the_reparameterisation_is_kept_on_request(server: HubServer, model: Any
     ],
 )
 def test_a_push_that_meets_a_fault_ends_in_one_commit(
-    server: HubServer, finished: Path, storage: str, method: str, path: str, kind: Any
+    server: HubServer, finished: Path, storage: str, method: str, path: str, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.regular_only = storage == "regular"
+    connect(monkeypatch, server, xet=server.regular_only)
     fault = server.fail(method, path, kind, retry_after=0 if kind == 429 else None)
     push_folder(finished, ADAPTER, token=TOKEN)
     assert fault.hits or (storage == "regular" and path in ("objects/batch", ""))
