@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.utils import cached_file
 
+from hf_ptune import modeling_ptune  # before the room of the base, which cannot be imported first
 from hf_ptune.adapter_file import check_tensors, is_foreign, read_tensors
 from hf_ptune.backbone import head_names, load_backbone, resolve, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
@@ -22,7 +23,7 @@ from hf_ptune.injection import Injector, body_of, evaluating, parameters_of
 from hf_ptune.injection.probe import vocabulary_of
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import flatten, split_prefix
-from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
 
 FilePath = str | os.PathLike[str]
 PEFT_CONFIG_NAME = "adapter_config.json"
@@ -191,7 +192,8 @@ def convert(source: FilePath, target: FilePath, form: str, **kwargs: Any) -> Non
 
 def _load_own(source: FilePath, kwargs: dict[str, Any]) -> PTunePreTrainedModel:
     config = PTuneConfig.from_pretrained(source, **kwargs)
-    loaded: PTunePreTrainedModel = CLASSES[config.task or "FEATURE_EXTRACTION"].from_pretrained(source, **kwargs)
+    task_class = modeling_ptune.CLASSES[config.task or "FEATURE_EXTRACTION"]
+    loaded: PTunePreTrainedModel = task_class.from_pretrained(source, **kwargs)
     return loaded
 
 
