@@ -20,26 +20,40 @@ _FOLLOWS = {
 }
 
 
+_waiting: list[str] = []
+_running = 0  # modules of this package that are being executed
+
+
 class _Follower(MetaPathFinder):
-    """Import our module after theirs."""
+    """Import our module after theirs, once no module of this package is half imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _FOLLOWS:
+        if fullname not in _FOLLOWS and not fullname.startswith("hf_ptune."):
             return None
         finders: list[Any] = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
         spec: ModuleSpec | None = next((s for f in finders if (s := f.find_spec(fullname, path, target))), None)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
-            loader.exec_module = _then(loader.exec_module, _FOLLOWS[fullname])
+            loader.exec_module = _then(loader.exec_module, fullname)
         return spec
 
 
 def _then(execute: Callable[[ModuleType], None], name: str) -> Callable[[ModuleType], None]:
+    ours = name.startswith("hf_ptune.")
+
     def both(module: ModuleType) -> None:
-        execute(module)
-        importlib.import_module(name)
+        global _running
+        _running += ours
+        try:
+            execute(module)
+        finally:
+            _running -= ours
+        if name in _FOLLOWS:
+            _waiting.append(_FOLLOWS[name])
+        while _waiting and not _running:
+            importlib.import_module(_waiting.pop(0))
 
     return both
 

@@ -12,10 +12,10 @@ import hf_ptune
 from hf_ptune import train
 from hf_ptune.backbone import TASKS, resolve
 from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.convert import convert
 from hf_ptune.errors import BackboneError, PTuneError
 from hf_ptune.hub import push_folder
 from hf_ptune.info import describe_adapter
-from hf_ptune.interop import convert
 from hf_ptune.methods import method_names
 from hf_ptune.modeling_ptune import get_ptune_model
 from hf_ptune.publishing import remake_card

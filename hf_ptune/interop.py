@@ -1,6 +1,5 @@
 """Adapters of other libraries: PEFT's folders both ways, THUDM's checkpoints, soft prompts for servers."""
 
-import contextlib
 import json
 import os
 import pickle
@@ -11,11 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
 from transformers.utils import cached_file
 
-from hf_ptune import modeling_ptune  # before the room of the base, which cannot be imported first
-from hf_ptune.adapter_file import check_tensors, is_foreign, read_tensors
+from hf_ptune.adapter_file import check_tensors, read_tensors
 from hf_ptune.backbone import head_names, load_backbone, resolve, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
@@ -163,38 +161,6 @@ def load_thudm(checkpoint: FilePath | Mapping[str, Tensor], backbone: PreTrained
     else:
         prompt = {n.removeprefix("embedding."): t for n, t in prefix.items()}
     return _fill(model, prompt, _thudm_head(tensors, backbone), name)
-
-
-def convert(source: FilePath, target: FilePath, form: str, **kwargs: Any) -> None:
-    """Write an adapter in another form.
-
-    Args:
-        source: folder or Hub id of an adapter of ours, or of PEFT's.
-        target: where to write.
-        form: "hf_ptune" or "peft", a folder; "prompt_embeds", a file.
-        kwargs: of loading.
-
-    Raises:
-        PTuneError: the source cannot be read, or has no such form.
-    """
-    if Path(target).exists() and (Path(target).is_file() or any(Path(target).iterdir())):
-        raise PTuneError(f"{target} is there already and not empty; name a new one.")
-    model = load_peft(source, **kwargs) if is_foreign(source, kwargs) else _load_own(source, kwargs)
-    if form == "peft":
-        save_peft(model, target)
-    elif form == "prompt_embeds":
-        save_prompt_embeds(model, target)
-    else:
-        model.save_pretrained(target, flatten=True)
-        with contextlib.suppress(OSError, ValueError):
-            AutoTokenizer.from_pretrained(resolve(str(model.config.base_model_name_or_path))).save_pretrained(target)
-
-
-def _load_own(source: FilePath, kwargs: dict[str, Any]) -> PTunePreTrainedModel:
-    config = PTuneConfig.from_pretrained(source, **kwargs)
-    task_class = modeling_ptune.CLASSES[config.task or "FEATURE_EXTRACTION"]
-    loaded: PTunePreTrainedModel = task_class.from_pretrained(source, **kwargs)
-    return loaded
 
 
 def prompt_embeds(model: PTunePreTrainedModel) -> Tensor:

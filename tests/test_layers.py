@@ -17,6 +17,7 @@ LAYERS = [
     {"recipe", "data", "metrics"},
     {"callbacks"},
     {"interop", "info"},
+    {"convert"},
     {"train", "cli"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

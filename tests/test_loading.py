@@ -191,6 +191,10 @@ def test_quantised_backbones(bits: int, tmp_path: Path) -> None:
     assert same and getattr(loaded.backbone, "is_quantized", False)
 
 
+# whatever is imported first, the Auto classes have to know ours afterwards
+ROOMS = ["backbone", "placement", "interop", "injection", "callbacks", "train", "cli"]
+
+
 def in_a_fresh_process(*lines: str) -> str:
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", "\n".join(lines)], capture_output=True, text=True, check=True
@@ -210,6 +214,7 @@ def test_importing_loads_nothing_more_than_transformers_does() -> None:
 @pytest.mark.parametrize(
     "lines",
     [
+        *((f"import hf_ptune.{room}", "from transformers import AutoModelForCausalLM") for room in ROOMS),
         ("import hf_ptune", "from transformers import AutoModelForCausalLM"),
         ("from transformers import AutoModelForCausalLM", "import hf_ptune"),
         ("from transformers import AutoConfig", "import hf_ptune", "from transformers import AutoModelForCausalLM"),

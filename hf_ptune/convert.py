@@ -1,0 +1,49 @@
+"""An adapter in another form: ours, PEFT's, or a plain tensor."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from hf_ptune.adapter_file import is_foreign
+from hf_ptune.backbone import resolve
+from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.errors import PTuneError
+from hf_ptune.interop import load_peft, save_peft, save_prompt_embeds
+from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel
+
+FilePath = str | os.PathLike[str]
+
+
+def convert(source: FilePath, target: FilePath, form: str, **kwargs: Any) -> None:
+    """Write an adapter in another form.
+
+    Args:
+        source: folder or Hub id of an adapter of ours, or of PEFT's.
+        target: where to write.
+        form: "hf_ptune" or "peft", a folder; "prompt_embeds", a file.
+        kwargs: of loading.
+
+    Raises:
+        PTuneError: the source cannot be read, or has no such form.
+    """
+    if Path(target).exists() and (Path(target).is_file() or any(Path(target).iterdir())):
+        raise PTuneError(f"{target} is there already and not empty; name a new one.")
+    model = load_peft(source, **kwargs) if is_foreign(source, kwargs) else _load_own(source, kwargs)
+    if form == "peft":
+        save_peft(model, target)
+    elif form == "prompt_embeds":
+        save_prompt_embeds(model, target)
+    else:
+        model.save_pretrained(target, flatten=True)
+        with contextlib.suppress(OSError, ValueError):
+            AutoTokenizer.from_pretrained(resolve(str(model.config.base_model_name_or_path))).save_pretrained(target)
+
+
+def _load_own(source: FilePath, kwargs: dict[str, Any]) -> PTunePreTrainedModel:
+    config = PTuneConfig.from_pretrained(source, **kwargs)
+    task_class = CLASSES[config.task or "FEATURE_EXTRACTION"]
+    loaded: PTunePreTrainedModel = task_class.from_pretrained(source, **kwargs)
+    return loaded
