@@ -1,11 +1,21 @@
 """The folder on disk: names, write, read, validate."""
 
 import hashlib
+import json
 import os
+import platform
 import re
+import shutil
+import struct
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,26 +25,93 @@ from transformers.utils import cached_file
 from hf_ptune.errors import AdapterFileError
 
 WEIGHTS_NAME = "model.safetensors"
+_ASIDE = ".ptune-"
+_writing: set[Path] = set()  # by this process, now
+_ABANDONED = 3600.0  # seconds after which what another machine has left aside is nobody's
+_STRUCTURE = "ptune"
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_MOST_HEADER = 2**23  # bytes; some eighty thousand tensors
 _DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
 
-def write_tensors(folder: str | os.PathLike[str], tensors: dict[str, Tensor]) -> Path:
-    """Write the adapter's tensors so that the folder holds the old file or the new one, never a part.
+def shorten(said: object, most: int = 300) -> str:
+    """What somebody else said, on one line of a message."""
+    line = " ".join(str(said).split()) or type(said).__name__
+    return line if len(line) <= most else line[:most] + "…"
+
+
+@contextmanager
+def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Let files be written aside, and move them into a folder when all of them are on the disk.
+
+    The weights move last: until then the folder loads as what it was. Whoever is killed meanwhile leaves the files
+    aside, where nothing reads them, and the next save removes them.
 
     Args:
-        folder: an existing folder.
+        folder: made where it is missing.
+
+    Yields:
+        Where to write.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    aside = Path(tempfile.mkdtemp(prefix=f"{_ASIDE}{platform.node()}-{os.getpid()}-", dir=target))
+    _writing.add(aside)
+    try:
+        yield aside
+        files = sorted(aside.iterdir(), key=lambda f: (f.name == WEIGHTS_NAME, f.name))
+        for file in files:
+            _flush(file)
+        for file in files:
+            os.replace(file, target / file.name)
+        _flush(target)
+    finally:
+        _writing.discard(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # folders cannot be opened there
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed saves have left aside, and nothing that another process may be writing."""
+    for left in folder.glob(f"{_ASIDE}*"):
+        node, _, process = left.name.removeprefix(_ASIDE).rpartition("-")[0].rpartition("-")
+        if process == str(os.getpid()):
+            busy = left in _writing
+        elif node == platform.node():
+            busy = process.isdigit() and psutil.pid_exists(int(process))
+        else:
+            busy = bool(node) and left.exists() and time.time() - os.path.getmtime(left) < _ABANDONED
+        if not busy:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def write_tensors(
+    folder: str | os.PathLike[str], tensors: dict[str, Tensor], structure: dict[str, Any] | None = None
+) -> Path:
+    """Write the adapter's tensors.
+
+    Args:
+        folder: an existing folder; one that `staged` gave, where another adapter may be overwritten.
         tensors: adapter tensors only, by their names in the wrapper's state dict.
+        structure: what the tensors follow from, kept beside them.
 
     Returns:
         Path of the written file.
     """
     target = Path(folder) / WEIGHTS_NAME
-    partial = target.with_name(f".{WEIGHTS_NAME}.{os.getpid()}.partial")
-    try:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, partial, metadata={"format": "pt"})
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    metadata = {"format": "pt"} | ({} if structure is None else {_STRUCTURE: json.dumps(structure, sort_keys=True)})
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, target, metadata=metadata)
     return target
 
 
@@ -105,6 +182,11 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_of(settings: dict[str, Any]) -> str:
+    """A digest of a JSON-ready dictionary, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 def blob_id_of(path: Path) -> str:
     """The name under which the Hub, as git, keeps a small file."""
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
@@ -112,11 +194,82 @@ def blob_id_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what a file of tensors holds, without the values.
+
+    Args:
+        path: the safetensors file.
+
+    Returns:
+        Tensors without memory by name, and the structure that was written beside them; it is empty where none was.
+
+    Raises:
+        AdapterFileError: no safetensors file, or a damaged one.
+    """
+    entries, metadata = _parse_header(Path(path))
+    try:
+        with safe_open(path, framework="pt") as file:  # compares all offsets with the file
+            names = list(file.keys())
+            types = {n: file.get_slice(n).get_dtype() for n in names}
+        other = {n: t for n, t in types.items() if t not in _FLOATS}
+        if other:
+            raise AdapterFileError(
+                f"{path} holds {shorten(other)}; expected one of {', '.join(_FLOATS)}. It is no adapter of this "
+                "package; fetch or train it again."
+            )
+        tensors = {n: torch.empty(entries[n]["shape"], dtype=_FLOATS[types[n]], device="meta") for n in names}
+        structure = json.loads(metadata.get(_STRUCTURE, "{}"))
+    except AdapterFileError:
+        raise
+    except Exception as error:  # a header of garbage fails in many ways
+        raise _unreadable(path, error) from error
+    if not isinstance(structure, dict):
+        raise _unreadable(path, f"the structure beside the tensors is {shorten(structure, 50)}")
+    return tensors, structure
+
+
+def _unreadable(path: str | os.PathLike[str], found: object) -> AdapterFileError:
+    return AdapterFileError(
+        f"{path} cannot be read as safetensors ({shorten(found)}). It may be cut short or damaged; fetch it again."
+    )
+
+
+def _parse_header(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The entries of a header, and its metadata, read only where its length and names are plausible."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        named = dict(pairs)
+        if len(named) < len(pairs):
+            twice = [n for n, count in Counter(n for n, _ in pairs).items() if count > 1]
+            raise ValueError(f"its header names {twice[:5]} twice")
+        return named
+
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(8)
+            if len(start) < 8:
+                raise ValueError(f"it has {size} bytes")
+            length = struct.unpack("<Q", start)[0]
+            if length > min(size - 8, _MOST_HEADER):
+                raise ValueError(f"it says that its header has {length} bytes, and has {size} bytes itself")
+            header = json.loads(file.read(length), object_pairs_hook=unique)
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is a {type(header).__name__}")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
+            raise ValueError("its metadata are not strings by name")
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+    return header, metadata
+
+
+def read_tensors(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, Tensor]:
     """Read an adapter's tensors.
 
     Args:
         path: the safetensors file.
+        names: those to read; all when unset.
 
     Returns:
         Tensors by name.
@@ -126,11 +279,9 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {n: file.get_tensor(n) for n in (file.keys() if names is None else names)}
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterFileError(
-            f"{path} cannot be read as safetensors ({error}). It may be cut short or damaged; fetch it again."
-        ) from error
+        raise _unreadable(path, error) from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise AdapterFileError(f"{path}: {name} holds values that are not finite; the adapter is broken.")
@@ -138,7 +289,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
-    """Refuse tensors that are missing, unexpected or of another shape.
+    """Refuse tensors that are missing, unexpected, of another shape or type.
 
     Raises:
         AdapterFileError: names what differs.
@@ -149,12 +300,19 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], source:
         for n in sorted(set(found) & set(expected))
         if found[n].shape != expected[n].shape
     ]
-    if missing or unexpected or shapes:
+    types = [
+        f"{n}: {found[n].dtype} in the file, {expected[n].dtype} expected"
+        for n in sorted(set(found) & set(expected))
+        if found[n].is_floating_point() != expected[n].is_floating_point()
+    ]
+    if missing or unexpected or shapes or types:
         parts = [
             f"missing {missing[:5]}" if missing else "",
             f"unexpected {unexpected[:5]}" if unexpected else "",
             f"other shapes {shapes[:5]}" if shapes else "",
+            f"other types {types[:5]}" if types else "",
         ]
         raise AdapterFileError(
-            f"{source} does not hold the adapter that its config.json describes: {'; '.join(p for p in parts if p)}."
+            f"{source} does not hold the adapter that its config.json describes: "
+            f"{shorten('; '.join(p for p in parts if p), 1000)}. Fetch or save it anew."
         )

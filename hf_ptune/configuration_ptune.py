@@ -1,17 +1,60 @@
 """The configuration of an adapter: the method, its options, and the base it belongs to."""
 
 import copy
+import os
+import re
+from collections import Counter
 from dataclasses import field
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from hf_ptune.errors import ConfigError
+from hf_ptune.adapter_file import shorten
+from hf_ptune.errors import AdapterFileError, ConfigError, PTuneError
 from hf_ptune.methods import PromptKind, get_method
+from hf_ptune.methods.base import EncoderSpec
 
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO")
 SITES = ("encoder", "decoder", "cross")
+# what the tensors of an adapter follow from; kept beside them too
+STRUCTURE = (
+    "method",
+    "num_virtual_tokens",
+    "encoder_reparameterization_type",
+    "encoder_hidden_size",
+    "encoder_num_layers",
+    "encoder_dropout",
+    "layers",
+    "sites",
+    "flattened",
+    "task",
+    "modules_to_save",
+    "position_shift",
+)
+# more than anybody has trained, and little enough that nothing runs out of memory before it is compared with the file
+_MOST = {"num_virtual_tokens": 2**20, "encoder_hidden_size": 2**20, "encoder_num_layers": 64}
+_MOST_LAYERS, _MOST_LABELS = 4096, 2**20
+_COUNTED = re.compile("layer|depth|attention_types")  # transformers makes lists of that many as it reads them
+_SITE: dict[str, tuple[type, int, int]] = {
+    "layer": (int, 0, _MOST_LAYERS),
+    "heads": (int, 1, 2**16),
+    "key_dim": (int, 1, 2**20),
+    "value_dim": (int, 1, 2**20),
+    "product": (int, 0, 16),
+    "name": (str, 0, 0),
+    "where": (str, 0, 0),
+}
+# how a base is run, and by whose code, is up to whoever loads it
+_UP_TO_THE_LOADER = {
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "experts_implementation",
+    "_experts_implementation",
+    "_experts_implementation_internal",
+}
+_NOT_OF_A_BASE = _UP_TO_THE_LOADER | {"auto_map", "custom_pipelines", "quantization_config", "transformers_weights"}
 # answered by the base's own configuration, so that scripts and pipelines see what they would see there
 _FROM_BASE = (
     "is_encoder_decoder",
@@ -92,8 +135,11 @@ class PTuneConfig(PreTrainedConfig):
         for name, value, allowed in choices:
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(allowed)}.")
-        if method.kind is not None and self.num_virtual_tokens < 1:
-            raise ConfigError(f"num_virtual_tokens={self.num_virtual_tokens}; expected at least 1.")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            used = value is not None and (method.kind is not None or name != "num_virtual_tokens")
+            if used and not 1 <= value <= most:
+                raise ConfigError(f"{name}={value}; expected at least 1 and at most {most}.")
         for name in ("encoder_dropout", "prefix_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name}={getattr(self, name)}; expected 0 or more and less than 1.")
@@ -101,15 +147,17 @@ class PTuneConfig(PreTrainedConfig):
             raise ConfigError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text, the text to start from.")
         if method.kind is PromptKind.EMBEDDINGS and self.layers is not None:
             raise ConfigError(f"layers is for prefixes; {self.method} puts its prompt into the input only.")
+        if self.geometry:
+            _check_geometry(self.geometry)
 
     def _mirror_base(self) -> None:
         # the base's own object, made anew from its dictionary: sharing a live one unsets its attention
         if not self.base_config:
             object.__setattr__(self, "_base", None)
             return
-        settings = copy.deepcopy(self.base_config)
+        settings = _without(self.base_config, _NOT_OF_A_BASE)
         model_type = settings.pop("model_type", "")
-        if model_type not in CONFIG_MAPPING:
+        if model_type == self.model_type or model_type not in CONFIG_MAPPING:
             raise ConfigError(
                 f"base_config has model_type={model_type!r}, which this version of transformers does not know; "
                 "install the version the adapter was trained with."
@@ -120,6 +168,110 @@ class PTuneConfig(PreTrainedConfig):
             setattr(self, name, getattr(base, name))
         # what the base alone knows (vocab_size, hidden_size, pad_token_id, …)
         self.tie_word_embeddings = False
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read config.json.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            kwargs: options of loading.
+
+        Returns:
+            What the file says, and the options that were not used.
+
+        Raises:
+            AdapterFileError: a folder without a config.json that can be read.
+            ConfigError: it describes something else.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        try:
+            settings, rest = super().get_config_dict(source, **kwargs)
+        except Exception as error:  # whatever the reader raises, the cure is the same
+            if not os.path.isdir(source):
+                raise  # the Hub's own errors tell more
+            raise AdapterFileError(
+                f"{source} has no config.json that can be read ({shorten(error)}); expected an adapter that "
+                "save_pretrained wrote."
+            ) from error
+        if not settings:
+            raise AdapterFileError(
+                f"{source} has no config.json, or an empty one; expected what save_pretrained wrote."
+            )
+        if not isinstance(settings, dict) or settings.get("model_type") != cls.model_type:
+            found = settings.get("model_type") if isinstance(settings, dict) else type(settings).__name__
+            raise ConfigError(
+                f"config.json of {source} has model_type={found!r}, expected {cls.model_type!r}: it describes no "
+                "adapter of this package. Load it by an Auto class of transformers."
+            )
+        return settings, rest
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration of what config.json says.
+
+        Args:
+            config_dict: its fields.
+            kwargs: options of whoever loads it, which come first.
+
+        Raises:
+            ConfigError: fields of a wrong type or out of range, or a base that is not known.
+        """
+        try:
+            settings = _without(config_dict, _UP_TO_THE_LOADER)
+            _check_counts(settings)
+            return super().from_dict(settings, **kwargs)
+        except PTuneError:
+            raise
+        except Exception as error:  # whatever a field raises that holds something else
+            raise ConfigError(
+                f"the configuration describes no adapter ({shorten(error)}); restore config.json, or save anew."
+            ) from error
+
+    def structure(self) -> dict[str, Any]:
+        """The fields that the adapter's tensors follow from."""
+        return {name: getattr(self, name) for name in STRUCTURE}
+
+    def with_structure(self, structure: dict[str, Any]) -> "PTuneConfig":
+        """The same configuration with the structure of given tensors.
+
+        Args:
+            structure: what is kept beside them; names that are not known are ignored.
+
+        Raises:
+            ConfigError: values of a wrong type or out of range.
+        """
+        differ = {n: structure[n] for n in STRUCTURE if n in structure and structure[n] != getattr(self, n)}
+        if not differ:
+            return self
+        settled = copy.deepcopy(self)
+        try:
+            for name, value in differ.items():
+                setattr(settled, name, value)
+        except Exception as error:  # the strict fields' own, of several kinds
+            raise ConfigError(
+                f"the weights' metadata describes no adapter ({shorten(error)}); fetch them again."
+            ) from error
+        settled._check()
+        return settled
+
+    def encoder_spec(self, prefix_width: int) -> EncoderSpec:
+        """What the method's encoder is built of.
+
+        Args:
+            prefix_width: W, over the sites that take a prefix.
+        """
+        return EncoderSpec(
+            num_virtual_tokens=self.num_virtual_tokens,
+            embedding_dim=self.geometry["embedding_dim"],
+            prefix_width=prefix_width,
+            encoder_hidden_size=self.encoder_hidden_size,
+            encoder_reparameterization_type=self.encoder_reparameterization_type,
+            encoder_num_layers=self.encoder_num_layers,
+            encoder_dropout=self.encoder_dropout,
+        )
 
     def set_base(self, base: PreTrainedConfig) -> None:
         """Take over the configuration of a loaded base."""
@@ -170,6 +322,57 @@ class PTuneConfig(PreTrainedConfig):
         settings: dict[str, Any] = super().to_diff_dict()
         settings.pop("_base", None)
         return settings
+
+
+def _without(settings: Any, names: set[str]) -> Any:
+    """A deep copy without some names, however deep they are."""
+    if isinstance(settings, dict):
+        return {k: _without(v, names) for k, v in settings.items() if k not in names}
+    return [_without(v, names) for v in settings] if isinstance(settings, list) else copy.deepcopy(settings)
+
+
+def _check_counts(settings: Any, name: str = "") -> None:
+    """Refuse counts that fill the memory as soon as transformers reads them."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            _check_counts(value, str(key))
+    elif isinstance(settings, list):
+        for value in settings:
+            _check_counts(value, name)
+    elif isinstance(settings, int):
+        most = _MOST_LABELS if name == "num_labels" else _MOST_LAYERS if _COUNTED.search(name) else None
+        if most is not None and settings > most:
+            raise ConfigError(f"{name}={settings} in config.json; expected at most {most}. Restore the file.")
+
+
+def _check_geometry(geometry: dict[str, Any]) -> None:
+    """Refuse a geometry that `find_geometry` cannot have written."""
+    kinds: dict[str, type] = {"sites": list, "causal": bool, "skipped": list, "embedding_dim": int}
+    wrong = [f"{n}={geometry.get(n)!r}" for n, kind in kinds.items() if type(geometry.get(n)) is not kind]
+    if not wrong:
+        wrong = [f"skipped holds {n!r}" for n in geometry["skipped"] if not isinstance(n, str)]
+        wrong += [] if 1 <= geometry["embedding_dim"] <= 2**20 else [f"embedding_dim={geometry['embedding_dim']}"]
+        wrong += [message for site in geometry["sites"] for message in _wrong_in(site)]
+    if not wrong:
+        named = Counter(site["name"] for site in geometry["sites"])
+        wrong = [f"{name} {count} times" for name, count in named.items() if count > 1]
+    if wrong:
+        raise ConfigError(
+            f"geometry in config.json is not that of a base: {shorten('; '.join(wrong[:3]))}. Restore the file, or "
+            "remove geometry from it, so that it is found anew."
+        )
+
+
+def _wrong_in(site: Any) -> list[str]:
+    if not isinstance(site, dict):
+        return [f"sites holds {site!r}"]
+    wrong = []
+    for name, (kind, least, most) in _SITE.items():
+        value = site.get(name)
+        fits = least <= value <= most if type(value) is int and kind is int else type(value) is kind
+        if not fits or (name == "where" and value not in SITES):
+            wrong.append(f"{name}={value!r} in {shorten(site.get('name'))}")
+    return wrong
 
 
 AutoConfig.register(PTuneConfig.model_type, PTuneConfig, exist_ok=True)
