@@ -9,8 +9,9 @@ ROOT = Path(hf_ptune.__file__).parent
 LAYERS = [
     {"errors", "shapes", "cross_entropy", "auto"},
     {"methods"},
+    {"adapter_file"},
     {"configuration_ptune", "injection", "backbone"},
-    {"adapter_file", "cards", "placement", "prompt_start", "loss_at_labels"},
+    {"cards", "placement", "prompt_start", "loss_at_labels"},
     {"hub"},
     {"publishing"},
     {"modeling_ptune"},
