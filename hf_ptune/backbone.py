@@ -1,6 +1,7 @@
 """The base under an adapter: what it is, how it is loaded, and what of it belongs to the adapter."""
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ _TABLE: dict[str, tuple[Any, str, bool]] = {
 }
 TASKS: dict[str, Any] = {task: row[0] for task, row in _TABLE.items()}
 _PACKAGE = "package:"
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _HEAD_NAMES = ("classifier", "score", "qa_outputs", "classification_head", "head", "pooler", "sequence_summary")
 
 
@@ -97,13 +99,18 @@ def _folders(root: Path) -> list[str]:
     return [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("_")]
 
 
+def is_hub_id(base: str | None) -> bool:
+    """Whether a name could be a repository's on the Hub."""
+    return base is not None and _HUB_ID.fullmatch(base) is not None and not base.startswith(".")
+
+
 def cached_commit(base: str | None) -> str | None:
     """The commit of a base on the Hub that the cache holds as its main branch; transformers itself keeps none.
 
     Args:
         base: what the backbone was loaded by.
     """
-    if base is None or Path(base).exists() or base.startswith(_PACKAGE) or base.count("/") > 1:
+    if base is None or not is_hub_id(base) or Path(base).exists():
         return None
     try:
         path = try_to_load_from_cache(base, "config.json")

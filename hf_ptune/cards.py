@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_ptune.backbone import TASKS
+from hf_ptune.backbone import TASKS, is_hub_id
 from hf_ptune.errors import PTuneError
 from hf_ptune.methods import get_method
 
@@ -19,7 +19,6 @@ FACTS_NAME = "run_facts.json"
 CARD_NAME = "README.md"
 CURVES_NAME = "curves.png"
 _TEMPLATE = "adapter_card.md.jinja"
-_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _PIPELINES = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
@@ -208,11 +207,6 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
-
-
-def is_hub_id(base: str | None) -> bool:
-    """Whether a name could be a repository's on the Hub."""
-    return base is not None and _HUB_ID.fullmatch(base) is not None and not base.startswith(".")
 
 
 def _metadata(facts: RunFacts, repo_id: str) -> ModelCardData:

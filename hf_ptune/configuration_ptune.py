@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from hf_ptune.adapter_file import shorten
 from hf_ptune.errors import AdapterFileError, ConfigError, PTuneError
 from hf_ptune.methods import PromptKind, get_method
-from hf_ptune.methods.base import EncoderSpec
+from hf_ptune.methods.base import EncoderSpec, PromptEncoder, SiteShape, direct_prompt
 
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO")
 SITES = ("encoder", "decoder", "cross")
@@ -257,21 +257,27 @@ class PTuneConfig(PreTrainedConfig):
         settled._check()
         return settled
 
-    def encoder_spec(self, prefix_width: int) -> EncoderSpec:
-        """What the method's encoder is built of.
+    def make_encoder(self, chosen: list[dict[str, Any]]) -> PromptEncoder:
+        """Build the prompt that this configuration describes, flattened or as its method has it.
 
         Args:
-            prefix_width: W, over the sites that take a prefix.
+            chosen: the sites of the geometry that take a prompt.
         """
-        return EncoderSpec(
+        method = get_method(self.method)
+        assert method.kind is not None and method.build is not None
+        spec = EncoderSpec(
             num_virtual_tokens=self.num_virtual_tokens,
             embedding_dim=self.geometry["embedding_dim"],
-            prefix_width=prefix_width,
+            prefix_width=sum(SiteShape(s["heads"], s["key_dim"], s["value_dim"]).width for s in chosen),
             encoder_hidden_size=self.encoder_hidden_size,
             encoder_reparameterization_type=self.encoder_reparameterization_type,
             encoder_num_layers=self.encoder_num_layers,
             encoder_dropout=self.encoder_dropout,
         )
+        if not self.flattened:
+            return method.build(spec)
+        width = spec.embedding_dim if method.kind is PromptKind.EMBEDDINGS else spec.prefix_width
+        return direct_prompt(method.kind, spec.num_virtual_tokens, width)
 
     def set_base(self, base: PreTrainedConfig) -> None:
         """Take over the configuration of a loaded base."""

@@ -1,18 +1,15 @@
 """An adapter in another form: ours, PEFT's, or a plain tensor."""
 
-import contextlib
 import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from hf_ptune.adapter_file import is_foreign
-from hf_ptune.backbone import resolve
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import PTuneError
 from hf_ptune.interop import load_peft, save_peft, save_prompt_embeds
 from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel
+from hf_ptune.publishing import tokenizer_of
 
 FilePath = str | os.PathLike[str]
 
@@ -38,8 +35,8 @@ def convert(source: FilePath, target: FilePath, form: str, **kwargs: Any) -> Non
         save_prompt_embeds(model, target)
     else:
         model.save_pretrained(target, flatten=True)
-        with contextlib.suppress(OSError, ValueError):
-            AutoTokenizer.from_pretrained(resolve(str(model.config.base_model_name_or_path))).save_pretrained(target)
+        if (tokenizer := tokenizer_of(model.config.base_model_name_or_path)) is not None:
+            tokenizer.save_pretrained(target)
 
 
 def _load_own(source: FilePath, kwargs: dict[str, Any]) -> PTunePreTrainedModel:

@@ -4,6 +4,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from huggingface_hub.hf_api import RepoFile
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from hf_ptune.adapter_file import WEIGHTS_NAME, blob_id_of, sha256_of
+from hf_ptune.adapter_file import WEIGHTS_NAME, blob_id_of, sha256_of, shorten
 from hf_ptune.errors import AdapterFileError, HubError
 
 logger = logging.get_logger(__name__)
@@ -71,7 +72,7 @@ def push_folder(
             _persist(push, bar)
         except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
             raise HubError(
-                f"{folder} could not be pushed to {repo_id}: {_first_line(error)} The finished adapter is in "
+                f"{folder} could not be pushed to {repo_id}: {shorten(error)}. The finished adapter is in "
                 f"{folder}; push it again: hf-ptune push {folder} {repo_id}"
             ) from error
     return str(url)
@@ -82,7 +83,7 @@ def commit_of(repo_id: str, token: str | bool | None = None) -> str | None:
     try:
         return HfApi(token=token).model_info(repo_id).sha
     except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        logger.warning(f"the commit of {repo_id} is not known ({_first_line(error)}), so the adapter does not pin it.")
+        logger.warning(f"the commit of {repo_id} is not known ({shorten(error)}), so the adapter does not pin it.")
         return None
 
 
@@ -116,22 +117,18 @@ def adapter_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     return found
 
 
+@dataclass
 class _Push:
     """One commit, tried until it is there."""
 
-    def __init__(
-        self,
-        api: HfApi,
-        repo_id: str,
-        revision: str | None,
-        create_pr: bool,
-        files: dict[str, Path],
-        message: str,
-        description: str | None,
-    ) -> None:
-        self.api, self.repo_id, self.revision, self.create_pr = api, repo_id, revision, create_pr
-        self.files, self.message, self.description = files, message, description
-        self.tried = False
+    api: HfApi
+    repo_id: str
+    revision: str | None
+    create_pr: bool
+    files: dict[str, Path]
+    message: str
+    description: str | None
+    tried: bool = False
 
     def __call__(self) -> None:
         parent = self.api.model_info(self.repo_id, revision=self.revision).sha
@@ -165,8 +162,8 @@ def _persist(action: Callable[[], _Result], bar: Any) -> _Result:
             if attempt + 1 == ATTEMPTS or isinstance(error, OfflineModeIsEnabled) or not _passes(error):
                 raise
             wait = _wait(error, attempt)
-            bar.set_postfix_str(f"{_first_line(error)[:60]}; again in {wait:.0f} s")
-            logger.info(f"the Hub answered with {_first_line(error)} trying again in {wait:.1f} s.")
+            bar.set_postfix_str(f"{shorten(error, 60)}; again in {wait:.0f} s")
+            logger.info(f"the Hub answered with {shorten(error)}; trying again in {wait:.1f} s.")
             time.sleep(wait)
     raise AssertionError("unreachable")
 
@@ -184,8 +181,3 @@ def _wait(error: Exception, attempt: int) -> float:
     if asked.isdigit():
         return min(float(asked), _LONGEST_WAIT)
     return min(0.5 * 2**attempt, _LONGEST_WAIT) * random.uniform(0.8, 1.2)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."

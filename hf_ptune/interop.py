@@ -19,6 +19,7 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
 from hf_ptune.injection import Injector, body_of, evaluating, parameters_of
 from hf_ptune.injection.probe import vocabulary_of
+from hf_ptune.loading import HUB_KEYS
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import flatten, split_prefix
 from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
@@ -34,7 +35,6 @@ _PEFT_TYPES = {
     "p_tuning_v2": "PREFIX_TUNING",
 }
 _PEFT_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
-_HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")  # serve adapter and base
 _NO_PREFIX = "PEFT puts a prefix into the decoder's own attention alone, and moves or biases positions there."
 _NO_PROMPT = "PEFT puts it before the first token, where the head pools; here it stands behind that. A prefix could be."
 
@@ -60,7 +60,7 @@ def load_peft(source: FilePath, backbone: PreTrainedModel | None = None, **kwarg
         BackboneError: the base cannot be loaded, or not take the prompt.
         ConfigError: no prompt, or one whose outputs could not be equal.
     """
-    hub = {k: kwargs.pop(k) for k in _HUB_KEYS if k in kwargs}
+    hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
     own = hub | {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
     name = os.fspath(source)
     settings = _read_settings(name, own)
@@ -375,7 +375,7 @@ def _load_base(settings: dict[str, Any], kept: dict[str, Tensor], source: str, k
         raise ConfigError(f"{source}: base {name!r} and task {task!r} name nothing to load; pass backbone=.")
     revision = settings.get("revision") or "main"
     try:
-        hub = {k: v for k, v in kwargs.items() if k in _HUB_KEYS}
+        hub = {k: v for k, v in kwargs.items() if k in HUB_KEYS}
         config = AutoConfig.from_pretrained(resolve(name), revision=revision, **hub)
         heads = sorted(n for n, t in kept.items() if n.split(".")[0] in ("classifier", "score") and t.dim() == 2)
         if heads:  # the output layer comes last in every head: dense, out_proj

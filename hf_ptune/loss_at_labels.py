@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
@@ -77,41 +78,31 @@ class LossAtLabels:
 
     def _run(self, named: dict[str, Any]) -> Any:
         labels: Tensor = named["labels"]
-        flat = labels.new_full(labels.shape, _IGNORED)
-        if self.shifted:
-            flat[:, :-1] = labels[:, 1:]
-        else:
-            flat = labels
-        rows = (flat.flatten() != _IGNORED).nonzero()[:, 0]
+        flat = (F.pad(labels, (0, 1), value=_IGNORED)[:, 1:] if self.shifted else labels).flatten()
+        rows = (flat != _IGNORED).nonzero()[:, 0]
         if not len(rows):
             return None
-        kept = flat.flatten()[rows]
+        kept = flat[rows]
         if self.shifted:  # the backbone shifts by itself: the first label and the last state meet nothing
             rows, kept = torch.cat([rows, rows[-1:]]), torch.cat([kept.new_full((1,), _IGNORED), kept])
-        replaced = named | {"labels": kept[None]}
-        if self.backbone.config.is_encoder_decoder and named.get("decoder_input_ids") is None:
-            prepare: Any = self.backbone.prepare_decoder_input_ids_from_labels
-            replaced["decoder_input_ids"] = prepare(labels=labels)
         self.now = rows, labels.shape
         try:
             with self._own_loss():
-                return self.backbone(**replaced)
+                return self.backbone(**(self._with_decoder_inputs(named) | {"labels": kept[None]}))
         finally:
             self.now = None
 
     @contextmanager
     def _own_loss(self) -> Iterator[None]:
         """Let transformers' standard losses run without a softmax of all logits; others stay."""
-        kept = self.backbone.__dict__.get("_loss_function")
-        ours = _LOSSES.get(self.backbone.loss_function)
-        if ours is not None:
-            self.backbone.__dict__["_loss_function"] = ours
+        set_by_user = {k: v for k, v in self.backbone.__dict__.items() if k == "_loss_function"}
+        standard = self.backbone.loss_function
+        self.backbone.__dict__["_loss_function"] = _LOSSES.get(standard, standard)
         try:
             yield
         finally:
-            if ours is not None:
-                self.backbone.__dict__.pop("_loss_function")
-                self.backbone.__dict__.update({} if kept is None else {"_loss_function": kept})
+            del self.backbone.__dict__["_loss_function"]
+            self.backbone.__dict__.update(set_by_user)
 
     def _gather(self, module: Any, args: tuple[Any, ...]) -> Any:
         if self.now is None or not args or args[0].shape[:-1] != self.now[1]:
@@ -141,12 +132,15 @@ class LossAtLabels:
             "logits were asked for after a training step that computed them at labels only: the forward pass is "
             "repeated. Set loss_at_labels=False in the PTuneConfig to have them with the loss."
         )
-        inputs = dict(named)
-        if self.backbone.config.is_encoder_decoder and named.get("decoder_input_ids") is None:
-            inputs["decoder_input_ids"] = self.backbone.prepare_decoder_input_ids_from_labels(labels=named["labels"])
-        inputs.pop("labels")
-        logits: Tensor = self.backbone(**inputs).logits
+        logits: Tensor = self.backbone(**(self._with_decoder_inputs(named) | {"labels": None})).logits
         return logits
+
+    def _with_decoder_inputs(self, named: dict[str, Any]) -> dict[str, Any]:
+        """What an encoder-decoder derives from all labels, before they are replaced."""
+        if not self.backbone.config.is_encoder_decoder or named.get("decoder_input_ids") is not None:
+            return named
+        prepare: Any = self.backbone.prepare_decoder_input_ids_from_labels
+        return named | {"decoder_input_ids": prepare(labels=named["labels"])}
 
 
 class _LogitsOnDemand:

@@ -3,17 +3,15 @@
 import functools
 import inspect
 import os
-import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from hf_ptune import prompt_start
@@ -24,25 +22,23 @@ from hf_ptune.adapter_file import (
     is_foreign,
     read_header,
     read_tensors,
-    shorten,
     staged,
     write_tensors,
 )
-from hf_ptune.backbone import TASKS, adapter_names, cached_commit, count_parameter, load_backbone, resolve, task_of
+from hf_ptune.backbone import TASKS, adapter_names, cached_commit, count_parameter, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
-from hf_ptune.injection import Injector, body_of, find_geometry, word_embeddings
+from hf_ptune.injection import Injector, find_geometry, word_embeddings
+from hf_ptune.loading import HUB_KEYS, check_prompt, load_base, settle_geometry
 from hf_ptune.loss_at_labels import LossAtLabels
 from hf_ptune.methods import PromptKind, get_method
-from hf_ptune.methods.base import DirectEmbeddings, DirectPrefix, EncoderSpec, PromptEncoder
+from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import check_base, choose_sites, shifts_positions
 from hf_ptune.publishing import publish
 
 logger = hf_logging.get_logger(__name__)
 _OWNER = "_ptune_owner"
-_SIZES = re.compile("size|dim|layer|head|expert|embd|width|depth|inner|rank|state|kernel|proj|ff|position")
-_NO_SIZES = ("id2label", "label2id", "task_specific_params", "vocab_size")
 # what a repository of ours may run says nothing of what its base may; the others are said of our own files
 _NOT_FOR_THE_BASE = (
     "trust_remote_code",
@@ -53,7 +49,6 @@ _NOT_FOR_THE_BASE = (
     "state_dict",
     "adapter_kwargs",
 )
-_HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 
 
 class PTunePreTrainedModel(PreTrainedModel):
@@ -113,32 +108,13 @@ class PTunePreTrainedModel(PreTrainedModel):
 
     def _build_prompt(self, kind: PromptKind) -> None:
         config, geometry = self.config, self.config.geometry
-        chosen = choose_sites(self.backbone, config, kind, self.task)
-        width = sum(s["heads"] * (s["key_dim"] + s["value_dim"]) for s in chosen)
-        spec = EncoderSpec(
-            num_virtual_tokens=config.num_virtual_tokens,
-            embedding_dim=geometry["embedding_dim"],
-            prefix_width=width,
-            encoder_hidden_size=config.encoder_hidden_size,
-            encoder_reparameterization_type=config.encoder_reparameterization_type,
-            encoder_num_layers=config.encoder_num_layers,
-            encoder_dropout=config.encoder_dropout,
-        )
+        chosen = choose_sites(config, kind, self.task)
         embed = word_embeddings(self.backbone)
         owner = self.backbone if embed is None else embed
         device = next((p.device for p in owner.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        if config.flattened:
-            direct = DirectEmbeddings if kind is PromptKind.EMBEDDINGS else DirectPrefix
-            prompt: PromptEncoder = direct(
-                config.num_virtual_tokens, width if kind is PromptKind.PREFIX else spec.embedding_dim
-            )
-        else:
-            build = get_method(config.method).build
-            assert build is not None
-            prompt = build(spec)
         # in full precision beside a half-precision base: updates would be lost below its resolution
         dtype = torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
-        self.prompt = prompt.to(device=device, dtype=dtype)
+        self.prompt = config.make_encoder(chosen).to(device=device, dtype=dtype)
         self._injector = Injector(
             self.backbone,
             geometry,
@@ -402,7 +378,7 @@ class PTunePreTrainedModel(PreTrainedModel):
             if not isinstance(model, cls):
                 raise ConfigError(f"{source} holds a {type(model).__name__}, not a {cls.__name__}.")
             return model
-        hub = {k: kwargs.pop(k) for k in _HUB_KEYS if k in kwargs}
+        hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
         own = hub | {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
         with_info = kwargs.pop("output_loading_info", False)
         for name in _NOT_FOR_THE_BASE:
@@ -413,15 +389,15 @@ class PTunePreTrainedModel(PreTrainedModel):
         path = find_weights(source, **own)
         found, structure = read_header(path)
         config = config.with_structure(structure)
-        _check_prompt(config, cls.task, found, source)
+        check_prompt(config, cls.task, found, source)
         prompt = read_tensors(path, [n for n in found if n.startswith("prompt.")])
         if backbone is None:
-            backbone, absent = _load_base(cls.task, config, hub | kwargs)
+            backbone, absent = load_base(cls.task, config, hub | kwargs)
         else:
             check_base(backbone, config)
             absent = set()
-        _settle_geometry(config, backbone, structure.get("geometry"))
-        _check_prompt(config, cls.task, found, source)
+        settle_geometry(config, backbone, structure.get("geometry"))
+        check_prompt(config, cls.task, found, source)
         model = cls(config, backbone)
         expected = model.adapter_state_dict()
         check_tensors(found, expected, source)
@@ -435,143 +411,6 @@ class PTunePreTrainedModel(PreTrainedModel):
         info: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
         info["error_msgs"] = []
         return (model, info) if with_info else model
-
-
-def _check_prompt(config: PTuneConfig, task: str, found: dict[str, Tensor], source: str) -> None:
-    """Compare the prompt in a file with the configuration, without a base and without memory for either."""
-    if config.task not in (task, None):
-        raise ConfigError(f"{source} was trained for {config.task!r}, not {task}: load it by another Auto class.")
-    kind, geometry = get_method(config.method).kind, config.geometry
-    if kind is not None and not geometry:
-        return  # told when the base has been watched
-    expected: dict[str, Tensor] = {}
-    if kind is not None:
-        where = {s["where"] for s in geometry["sites"]}
-        if config.sites is not None and not where & set(config.sites):
-            raise ConfigError(f"sites={config.sites} names none that the base has; it has {sorted(where)}.")
-        unloaded = type(config.base_class or "the base", (), {"config": config.base})()
-        chosen = choose_sites(unloaded, config, kind, task)
-        spec = config.encoder_spec(sum(s["heads"] * (s["key_dim"] + s["value_dim"]) for s in chosen))
-        build = get_method(config.method).build
-        assert build is not None
-        with torch.device("meta"):
-            if config.flattened:
-                width = spec.embedding_dim if kind is PromptKind.EMBEDDINGS else spec.prefix_width
-                encoder: nn.Module = DirectPrefix(spec.num_virtual_tokens, width)
-            else:
-                encoder = build(spec)
-        expected = {f"prompt.{n}": t for n, t in encoder.state_dict().items()}
-    check_tensors({n: t for n, t in found.items() if n.startswith("prompt.")}, expected, source)
-
-
-def _settle_geometry(config: PTuneConfig, backbone: PreTrainedModel, digest: str | None) -> None:
-    """Refuse a geometry that is not the base's; where the weights do not vouch for it, the base is watched anew."""
-    said = config.geometry
-    if said and digest == digest_of(said):
-        missing = {s["name"] for s in said["sites"]} - {n for n, _ in body_of(backbone).named_modules()}
-        if missing:
-            raise BackboneError(
-                f"the base {config.base_model_name_or_path!r} has no {sorted(missing)[:5]}, where the adapter puts its "
-                "prompt: it is not the base that the adapter was trained on."
-            )
-        return
-    seen = find_geometry(backbone)
-    if said and said != seen:
-        sites = [a for a, b in zip_longest(said["sites"], seen["sites"]) if a != b]
-        raise BackboneError(
-            f"geometry in config.json is not that of {config.base_model_name_or_path!r}: it says "
-            f"{shorten(sites[0] if sites else {n: said[n] for n in seen if n != 'sites'})}, and differs in "
-            f"{len(sites)} of {len(seen['sites'])} sites. Name the base that the adapter was trained on, or restore "
-            "config.json."
-        )
-    config.geometry = seen
-
-
-def _load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
-    name, revision = config.base_model_name_or_path, config.base_model_revision or "main"
-    if not name:
-        raise ConfigError("config.json names no base_model_name_or_path; set it to the base's folder or id.")
-    if name.startswith("package:") and not name.removeprefix("package:").partition("/")[0].isidentifier():
-        # finding a module inside another runs the outer one
-        raise BackboneError(f"the base {name!r} names no package; expected package:<module>/<folder>.")
-    base = type(config.base).from_dict(config.base.to_dict())
-    for field in ("id2label", "label2id", "problem_type"):
-        setattr(base, field, getattr(config, field))
-    attention = kwargs.pop("attn_implementation", None) or config._attn_implementation
-    if attention is not None:
-        kwargs["attn_implementation"] = attention
-    hub = {k: v for k, v in kwargs.items() if k in _HUB_KEYS}
-    kwargs = kwargs | {"revision": revision, "trust_remote_code": False}
-    with _blaming(name):
-        own = AutoConfig.from_pretrained(
-            resolve(name), revision=revision, trust_remote_code=False, **hub
-        ).get_text_config()
-        text = base.get_text_config()
-        wanted, present = getattr(text, "vocab_size", None), getattr(own, "vocab_size", None)
-        _check_sizes(text, own, name)
-        if wanted == present:
-            return load_backbone(task, name, base, **kwargs)
-        # the vocabulary was resized after the base had been loaded: its checkpoint has to be met as it is
-        text.vocab_size = present
-        backbone, absent = load_backbone(task, name, base, **kwargs)
-    backbone.resize_token_embeddings(wanted)
-    logger.warning(
-        f"the vocabulary was resized from {present} to {wanted} tokens; embeddings of new tokens are drawn anew "
-        "unless modules_to_save names the embeddings."
-    )
-    return backbone, absent
-
-
-@contextmanager
-def _blaming(base: str) -> Iterator[None]:
-    """Say of every failure which base it was about."""
-    try:
-        yield
-    except (PTuneError, ImportError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a family or a file raises, the cure is the same
-        raise BackboneError(
-            f"the base {base!r} cannot be loaded ({type(error).__name__}: {shorten(error, 600)}). Set "
-            "base_model_name_or_path in config.json to the folder or id of the base that the adapter was trained on."
-        ) from error
-
-
-def _check_sizes(said: PreTrainedConfig, own: PreTrainedConfig, base: str) -> None:
-    """Refuse a configuration of a base that says more than the base's own: it would be made before its weights are met.
-
-    Less than that is a base that was cut short on purpose.
-    """
-    if said.model_type != own.model_type:
-        raise BackboneError(f"the base {base!r} is a {own.model_type}, but the adapter was made for {said.model_type}.")
-    ours, theirs = _sizes(said.to_dict()), _sizes(own.to_dict())
-    learned = getattr(own, "rope_parameters", None) is None
-    wrong = [
-        f"{n}={size} instead of {theirs.get(n)}"
-        for n, size in ours.items()
-        if size > theirs.get(n, 2**16) and (learned or "position" not in n)
-    ]
-    wanted, present = getattr(said, "vocab_size", 0) or 0, getattr(own, "vocab_size", 0) or 0
-    if wanted > 2 * present + 2**16:
-        wrong.append(f"vocab_size={wanted} instead of {present}")
-    if wrong:
-        raise BackboneError(
-            f"base_config in config.json is not that of the base {base!r}: {', '.join(wrong[:5])}. Name the base that "
-            "the adapter was trained on, or restore config.json."
-        )
-
-
-def _sizes(settings: dict[str, Any], path: str = "") -> dict[str, int]:
-    """The largest number under every name that says how large something is."""
-    found: dict[str, int] = {}
-    for name, value in settings.items():
-        if name in _NO_SIZES:
-            continue
-        if isinstance(value, dict):
-            found |= _sizes(value, f"{path}{name}.")
-        elif _SIZES.search(name):
-            numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
-            found |= {path + name: max(numbers)} if numbers else {}
-    return found
 
 
 _SPECIALISED: dict[tuple[type, type], type] = {}

@@ -25,26 +25,29 @@ _SHAPE = (
 _POOLED = ("SEQ_CLS", "MULTIPLE_CHOICE")
 
 
-def choose_sites(backbone: PreTrainedModel, config: PTuneConfig, kind: PromptKind, task: str) -> list[dict[str, Any]]:
-    """Choose the attention sites that take a prompt.
+def choose_sites(config: PTuneConfig, kind: PromptKind, task: str) -> list[dict[str, Any]]:
+    """Choose the attention sites that take a prompt; no backbone is needed.
 
     Args:
-        backbone: the task model.
-        config: names layers and sites, and holds the geometry.
+        config: names base, layers and sites, and holds the geometry.
         kind: what the method's encoder returns.
         task: a key of `TASKS`.
 
     Raises:
-        BackboneError: the backbone cannot take the kind.
+        BackboneError: the base cannot take the kind.
         ConfigError: layers or sites that it does not have.
     """
     geometry = config.geometry
-    name = type(backbone).__name__
+    name = config.base_class or "the base"
     if not geometry["sites"]:
         raise BackboneError(
             f"{name} has no attention that a prompt could enter (found {describe(geometry)}). "
             "Methods that work there: bitfit."
         )
+    there = {s["where"] for s in geometry["sites"]}
+    where = there if config.sites is None else there & set(config.sites)
+    if not where:
+        raise ConfigError(f"sites={config.sites} names none that the base has; it has {sorted(there)}.")
     if kind is PromptKind.EMBEDDINGS:
         if geometry["causal"] and geometry["skipped"]:
             raise BackboneError(
@@ -53,11 +56,10 @@ def choose_sites(backbone: PreTrainedModel, config: PTuneConfig, kind: PromptKin
                 "prefix_tuning, bitfit."
             )
         return list(geometry["sites"])
-    where = set(config.sites or ("encoder", "decoder", "cross"))
-    unread = _UNREAD.get(backbone.config.model_type, "\0") if task in _POOLED else "\0"
+    unread = _UNREAD.get(config.base.model_type, "\0") if task in _POOLED else "\0"
     chosen = [s for s in geometry["sites"] if s["where"] in where and not s["name"].startswith(unread)]
     if config.layers is not None:
-        count = 1 + max(s["layer"] for s in chosen)
+        count = 1 + max((s["layer"] for s in chosen), default=-1)
         wrong = [n for n in config.layers if not -count <= n < count]
         if wrong:
             raise ConfigError(f"layers={config.layers} names {wrong}; {name} has layers 0 to {count - 1}.")

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from hf_ptune.adapter_file import WEIGHTS_NAME
-from hf_ptune.backbone import TASKS, resolve
-from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, is_hub_id, make_card, merge_seeds
+from hf_ptune.adapter_file import WEIGHTS_NAME, shorten, staged
+from hf_ptune.backbone import TASKS, is_hub_id, resolve
+from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, make_card, merge_seeds
 from hf_ptune.hub import commit_of, license_of, push_folder
 from hf_ptune.methods import get_method
 
@@ -44,7 +44,7 @@ def write_repository(
         The folder.
     """
     folder = Path(folder)
-    tokenizer = tokenizer if tokenizer is not None else _tokenizer_of(model.config.base_model_name_or_path)
+    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model.config.base_model_name_or_path)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return finish_folder(model, folder, repo_id, keep_encoder=keep_encoder, facts=facts)
@@ -77,17 +77,17 @@ def finish_folder(
 
 def add_shim(folder: Path, task: str) -> None:
     """Let transformers find the classes without an import of this package, for those who trust remote code."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config["architectures"][0]
     config["auto_map"] = {"AutoConfig": f"{SHIM}.PTuneConfig", TASKS[task].__name__: f"{SHIM}.{name}"}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (folder / f"{SHIM}.py").write_text(
-        '"""Loads with `trust_remote_code=True`; needs `pip install hf_ptune`."""\n\n'
-        f"from hf_ptune import PTuneConfig, {name}\n\n"
-        f'__all__ = ["PTuneConfig", "{name}"]\n',
-        encoding="utf-8",
-    )
+    with staged(folder) as aside:
+        (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (aside / f"{SHIM}.py").write_text(
+            '"""Loads with `trust_remote_code=True`; needs `pip install hf_ptune`."""\n\n'
+            f"from hf_ptune import PTuneConfig, {name}\n\n"
+            f'__all__ = ["PTuneConfig", "{name}"]\n',
+            encoding="utf-8",
+        )
 
 
 def remake_card(folder: Path, seeds: list[Path], repo_id: str | None = None) -> Path:
@@ -198,11 +198,12 @@ def _is_local(base: str) -> bool:
     return os.path.isabs(base) or base.startswith((".", "~")) or os.path.isdir(base)
 
 
-def _tokenizer_of(base: str | None) -> Any:
+def tokenizer_of(base: str | None) -> Any:
+    """A base's tokenizer, or `None` with a warning where it has none."""
     if base is None:
         return None
     try:
         return AutoTokenizer.from_pretrained(resolve(base))
     except (OSError, ValueError) as error:
-        logger.warning(f"no tokenizer was found beside the base ({str(error).splitlines()[0]}); pass tokenizer=….")
+        logger.warning(f"no tokenizer was found beside the base ({shorten(error)}); pass tokenizer=….")
         return None

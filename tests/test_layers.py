@@ -12,7 +12,7 @@ LAYERS = [
     {"adapter_file"},
     {"configuration_ptune", "injection", "backbone"},
     {"cards", "placement", "prompt_start", "loss_at_labels"},
-    {"hub"},
+    {"hub", "loading"},
     {"publishing"},
     {"modeling_ptune"},
     {"recipe", "data", "metrics"},

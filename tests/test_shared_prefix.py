@@ -124,7 +124,7 @@ def test_models_equal_the_reference_path(family: str, method: str, way: str, wra
 
 
 def test_nothing_is_laid_out_beyond_the_limit(wrap: Wrap, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "_lay", lambda *_: pytest.fail("a row got a copy"))
+    monkeypatch.setattr(merge, "lay", lambda *_: pytest.fail("a row got a copy"))
     monkeypatch.setattr(merge, "_COPY", 2 * 2 * 2 * 4 * 8 * 8 - 1)  # two rows of a layer's keys and values
     model = wrap("llama", "p_tuning_v2")
     model(**batch("llama")).loss.backward()

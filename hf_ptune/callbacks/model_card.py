@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging
 
 import hf_ptune
 from hf_ptune.cards import RunFacts
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.publishing import facts_of, finish_folder, inherit_license
 
-logger = logging.get_logger(__name__)
 _HYPERPARAMETERS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -42,7 +40,7 @@ _TIMES = ("runtime", "per_second", "epoch", "flos", "preparation_time")
 
 
 class ModelCardCallback(TrainerCallback):
-    """Write facts and card of a run into its output folder when training ends; pushes carry them.
+    """Write the facts of a run into its output folder when training ends; the card of a push is made of them.
 
     Args:
         datasets: ids or names of the training data, the one that was evaluated on first.
@@ -79,7 +77,7 @@ class ModelCardCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write facts and card, on the first rank of all."""
+        """Write the facts, on the first rank of all."""
         model = extract_model_from_parallel(kwargs["model"], keep_torch_compile=False)
         if not state.is_world_process_zero or not isinstance(model, PTunePreTrainedModel):
             return

@@ -19,7 +19,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from hf_ptune.errors import InjectionError
 from hf_ptune.injection import joint
-from hf_ptune.injection.merge import merge_kernel, merged_attention
+from hf_ptune.injection.merge import lay, merge_kernel, merged_attention
 from hf_ptune.injection.sites import Site, site_of
 
 _WRAPPED = "_ptune_wrapped"
@@ -130,11 +130,7 @@ def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 def prepend(site: Site, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Put the shared prefix before the own keys and values `[B, K, T, D]`; the reference of every faster path."""
     prefix_key, prefix_value = _checked_prefix(site, key, value)
-    batch = key.shape[0]
-    return (
-        torch.cat([prefix_key[None].expand(batch, -1, -1, -1), key], dim=2),
-        torch.cat([prefix_value[None].expand(batch, -1, -1, -1), value], dim=2),
-    )
+    return lay(prefix_key, key), lay(prefix_value, value)
 
 
 def _checked_prefix(site: Site, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

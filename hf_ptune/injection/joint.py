@@ -139,7 +139,7 @@ def part(output: Any, layout: Layout) -> Any:
     Raises:
         InjectionError: outputs that hold more than hidden states.
     """
-    if not isinstance(output, dict) or unknown_fields(output):
+    if not isinstance(output, dict) or {k for k, v in output.items() if v is not None} - _FIELDS:
         raise InjectionError(
             f"the backbone gave {sorted(output) if isinstance(output, dict) else type(output).__name__} where hidden "
             "states alone were expected; pass output_hidden_states, and other wishes, with the call."
@@ -150,10 +150,6 @@ def part(output: Any, layout: Layout) -> Any:
         elif value is not None:
             output[name] = tuple(layout.rows_of(v) for v in value)
     return output
-
-
-def unknown_fields(output: dict[str, Any]) -> set[str]:
-    return {k for k, v in output.items() if v is not None} - _FIELDS
 
 
 def attend(

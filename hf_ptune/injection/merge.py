@@ -175,11 +175,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        output, lse = _Merged.compute(*args)
-        *tensors, additive, causal, scale, kernel = args
-        ctx.save_for_backward(*tensors, additive, output, lse)
-        ctx.causal, ctx.scale, ctx.kernel = causal, scale, kernel
-        return output
+        return _keep(ctx, args, *_Merged.compute(*args))
 
     @staticmethod
     @once_differentiable
@@ -195,48 +191,50 @@ class _Merged(torch.autograd.Function):
             )
             if grads[0] is not None:
                 grads[0] += to_query
-        return (*(g if n else None for g, n in zip(grads, needs, strict=True)), None, None, None, None)
+        return _needed(ctx, grads)
 
 
 class _Joined(torch.autograd.Function):
     """One call over keys and values that are laid side by side for its length."""
 
     @staticmethod
-    def compute(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        prefix_key: Tensor,
-        prefix_value: Tensor,
-        additive: Tensor | None,
-        causal: bool,
-        scale: float,
-        kernel: Kernel,
-    ) -> tuple[Tensor, Tensor]:
-        return kernel.forward(query, _lay(prefix_key, key), _lay(prefix_value, value), additive, causal, scale)
+    def compute(*args: Any) -> tuple[Tensor, Tensor]:
+        query, key, value, prefix_key, prefix_value, additive, causal, scale, kernel = args
+        keys, values = lay(prefix_key, key), lay(prefix_value, value)
+        output, lse = kernel.forward(query, keys, values, additive, causal, scale)
+        return output, lse
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        output, lse = _Joined.compute(*args)
-        *tensors, additive, causal, scale, kernel = args
-        ctx.save_for_backward(*tensors, additive, output, lse)
-        ctx.causal, ctx.scale, ctx.kernel = causal, scale, kernel
-        return output
+        return _keep(ctx, args, *_Joined.compute(*args))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         query, key, value, prefix_key, prefix_value, additive, output, lse = ctx.saved_tensors
-        keys, values = _lay(prefix_key, key), _lay(prefix_value, value)
+        keys, values = lay(prefix_key, key), lay(prefix_value, value)
         to_query, to_keys, to_values = ctx.kernel.backward(
             grad, query, keys, values, additive, output, lse, ctx.causal, ctx.scale
         )
         sizes = [prefix_key.shape[1], key.shape[2]]
         (to_prefix_key, to_key), (to_prefix_value, to_value) = (t.split(sizes, 2) for t in (to_keys, to_values))
-        grads = (to_query, to_key, to_value, to_prefix_key.sum(0), to_prefix_value.sum(0))
-        return (*(g if n else None for g, n in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None, None)
+        return _needed(ctx, [to_query, to_key, to_value, to_prefix_key.sum(0), to_prefix_value.sum(0)])
 
 
-def _lay(prefix: Tensor, own: Tensor) -> Tensor:
-    """`[K, P, D]` before each row of `[B, K, T, D]`."""
+def _keep(ctx: Any, args: tuple[Any, ...], output: Tensor, lse: Tensor) -> Tensor:
+    """Keep for the backward what went in and what came out."""
+    *tensors, causal, scale, kernel = args
+    ctx.save_for_backward(*tensors, output, lse)
+    ctx.causal, ctx.scale, ctx.kernel = causal, scale, kernel
+    return output
+
+
+def _needed(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    """Gradients of the five tensors that need one; mask, causality, scale and kernel have none."""
+    needs = ctx.needs_input_grad[:5]
+    return (*(g if n else None for g, n in zip(grads, needs, strict=True)), None, None, None, None)
+
+
+def lay(prefix: Tensor, own: Tensor) -> Tensor:
+    """Put a shared prefix `[K, P, D]` before each row of `[B, K, T, D]`."""
     return torch.cat([prefix[None].expand(own.shape[0], -1, -1, -1), own], dim=2)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from hf_ptune.errors import InjectionError
 from hf_ptune.injection import alibi
 from hf_ptune.injection.attention import extend_dense_mask
-from hf_ptune.injection.merge import merge_kernel, merged_attention
+from hf_ptune.injection.merge import lay, merge_kernel, merged_attention
 from hf_ptune.injection.shared_prefix import shared_product
 from hf_ptune.injection.sites import Site, key_groups, site_of
 
@@ -162,9 +162,6 @@ class ScoreShadow(TorchFunctionMode):
             return shared_product(rows, shared)
         return shared_product(rows.unflatten(0, (-1, shared.shape[0])), shared).flatten(0, 1)
 
-    def _repeat(self, prefix: Tensor, heads: int) -> Tensor:
-        return prefix.repeat_interleave(heads // prefix.shape[0], dim=0)
-
     def _add_bias(self, shadow: Tensor) -> Tensor:
         if self.bias is None:
             return shadow
@@ -265,7 +262,8 @@ class ScoreShadow(TorchFunctionMode):
         if self.site.recording:
             self.site.record(self._heads(key), self._heads(value))
         if self.site.key is not None:
-            prefix_key, prefix_value = (self._repeat(t, key.shape[1]) for t in self.site.prefix(key))
+            pair = self.site.prefix(key)
+            prefix_key, prefix_value = (t.repeat_interleave(key.shape[1] // t.shape[0], dim=0) for t in pair)
             fused = None if self.bias is not None else merge_kernel(query, key, value, attn_mask, dropout_p)
             if fused is not None:
                 scale = kwargs.get("scale")
@@ -275,8 +273,7 @@ class ScoreShadow(TorchFunctionMode):
                 attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
             if attn_mask is not None:
                 attn_mask = self._extend_kernel_mask(attn_mask, virtual, keys, query.shape[-1])
-            key = torch.cat([prefix_key.expand(*key.shape[:-2], -1, -1), key], dim=-2)
-            value = torch.cat([prefix_value.expand(*value.shape[:-2], -1, -1), value], dim=-2)
+            key, value = lay(prefix_key, key), lay(prefix_value, value)
             is_causal = False
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **kwargs

@@ -123,6 +123,11 @@ class DirectPrefix(DirectPrompt):
     kind = PromptKind.PREFIX
 
 
+def direct_prompt(kind: PromptKind, num_virtual_tokens: int, width: int) -> DirectPrompt:
+    """A prompt of a kind without reparameterisation, at zero."""
+    return (DirectEmbeddings if kind is PromptKind.EMBEDDINGS else DirectPrefix)(num_virtual_tokens, width)
+
+
 def flatten(encoder: PromptEncoder) -> DirectPrompt:
     """Encode once and keep the result alone, for publishing and serving."""
     was_training = encoder.training
@@ -130,7 +135,6 @@ def flatten(encoder: PromptEncoder) -> DirectPrompt:
     with torch.no_grad():
         encoded = encoder()
     encoder.train(was_training)
-    direct_class = DirectEmbeddings if encoder.kind is PromptKind.EMBEDDINGS else DirectPrefix
-    direct = direct_class(*encoded.shape).to(encoded)
+    direct = direct_prompt(encoder.kind, *encoded.shape).to(encoded)
     direct.start_from(encoded)
     return direct

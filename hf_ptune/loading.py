@@ -1,0 +1,184 @@
+"""From an adapter's file and configuration to its base, with everything refused that does not fit."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from hf_ptune.adapter_file import check_tensors, digest_of, shorten
+from hf_ptune.backbone import load_backbone, resolve
+from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.errors import BackboneError, ConfigError, PTuneError
+from hf_ptune.injection import body_of, find_geometry
+from hf_ptune.methods import get_method
+from hf_ptune.placement import choose_sites
+
+logger = logging.get_logger(__name__)
+HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
+_SIZES = re.compile("size|dim|layer|head|expert|embd|width|depth|inner|rank|state|kernel|proj|ff|position")
+_NO_SIZES = ("id2label", "label2id", "task_specific_params", "vocab_size")
+
+
+def check_prompt(config: PTuneConfig, task: str, found: dict[str, Tensor], source: str) -> None:
+    """Compare the prompt in a file with the configuration, without a base and without memory for either.
+
+    Args:
+        config: of the adapter.
+        task: of the class that loads it.
+        found: tensors of the file by name, without memory.
+        source: where they are from.
+
+    Raises:
+        AdapterFileError: they are not what the configuration describes.
+        ConfigError: it describes an adapter of another task, or one that its base cannot take.
+    """
+    if config.task not in (task, None):
+        raise ConfigError(f"{source} was trained for {config.task!r}, not {task}: load it by another Auto class.")
+    kind, geometry = get_method(config.method).kind, config.geometry
+    if kind is not None and not geometry:
+        return  # told when the base has been watched
+    expected: dict[str, Tensor] = {}
+    if kind is not None:
+        with torch.device("meta"):
+            encoder = config.make_encoder(choose_sites(config, kind, task))
+        expected = {f"prompt.{n}": t for n, t in encoder.state_dict().items()}
+    check_tensors({n: t for n, t in found.items() if n.startswith("prompt.")}, expected, source)
+
+
+def settle_geometry(config: PTuneConfig, backbone: PreTrainedModel, digest: str | None) -> None:
+    """Refuse a geometry that is not the base's; where the weights do not vouch for it, the base is watched anew.
+
+    Args:
+        config: of the adapter; gets the geometry.
+        backbone: the base.
+        digest: of the geometry, as it is kept beside the weights.
+
+    Raises:
+        BackboneError: the geometry is that of another base.
+    """
+    said = config.geometry
+    if said and digest == digest_of(said):
+        missing = {s["name"] for s in said["sites"]} - {n for n, _ in body_of(backbone).named_modules()}
+        if missing:
+            raise BackboneError(
+                f"the base {config.base_model_name_or_path!r} has no {sorted(missing)[:5]}, where the adapter puts its "
+                "prompt: it is not the base that the adapter was trained on."
+            )
+        return
+    seen = find_geometry(backbone)
+    if said and said != seen:
+        sites = [a for a, b in zip_longest(said["sites"], seen["sites"]) if a != b]
+        raise BackboneError(
+            f"geometry in config.json is not that of {config.base_model_name_or_path!r}: it says "
+            f"{shorten(sites[0] if sites else {n: said[n] for n in seen if n != 'sites'})}, and differs in "
+            f"{len(sites)} of {len(seen['sites'])} sites. Name the base that the adapter was trained on, or restore "
+            "config.json."
+        )
+    config.geometry = seen
+
+
+def load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
+    """Load the base that an adapter names, as the adapter left it.
+
+    Args:
+        task: of the class that loads it.
+        config: of the adapter.
+        kwargs: what `from_pretrained` takes.
+
+    Returns:
+        The backbone, and the names of its parameters that the checkpoint does not hold.
+
+    Raises:
+        BackboneError: it cannot be loaded, or is not the one that the configuration describes.
+        ConfigError: no base is named.
+    """
+    name, revision = config.base_model_name_or_path, config.base_model_revision or "main"
+    if not name:
+        raise ConfigError("config.json names no base_model_name_or_path; set it to the base's folder or id.")
+    if name.startswith("package:") and not name.removeprefix("package:").partition("/")[0].isidentifier():
+        # finding a module inside another runs the outer one
+        raise BackboneError(f"the base {name!r} names no package; expected package:<module>/<folder>.")
+    base = type(config.base).from_dict(config.base.to_dict())
+    for field in ("id2label", "label2id", "problem_type"):
+        setattr(base, field, getattr(config, field))
+    attention = kwargs.pop("attn_implementation", None) or config._attn_implementation
+    if attention is not None:
+        kwargs["attn_implementation"] = attention
+    hub = {k: v for k, v in kwargs.items() if k in HUB_KEYS}
+    kwargs = kwargs | {"revision": revision, "trust_remote_code": False}
+    with _blaming(name):
+        own = AutoConfig.from_pretrained(
+            resolve(name), revision=revision, trust_remote_code=False, **hub
+        ).get_text_config()
+        text = base.get_text_config()
+        wanted, present = getattr(text, "vocab_size", None), getattr(own, "vocab_size", None)
+        _check_sizes(text, own, name)
+        if wanted == present:
+            return load_backbone(task, name, base, **kwargs)
+        # the vocabulary was resized after the base had been loaded: its checkpoint has to be met as it is
+        text.vocab_size = present
+        backbone, absent = load_backbone(task, name, base, **kwargs)
+    backbone.resize_token_embeddings(wanted)
+    logger.warning(
+        f"the vocabulary was resized from {present} to {wanted} tokens; embeddings of new tokens are drawn anew "
+        "unless modules_to_save names the embeddings."
+    )
+    return backbone, absent
+
+
+@contextmanager
+def _blaming(base: str) -> Iterator[None]:
+    """Say of every failure which base it was about."""
+    try:
+        yield
+    except (PTuneError, ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a family or a file raises, the cure is the same
+        raise BackboneError(
+            f"the base {base!r} cannot be loaded ({type(error).__name__}: {shorten(error, 600)}). Set "
+            "base_model_name_or_path in config.json to the folder or id of the base that the adapter was trained on."
+        ) from error
+
+
+def _check_sizes(said: PreTrainedConfig, own: PreTrainedConfig, base: str) -> None:
+    """Refuse a configuration of a base that says more than the base's own: it would be made before its weights are met.
+
+    Less than that is a base that was cut short on purpose.
+    """
+    if said.model_type != own.model_type:
+        raise BackboneError(f"the base {base!r} is a {own.model_type}, but the adapter was made for {said.model_type}.")
+    ours, theirs = _sizes(said.to_dict()), _sizes(own.to_dict())
+    learned = getattr(own, "rope_parameters", None) is None
+    wrong = [
+        f"{n}={size} instead of {theirs.get(n)}"
+        for n, size in ours.items()
+        if size > theirs.get(n, 2**16) and (learned or "position" not in n)
+    ]
+    wanted, present = getattr(said, "vocab_size", 0) or 0, getattr(own, "vocab_size", 0) or 0
+    if wanted > 2 * present + 2**16:
+        wrong.append(f"vocab_size={wanted} instead of {present}")
+    if wrong:
+        raise BackboneError(
+            f"base_config in config.json is not that of the base {base!r}: {', '.join(wrong[:5])}. Name the base that "
+            "the adapter was trained on, or restore config.json."
+        )
+
+
+def _sizes(settings: dict[str, Any], path: str = "") -> dict[str, int]:
+    """The largest number under every name that says how large something is."""
+    found: dict[str, int] = {}
+    for name, value in settings.items():
+        if name in _NO_SIZES:
+            continue
+        if isinstance(value, dict):
+            found |= _sizes(value, f"{path}{name}.")
+        elif _SIZES.search(name):
+            numbers = [n for n in (value if isinstance(value, list) else [value]) if type(n) is int]
+            found |= {path + name: max(numbers)} if numbers else {}
+    return found
