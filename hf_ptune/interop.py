@@ -18,6 +18,7 @@ from hf_ptune.backbone import head_names, load_backbone, resolve, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
 from hf_ptune.injection import Injector, body_of, evaluating, parameters_of
+from hf_ptune.injection.positions import learned_table
 from hf_ptune.injection.probe import vocabulary_of
 from hf_ptune.loading import HUB_KEYS
 from hf_ptune.methods import PromptKind, get_method
@@ -42,9 +43,10 @@ _NO_PROMPT = "PEFT puts it before the first token, where the head pools; here it
 def load_peft(source: FilePath, backbone: PreTrainedModel | None = None, **kwargs: Any) -> PTunePreTrainedModel:
     """Load a prompt that PEFT saved.
 
-    With a prefix of a bidirectional encoder PEFT counts positions from P on; the base's table of positions is moved
-    by P instead, and belongs to the adapter then. Inputs longer than the table less P have no equal there. Nor has a
-    prefix in layers with a sliding window once a text outgrows the window: there it falls out, here it stays.
+    With a prefix of a bidirectional encoder PEFT counts positions from P on, and so does the adapter here
+    (`position_shift`). Inputs longer than the table of positions less P have no equal there; here they go on at the
+    table's start. Nor has a prefix in layers with a sliding window once a text outgrows the window: there it falls
+    out, here it stays.
 
     Args:
         source: folder or Hub id.
@@ -84,6 +86,7 @@ def load_peft(source: FilePath, backbone: PreTrainedModel | None = None, **kwarg
         modules_to_save=sorted({n.rpartition(".")[0] for n in set(kept) - head_names(backbone, task)}) or None,
         base_model_name_or_path=backbone.name_or_path or settings.get("base_model_name_or_path"),
         base_model_revision=settings.get("revision"),
+        position_shift=_shift_of(backbone, method),
     )
     return _fill(get_ptune_model(backbone, config), {"weight": prompt}, kept, name)
 
@@ -91,8 +94,8 @@ def load_peft(source: FilePath, backbone: PreTrainedModel | None = None, **kwarg
 def save_peft(model: PTunePreTrainedModel, folder: FilePath) -> None:
     """Write a prompt as a folder that `peft.PeftModel.from_pretrained(base, folder)` loads.
 
-    The prompt is written without its reparameterisation. With a prefix of a bidirectional encoder the base's table
-    of positions is written too, moved by P, since PEFT counts positions from P on.
+    The prompt is written without its reparameterisation. With a prefix of a bidirectional encoder whose positions do
+    not shift, the base's table of positions is written too, moved by P, since PEFT counts positions from P on.
 
     Args:
         model: a wrapped model of one of PEFT's tasks.
@@ -126,7 +129,7 @@ def save_peft(model: PTunePreTrainedModel, folder: FilePath) -> None:
 def load_thudm(checkpoint: FilePath | Mapping[str, Tensor], backbone: PreTrainedModel) -> PTunePreTrainedModel:
     """Load a prefix that THUDM's P-tuning-v2 trained, its projection included where it has one.
 
-    As with PEFT's prefixes of encoders, the base's table of positions is moved by P and belongs to the adapter.
+    Its encoders count positions from P on; so does the adapter here (`position_shift`).
 
     Args:
         checkpoint: its state dict, or the file that holds it (safetensors, or a pickle of tensors alone).
@@ -153,6 +156,7 @@ def load_thudm(checkpoint: FilePath | Mapping[str, Tensor], backbone: PreTrained
         encoder_hidden_size=prefix["trans.0.weight"].shape[0] if projected else None,
         prompt_tuning_init="ZERO",
         prefix_dropout=float(getattr(backbone.config, "hidden_dropout_prob", 0.0)),
+        position_shift=_shift_of(backbone, "p_tuning_v2"),
     )
     model = get_ptune_model(backbone, config)
     if projected:
@@ -203,12 +207,6 @@ def _fill(
     try:
         injector = model._injector
         assert injector is not None
-        if _moves_table(injector):
-            name, table, first = _positions(model.backbone)
-            weight = kept.get(f"{name}.weight", table.weight.detach())
-            kept = kept | {f"{name}.weight": _moved(weight, first, -model.config.num_virtual_tokens)}
-            model.config.modules_to_save = sorted({*(model.config.modules_to_save or []), name})
-            model.freeze_backbone()
         tensors = {f"prompt.{n}": t for n, t in prompt.items()} | {f"backbone.{n}": t for n, t in kept.items()}
         expected = model.adapter_state_dict()
         check_tensors(tensors, expected, source)
@@ -277,23 +275,30 @@ def _states_as_peft(injector: Injector, ids: Tensor, further: dict[str, Tensor])
 
 def _moves_table(injector: Injector) -> bool:
     """Whether PEFT counts positions from P on where the prompt here leaves them alone."""
-    return injector.kind is PromptKind.PREFIX and not injector.causal and not injector.body.config.is_encoder_decoder
+    bidirectional = not injector.causal and not injector.body.config.is_encoder_decoder
+    return injector.kind is PromptKind.PREFIX and bidirectional and not injector.shift
+
+
+def _shift_of(backbone: PreTrainedModel, method: str) -> bool | None:
+    """The `position_shift` of an adapter whose encoder counts positions from P on; unset elsewhere."""
+    if get_method(method).kind is not PromptKind.PREFIX or learned_table(body_of(backbone)) is None:
+        return None
+    return True
 
 
 def _positions(backbone: PreTrainedModel) -> tuple[str, nn.Embedding, int]:
     """Name and module of an encoder's table of positions, and its row for the first token; pads come before."""
-    table = getattr(getattr(body_of(backbone), "embeddings", None), "position_embeddings", None)
-    if not isinstance(table, nn.Embedding):
+    found = learned_table(body_of(backbone))
+    if found is None:
         raise ConfigError(
             f"{type(backbone).__name__} has no table of positions that could be moved by the length of the prefix, as "
             "PEFT and THUDM count them. Convertible encoders are those of the BERT and RoBERTa kin."
         )
-    first = 0 if table.padding_idx is None else table.padding_idx + 1
-    return next(n for n, m in backbone.named_modules() if m is table), table, first
+    return next(n for n, m in backbone.named_modules() if m is found[0]), *found
 
 
 def _moved(weight: Tensor, first: int, by: int) -> Tensor:
-    """Rows `[N, H]` of own tokens moved, round the end, so that moving back restores all."""
+    """Rows `[N, H]` of own tokens moved, round the end."""
     return torch.cat([weight[:first], weight[first:].roll(by, dims=0)])
 
 

@@ -8,7 +8,7 @@ from hf_ptune.backbone import describe
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError
 from hf_ptune.injection import body_of, parameters_of, text_of
-from hf_ptune.methods import PromptKind
+from hf_ptune.methods import PromptKind, get_method
 
 # layers that a pooled head never reads: a prefix there would get no gradient
 _UNREAD = {"canine": "final_char_encoder"}
@@ -94,11 +94,14 @@ def shifts_positions(backbone: PreTrainedModel, config: PTuneConfig) -> bool:
     """Whether own tokens stand after the virtual ones in the position count.
 
     Raises:
-        ConfigError: asked for where the backbone takes no `position_ids`.
+        ConfigError: asked for where the backbone takes no `position_ids`, or where the prompt stands among the
+            inputs of an encoder.
     """
     body = body_of(backbone)
     accepted = parameters_of(text_of(body, [s["name"] for s in config.geometry["sites"]]))
-    possible = bool(config.geometry["causal"]) and "position_ids" in accepted
-    if config.position_shift and not possible:
-        raise ConfigError(f"position_shift=True, but {type(backbone).__name__} takes no position_ids.")
-    return possible if config.position_shift is None else config.position_shift
+    causal, takes = bool(config.geometry["causal"]), "position_ids" in accepted
+    prefixed = get_method(config.method).kind is PromptKind.PREFIX and not backbone.config.is_encoder_decoder
+    if config.position_shift and not (takes and (causal or prefixed)):
+        why = "takes no position_ids" if not takes else f"is an encoder, where {config.method} moves no positions"
+        raise ConfigError(f"position_shift=True, but {type(backbone).__name__} {why}.")
+    return causal and takes if config.position_shift is None else config.position_shift

@@ -17,6 +17,8 @@ from transformers import AutoModelForSequenceClassification, DynamicCache, PreTr
 
 from hf_ptune import PTuneConfig, PTuneForSequenceClassification, get_ptune_model
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
+from hf_ptune.injection import body_of
+from hf_ptune.injection.positions import learned_table
 from hf_ptune.interop import load_peft, load_thudm, prompt_embeds, save_peft, save_prompt_embeds
 
 peft = pytest.importorskip("peft")
@@ -114,7 +116,8 @@ def test_language_models_both_ways(method: str, family: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 @pytest.mark.parametrize("task", ENCODER_TASKS)
 def test_prefixes_of_encoders_both_ways(task: str, family: str, tmp_path: Path) -> None:
-    """PEFT counts positions from P on there: a moved table of positions stands in for that, both ways."""
+    """PEFT counts positions from P on there: so do its adapters here, and nothing of the base changes; where ours do
+    not, a moved table stands in for it over there."""
     for method in ("prefix_tuning", "p_tuning_v2"):
         theirs = theirs_of(family, method, task, tmp_path / method)
         loaded = load_peft(tmp_path / method, build(family, task))
@@ -126,7 +129,29 @@ def test_prefixes_of_encoders_both_ways(task: str, family: str, tmp_path: Path) 
         again = load_peft(tmp_path / f"{method}-ours", build(family, task))
         assert_equal(ours, again, family)
         kept, base = again.backbone.state_dict(), build(family, task).state_dict()
-        assert all(torch.equal(kept[n], base[n]) for n in kept if n.endswith("position_embeddings.weight"))
+        assert all(torch.equal(kept[n], base[n]) for n in kept if n.endswith("word_embeddings.weight"))
+        tables = [n for n in base if n.endswith("position_embeddings.weight")]
+        freed = loaded.unwrap().state_dict()
+        assert tables and all(torch.equal(freed[n], base[n]) for n in tables)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_shifted_positions_of_encoders(family: str, tmp_path: Path) -> None:
+    """Exported without a table, loaded as long as the base can, pads in their place, given positions moved."""
+    model = get_ptune_model(
+        build(family, "SEQ_CLS"), PTuneConfig(num_virtual_tokens=3, position_shift=True, prompt_tuning_init="ZERO")
+    ).eval()
+    with torch.no_grad():
+        model.prompt.weight.normal_()
+    save_peft(model, tmp_path / "ours")
+    assert not any("position" in n for n in load_file(tmp_path / "ours" / "adapter_model.safetensors"))
+    assert_equal(model, reloaded(family, "SEQ_CLS", tmp_path / "ours"), family)
+    table, first = learned_table(body_of(model.backbone))
+    longest = table.num_embeddings - first
+    ids = torch.randint(5, 90, (2, longest))
+    assert torch.isfinite(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits).all()
+    given = torch.arange(first, first + 6)[None]
+    assert torch.equal(model(input_ids=ids[:, :6], position_ids=given).logits, model(input_ids=ids[:, :6]).logits)
 
 
 @pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])

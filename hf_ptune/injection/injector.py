@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_ptune.errors import BackboneError, InjectionError
-from hf_ptune.injection import attention, embeddings, joint, own_attention, sites
+from hf_ptune.injection import attention, embeddings, joint, own_attention, positions, sites
 from hf_ptune.injection.bridge import bridge
 from hf_ptune.injection.calls import bind, parameters_of
 from hf_ptune.injection.embeddings import InputPrompt
@@ -56,6 +56,7 @@ class Injector:
         rotary = any(_ROTATES.search(type(m).__name__) for m in self.body.modules())
         self.text = text_of(self.body, [c["name"] for c in geometry["sites"]])
         self.places = shift or (rotary and "position_ids" in parameters_of(self.text))
+        self.table = positions.learned_table(self.body) if shift and not self.causal else None
         self.moves_with_pads = rotary and self.causal and not self.places
         self.enabled = True
         self.inside = False  # while the body runs
@@ -329,20 +330,8 @@ class Injector:
     def _shifted_positions(self, named: dict[str, Any]) -> Tensor:
         given: Tensor | None = named.get("position_ids")
         if given is None:
-            given = self._own_positions(named)
-        return given + self.num_virtual_tokens if self.shift else given
-
-    def _own_positions(self, named: dict[str, Any]) -> Tensor:
-        own = named.get("input_ids")
-        own = named["inputs_embeds"] if own is None else own
-        length = own.shape[1]
-        mask = named.get("attention_mask")
-        past = named.get("past_key_values")
-        seen = past.get_seq_length() if past is not None and hasattr(past, "get_seq_length") else 0
-        if isinstance(mask, Tensor) and mask.dim() == 2 and isinstance(seen, int):
-            counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
-            return counted[:, seen : seen + length].to(own.device)
-        return (torch.arange(length, device=own.device) + seen)[None]
+            given = positions.own_positions(named, self.table)
+        return positions.moved(given, self.num_virtual_tokens, self.table) if self.shift else given
 
     # input prompts -----------------------------------------------------------------------------------------
 
