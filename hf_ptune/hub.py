@@ -71,9 +71,10 @@ def push_folder(
             push = _Push(api, url.repo_id, revision, create_pr, files, commit_message, commit_description)
             _persist(push, bar)
         except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+            again = f"hf-ptune push {folder} {repo_id}" + (f" --revision {revision}" if revision else "")
             raise HubError(
-                f"{folder} could not be pushed to {repo_id}: {shorten(error)}. The finished adapter is in "
-                f"{folder}; push it again: hf-ptune push {folder} {repo_id}"
+                f"{folder} could not be pushed to {repo_id}: {shorten(error).rstrip('.')}. The finished adapter is in "
+                f"{folder}; push it again: {again}{' --create-pr' if create_pr else ''}"
             ) from error
     return str(url)
 
@@ -133,7 +134,7 @@ class _Push:
     def __call__(self) -> None:
         parent = self.api.model_info(self.repo_id, revision=self.revision).sha
         # the answer to an earlier try may be all that was lost
-        if self.tried and not self.create_pr and self._arrived():
+        if self.tried and any(self._arrived(revision) for revision in self._targets()):
             return
         self.tried = True
         self.api.create_commit(
@@ -146,8 +147,18 @@ class _Push:
             parent_commit=None if self.create_pr else parent,
         )
 
-    def _arrived(self) -> bool:
-        infos = self.api.get_paths_info(self.repo_id, list(self.files), revision=self.revision)
+    def _targets(self) -> list[str | None]:
+        """Where an earlier try may have put the files: the branch, or one of the user's open pull requests."""
+        if not self.create_pr:
+            return [self.revision]
+        me = self.api.whoami()["name"]
+        opened = self.api.get_repo_discussions(
+            self.repo_id, author=me, discussion_type="pull_request", discussion_status="open"
+        )
+        return [f"refs/pr/{request.num}" for request in opened if request.title == self.message]
+
+    def _arrived(self, revision: str | None) -> bool:
+        infos = self.api.get_paths_info(self.repo_id, list(self.files), revision=revision)
         there = {i.path: i.lfs.sha256 if i.lfs else i.blob_id for i in infos if isinstance(i, RepoFile)}
         return all(there.get(name) in (sha256_of(path), blob_id_of(path)) for name, path in self.files.items())
 

@@ -198,13 +198,33 @@ def test_a_refused_push_is_not_repeated(server: HubServer, finished: Path, token
     assert len(server.requests("POST", "/api/repos/create")) == 1 and commits(server) == 0
 
 
-def test_branches_and_pull_requests(server: HubServer, finished: Path, cache: dict[str, Any]) -> None:
+def test_branches(server: HubServer, finished: Path, cache: dict[str, Any]) -> None:
     push_folder(finished, ADAPTER, token=TOKEN)
     (finished / "README.md").write_text((finished / "README.md").read_text() + "\nMore.\n")
     push_folder(finished, ADAPTER, token=TOKEN, revision="second")
     assert AutoModelForCausalLM.from_pretrained(ADAPTER, revision="second", **cache).config.method == "prefix_tuning"
     text = {r: ModelCard.load(ADAPTER, token=TOKEN).text for r in ("main",)}
     assert "More." not in text["main"]
+
+
+@pytest.mark.parametrize("storage", ["lfs", "regular"])
+@pytest.mark.parametrize("kind", [None, 503, "reset", "lose_response"])
+def test_one_pull_request_is_opened_whatever_happens(
+    server: HubServer, finished: Path, kind: Any, storage: str, monkeypatch: pytest.MonkeyPatch, cache: dict[str, Any]
+) -> None:
+    """By its owner, who may push too, and by somebody who may only ask where LFS is not in the way."""
+    server.regular_only = storage == "regular"
+    server.add_repo(ADAPTER)
+    if kind is not None:
+        server.fail("POST", "/commit/", kind)
+    token = "bob-writes" if server.regular_only else TOKEN
+    push_folder(finished, ADAPTER, token=token, create_pr=True)
+    assert commits(server) == 1 and len(server.repos[ADAPTER].pull_requests) == 1
+    assert "config.json" not in server.repos[ADAPTER].at().files
+    loaded = AutoModelForCausalLM.from_pretrained(ADAPTER, revision="refs/pr/1", **cache)
+    assert loaded.config.method == "prefix_tuning"
+    push_folder(finished, ADAPTER, token=token, revision="refs/pr/1")  # nothing has changed
+    assert commits(server) == 1
 
 
 def test_what_is_no_adapter_is_not_pushed(server: HubServer, finished: Path, tmp_path: Path) -> None:
@@ -270,15 +290,26 @@ def test_a_flipped_byte_is_an_error_and_the_cache_stays_usable(
 
 @pytest.mark.parametrize("kind", [500, 503, "reset", "reset_in_body", "truncate", "delay"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("xet", [False, True])
 def test_a_pull_that_meets_a_fault_succeeds_or_can_be_repeated(
-    server: HubServer, model: Any, finished: Path, cache: dict[str, Any], kind: Any, name: str
+    server: HubServer,
+    model: Any,
+    finished: Path,
+    cache: dict[str, Any],
+    kind: Any,
+    name: str,
+    xet: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     push_folder(finished, ADAPTER, token=TOKEN)
-    server.fail("GET", f"{ADAPTER}/resolve", kind, seconds=0.2)
+    connect(monkeypatch, server, xet=xet)
+    commit = server.repos[ADAPTER].at().id
+    fault = server.fail("GET", f"{commit}/{name}", kind, seconds=0.2)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(ADAPTER, **cache)
     except Exception:
         loaded = AutoModelForCausalLM.from_pretrained(ADAPTER, **cache)
+    assert fault.hits
     assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
 
 

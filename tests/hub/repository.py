@@ -58,6 +58,20 @@ class Commit:
     files: dict[str, Blob]
 
 
+@dataclass(frozen=True)
+class PullRequest:
+    """A branch of its own that asks to be merged."""
+
+    number: int
+    title: str
+    author: str
+    date: str
+
+    @property
+    def branch(self) -> str:
+        return f"refs/pr/{self.number}"
+
+
 @dataclass
 class Repo:
     """A repository: commits from the first to the last, branches and tags that name them, uploaded LFS objects."""
@@ -71,6 +85,7 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
+    pull_requests: list[PullRequest] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.commit({".gitattributes": GIT_ATTRIBUTES}, "initial commit")
@@ -90,6 +105,13 @@ class Repo:
         if commit_id not in self.commits:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.commits[commit_id]
+
+    def open_pull_request(self, title: str, author: str) -> PullRequest:
+        """Open a branch that starts where the main one is."""
+        opened = PullRequest(len(self.pull_requests) + 1, title, author, _now())
+        self.pull_requests.append(opened)
+        self.branches[opened.branch] = self.branches["main"]
+        return opened
 
     def commit(
         self,
@@ -112,8 +134,11 @@ class Repo:
         kept |= {path: blob if isinstance(blob, Blob) else Blob(blob) for path, blob in files.items()}
         listing = [(path, kept[path].oid) for path in sorted(kept)]
         commit_id = hashlib.sha1(repr((self.key, len(self.commits), parent, title, listing)).encode()).hexdigest()
-        date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
-        commit = Commit(commit_id, parent, title, description, author or self.owner, date, dict(sorted(kept.items())))
+        commit = Commit(commit_id, parent, title, description, author or self.owner, _now(), dict(sorted(kept.items())))
         self.commits[commit_id] = commit
         self.branches[branch] = commit_id
         return commit
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")

@@ -164,8 +164,22 @@ def refs(hub: HubServer, request: Request, kind: str, repo_id: str) -> Response:
     def listing(names: dict[str, str], prefix: str) -> list[dict[str, str]]:
         return [{"name": name, "ref": prefix + name, "targetCommit": commit} for name, commit in names.items()]
 
-    found = {"branches": listing(repo.branches, "refs/heads/"), "tags": listing(repo.tags, "refs/tags/")}
-    return json_response(found | {"converts": [], "pullRequests": []})
+    opened = {pr.branch: repo.branches[pr.branch] for pr in repo.pull_requests}
+    own = {name: commit for name, commit in repo.branches.items() if name not in opened}
+    found = {"branches": listing(own, "refs/heads/"), "tags": listing(repo.tags, "refs/tags/")}
+    return json_response(found | {"converts": [], "pullRequests": listing(opened, "")})
+
+
+@route("GET", API + r"/discussions")
+def discussions(hub: HubServer, request: Request, kind: str, repo_id: str) -> Response:
+    repo = hub.repo_for(request, kind, repo_id)
+    told = [
+        {"num": pr.number, "title": pr.title, "author": {"name": pr.author}, "createdAt": pr.date, "status": "open"}
+        | {"repo": {"name": repo.id, "type": repo.type}, "isPullRequest": True}
+        for pr in repo.pull_requests
+        if request.query.get("author") in (None, pr.author) and request.query.get("type") != "discussion"
+    ]
+    return json_response({"discussions": told, "count": len(told), "start": 0})
 
 
 @route("GET", API + r"/commits/(?P<revision>[^/]+)")
@@ -202,7 +216,7 @@ def delete_ref(hub: HubServer, request: Request, kind: str, repo_id: str, ref: s
 
 @route("POST", API + r"/preupload/(?P<revision>[^/]+)")
 def preupload(hub: HubServer, request: Request, kind: str, repo_id: str, revision: str) -> Response:
-    commit = hub.repo_for(request, kind, repo_id, write=True).at(revision)
+    commit = hub.repo_for(request, kind, repo_id, "create_pr" not in request.query, revision).at(revision)
     answers = []
     for wanted in request.json()["files"]:
         path, size = wanted["path"], wanted["size"]
@@ -246,11 +260,10 @@ def lfs_verify(hub: HubServer, request: Request, kind: str | None, repo_id: str)
 
 @route("POST", API + r"/commit/(?P<revision>[^/]+)")
 def create_commit(hub: HubServer, request: Request, kind: str, repo_id: str, revision: str) -> Response:
-    repo = hub.repo_for(request, kind, repo_id, write=True)
+    asks = "create_pr" in request.query
+    repo = hub.repo_for(request, kind, repo_id, not asks, revision)
     if revision not in repo.branches:
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-    if "create_pr" in request.query:
-        raise HubError(400, "This server has no pull requests")
     header: dict[str, str] = {}
     files: dict[str, Blob] = {}
     deleted: list[str] = []
@@ -273,9 +286,14 @@ def create_commit(hub: HubServer, request: Request, kind: str, repo_id: str, rev
     if header.get("parentCommit") not in (None, repo.branches[revision]):
         raise HubError(412, "A commit has happened since. Please refresh and try again.")
     author = hub.user_of(request, write=True).name
+    answer: dict[str, Any] = {"success": True, "hookOutput": ""}
+    if asks:
+        opened = repo.open_pull_request(header["summary"], author)
+        revision = opened.branch
+        answer["pullRequestUrl"] = f"{hub.url}/{repo.key}/discussions/{opened.number}"
     commit = repo.commit(files, header["summary"], header.get("description", ""), author, revision, deleted)
     url = f"{hub.url}/{repo.key}/commit/{commit.id}"
-    return json_response({"success": True, "commitOid": commit.id, "commitUrl": url, "hookOutput": ""})
+    return json_response(answer | {"commitOid": commit.id, "commitUrl": url})
 
 
 @route("GET", PAGE + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)")

@@ -176,13 +176,16 @@ class HubServer:
             raise HubError(403, "Forbidden: pass a token with write access")
         return user
 
-    def repo_for(self, request: Request, kind: str | None, repo_id: str, write: bool = False) -> Repo:
-        """Find a repository that the sender may see; with `write`, change."""
+    def repo_for(
+        self, request: Request, kind: str | None, repo_id: str, write: bool = False, revision: str = "main"
+    ) -> Repo:
+        """Find a repository that the sender may see; with `write`, change, or whose pull request is the sender's."""
         user = self.user_of(request)
         repo = self.repos.get(repo_id if kind in (None, "models") else f"{kind}/{repo_id}")
         if repo is None or (repo.private and (user is None or user.name not in {repo.owner, *repo.readers})):
             raise HubError(401 if user is None else 404, "Repository not found", "RepoNotFound")
-        if write and self.user_of(request, write=True).name != repo.owner:
+        asked = next((pr.author for pr in repo.pull_requests if pr.branch == revision), None)
+        if write and self.user_of(request, write=True).name not in (repo.owner, asked):
             raise HubError(403, "Forbidden: only the owner writes to this repository")
         return repo
 
