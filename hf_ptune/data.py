@@ -1,44 +1,27 @@
-"""Rows for training: read, split, tokenised, and the collator that pads them."""
+"""Rows for training: read, brought under their roles, labels named, split."""
 
-import csv
-import importlib.util
-import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-from transformers import (
-    DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-)
-
 from hf_ptune.errors import RecipeError
-from hf_ptune.recipe import Recipe
+from hf_ptune.recipe import Column, Recipe
+from hf_ptune.sources import HUB, chatterbot_rows, read_file, read_hub, read_label_names
+from hf_ptune.tasks import Row, Task
 
-Row = dict[str, Any]
-IGNORED = -100  # label of a position that has no loss
-# task -> roles a row must have, roles it may have
-ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "SEQ_CLS": (("text", "label"), ("text_pair",)),
-    "TOKEN_CLS": (("tokens", "tags"), ()),
-    "CAUSAL_LM": (("prompt", "answer"), ()),
-}
-_MIN_LINES = 25  # topics of fewer lines are too small to be held out
+_LABELS_FILE = "labels.json"  # beside a file of rows
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows by role, and the names of their labels in order of their numbers; none for language models."""
+    """Rows by role, and the names of their labels in order of their numbers; none where the head has no names."""
 
     train: list[Row]
     held_out: list[Row]
     labels: list[str]
+    test: list[Row] = field(default_factory=list)
 
 
 def load_rows(recipe: Recipe) -> Rows:
@@ -50,140 +33,120 @@ def load_rows(recipe: Recipe) -> Rows:
     Raises:
         RecipeError: a file or column is missing, or held-out rows have labels that no training row has.
     """
-    data = recipe.data
+    data, task = recipe.data, recipe.build_task()
     if data.source == "chatterbot":
         if recipe.task != "SEQ_CLS" or data.columns or data.eval_source:
             raise RecipeError(
                 "data.source 'chatterbot' is for task SEQ_CLS and needs neither columns nor eval_source; "
                 "remove them, or name a file."
             )
-        rows = chatterbot_rows()
+        train, names = chatterbot_rows(), list[str]()
     else:
-        rows = _read(recipe, data.source)
-    if data.eval_source:
-        train, held_out = rows, _read(recipe, data.eval_source)
-    else:
-        by = "label" if recipe.task == "SEQ_CLS" else None
-        train, held_out = split_rows(rows, data.eval_fraction, data.split_seed, by)
-    labels = label_names(train, recipe.task)
-    if recipe.task == "SEQ_CLS" and len(labels) < 2:
-        raise RecipeError(f"the training rows have one label only, {labels[0]!r}; classification needs two or more.")
-    if unknown := sorted(set(label_names(held_out, recipe.task)) - set(labels)):
-        raise RecipeError(f"held-out rows have the labels {unknown[:5]}, which no training row has; add such rows.")
-    return Rows(train, held_out, labels)
+        train, names = _read(recipe, task, data.source, data.split)
+    held_out = _read_further(recipe, task, data.eval_source, data.eval_split)
+    test = _read_further(recipe, task, data.test_source, data.test_split)
+    if not held_out:
+        train, held_out = split_rows(train, data.eval_fraction, data.split_seed, task.group_role)
+    train = take_rows(train, data.limit, data.split_seed)
+    held_out, test = (take_rows(part, data.eval_limit, data.split_seed) for part in (held_out, test))
+    labels = names or task.label_names(train)
+    task.check_labels(labels)
+    for part, what in ((held_out, "held-out"), (test, "test")):
+        if unknown := sorted(set(task.label_names(part)) - set(labels)):
+            raise RecipeError(f"{what} rows have the labels {unknown[:5]}, which no training row has; add such rows.")
+    return Rows(train, held_out, labels, test)
 
 
-def read_file(path: Path) -> list[Row]:
-    """Read a .jsonl, .csv or .parquet file.
-
-    Raises:
-        RecipeError: the file is missing, broken, empty, or of another kind.
-    """
-    readers: dict[str, Callable[[Path], list[Row]]] = {
-        ".jsonl": _read_jsonl,
-        ".csv": _read_csv,
-        ".parquet": _read_parquet,
-    }
-    if path.suffix not in readers:
-        raise RecipeError(f"{path}: expected a file that ends in {', '.join(readers)}.")
-    if not path.is_file():
-        raise RecipeError(f"{path}: there is no such file; paths of data start at the recipe's folder.")
-    rows = readers[path.suffix](path)
-    if not rows:
-        raise RecipeError(f"{path}: holds no rows.")
-    return rows
+def _read_further(recipe: Recipe, task: Task, source: str | None, split: str | None) -> list[Row]:
+    """Rows of another file, or of another split of the same dataset; none where neither is named."""
+    if source is None and split is None:
+        return []
+    return _read(recipe, task, source or recipe.data.source, split or recipe.data.split)[0]
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"{path}, line {number}: is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise RecipeError(f"{path}, line {number}: expected an object with named columns.")
-        rows.append(row)
-    return rows
-
-
-def _read_csv(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise RecipeError(f"{path}: is no Parquet: {error}") from error
-    return rows
-
-
-def _read(recipe: Recipe, source: str) -> list[Row]:
-    path = recipe.folder / source
-    needed, possible = ROLES[recipe.task]
+def _read(recipe: Recipe, task: Task, source: str, split: str) -> tuple[list[Row], list[str]]:
+    """Rows by role, and the names of their labels where data, file or dataset tells them."""
     columns = recipe.data.columns
-    if wrong := sorted(set(columns) - set(needed + possible)):
-        raise RecipeError(
-            f"data.columns names the role {wrong[0]!r}; {recipe.task} has {', '.join(needed + possible)}."
-        )
-    # an optional role is read only where the recipe names it or its column has the role's own name
-    return [_by_role(row, needed, possible, columns, f"{path}, row {n}") for n, row in enumerate(read_file(path), 1)]
+    if wrong := sorted(set(columns) - set(task.roles())):
+        raise RecipeError(f"data.columns names the role {wrong[0]!r}; {recipe.task} has {', '.join(task.roles())}.")
+    named: list[str] | Mapping[str, list[str]] = {}
+    if source.startswith(HUB):
+        place = f"{source} {split}"
+        found, named = read_hub(source.removeprefix(HUB), recipe.data.config, split)
+    else:
+        place = str(recipe.folder / source)
+        found = read_file(recipe.folder / source)
+        beside = (recipe.folder / source).with_name(_LABELS_FILE)
+        named = read_label_names(beside) if beside.is_file() else {}
+    if isinstance(recipe.data.labels, str):
+        named = read_label_names(recipe.folder / recipe.data.labels)
+    elif recipe.data.labels is not None:
+        named = recipe.data.labels
+    rows = [
+        task.check_row(_by_role(row, task, columns, f"{place}, row {n}"), f"{place}, row {n}")
+        for n, row in enumerate(found, 1)
+    ]
+    role = task.label_role
+    if role is None:
+        return rows, []
+    column = columns.get(role, role)
+    names = named if isinstance(named, list) else named.get(column, []) if isinstance(column, str) else []
+    if names:
+        rows = [row | {role: _name(row[role], names, f"{place}, row {n}")} for n, row in enumerate(rows, 1)]
+    return rows, list(names)
 
 
-def _by_role(row: Row, needed: Sequence[str], possible: Sequence[str], columns: Mapping[str, str], where: str) -> Row:
-    found: Row = {}
-    for role in (*needed, *possible):
-        column = columns.get(role, role)
-        value = row.get(column)
-        if value is None:
-            if role in possible and role not in columns:
-                continue
-            raise RecipeError(
-                f"{where}: has no column {column!r} for {role}; it has {', '.join(map(str, row))}. "
-                f"Name the column under data.columns.{role}."
-            )
-        found[role] = value
-    for role in ("tokens", "tags"):
-        if isinstance(found.get(role), str):
-            found[role] = found[role].split()  # CSV has no lists
-    if "tokens" in found and len(found["tokens"]) != len(found["tags"]):
+def _by_role(row: Row, task: Task, columns: Mapping[str, Column], where: str) -> Row:
+    # a role is read where the recipe names its column, or a column has the role's own name
+    values = {role: _value(row, columns.get(role, role)) for role in task.roles()}
+    found = {role: value for role, value in values.items() if value is not None}
+    missing = min(([role for role in form if role not in found] for form in task.forms), key=len)
+    missing += [role for role in columns if role in task.possible and role not in found]
+    if missing:
         raise RecipeError(
-            f"{where}: has {len(found['tokens'])} tokens and {len(found['tags'])} tags; expected as many."
+            f"{where}: has no column {columns.get(missing[0], missing[0])!r} for {missing[0]}; "
+            f"it has {', '.join(map(str, row))}. Name the column under data.columns.{missing[0]}."
         )
     return found
 
 
-def chatterbot_rows() -> list[Row]:
-    """Opening lines of the English dialogues in the package chatterbot-corpus, labelled by their topic.
+def _value(row: Row, column: Column) -> Any:
+    """What a row has in a column: `a`, `a.b` inside it, a text with `{a}`, or several columns as one list."""
+    if isinstance(column, list):
+        several = [_value(row, c) for c in column]
+        return None if None in several else several
+    if "{" in column:
+        try:
+            return column.format_map(row)
+        except (KeyError, IndexError, ValueError):
+            return None
+    if column in row:
+        return row[column]
+    value: Any = row
+    for key in column.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
-    Lines that differ in case or spacing only count once, under the first topic that has them; topics of
-    fewer than 25 lines are left out.
 
-    Raises:
-        RecipeError: the package is not installed.
-    """
-    spec = importlib.util.find_spec("chatterbot_corpus")
-    if spec is None or not spec.submodule_search_locations:
-        raise RecipeError("data.source 'chatterbot' needs chatterbot-corpus: pip install \"hf_ptune[quickstart]\".")
-    folder = Path(next(iter(spec.submodule_search_locations))) / "data" / "english"
-    topics: dict[str, list[str]] = defaultdict(list)
-    seen: set[str] = set()
-    for path in sorted(folder.glob("*.yml")):
-        for conversation in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
-            line = " ".join(str(conversation[0]).split())
-            if line.lower() not in seen:
-                seen.add(line.lower())
-                topics[path.stem].append(line)
-    return [
-        {"text": line, "label": topic} for topic, lines in topics.items() if len(lines) >= _MIN_LINES for line in lines
-    ]
+def _name(value: Any, names: Sequence[str], where: str) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_name(v, names, where) for v in value]
+    text = str(value)
+    if text in names:
+        return text
+    if text.isdecimal() and int(text) < len(names):
+        return names[int(text)]
+    raise RecipeError(
+        f"{where}: has the label {value!r}; expected a number below {len(names)} or one of {', '.join(names[:10])}."
+    )
+
+
+def take_rows(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
+    """At most `limit` rows drawn by a seed, in the order they had."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    drawn = random.Random(seed).sample(range(len(rows)), limit)
+    return [rows[n] for n in sorted(drawn)]
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int, by: str | None = None) -> tuple[list[Row], list[Row]]:
@@ -213,76 +176,3 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int, by: str | None =
             f"eval_fraction={fraction} holds out {len(held)} of {len(rows)} rows; give more rows or another fraction."
         )
     return [r for n, r in enumerate(rows) if n not in held], [r for n, r in enumerate(rows) if n in held]
-
-
-def label_names(rows: Sequence[Row], task: str) -> list[str]:
-    """Names of the labels in rows, sorted; none for language models."""
-    if task == "SEQ_CLS":
-        return sorted({str(row["label"]) for row in rows})
-    if task == "TOKEN_CLS":
-        return sorted({str(tag) for row in rows for tag in row["tags"]})
-    return []
-
-
-def encode_rows(
-    rows: Sequence[Row], task: str, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], max_length: int
-) -> list[Row]:
-    """Turn rows into what the model takes: ids `[T]`, mask `[T]`, and labels (a number, or `[T]`).
-
-    Args:
-        rows: rows by role.
-        task: a key of `ROLES`.
-        tokenizer: the base's; a fast one for TOKEN_CLS.
-        labels: their names.
-        max_length: T at most.
-
-    Raises:
-        RecipeError: TOKEN_CLS without a fast tokenizer.
-    """
-    number = {name: n for n, name in enumerate(labels)}
-    if task == "SEQ_CLS":
-        return [
-            dict(tokenizer(str(row["text"]), row.get("text_pair"), truncation=True, max_length=max_length))
-            | {"labels": number[str(row["label"])]}
-            for row in rows
-        ]
-    if task == "TOKEN_CLS":
-        if not tokenizer.is_fast:
-            raise RecipeError(f"{type(tokenizer).__name__} does not tell which word a token is of; use a fast one.")
-        return [_encode_tags(row, tokenizer, number, max_length) for row in rows]
-    return [_encode_answer(row, tokenizer, max_length) for row in rows]
-
-
-def _encode_tags(row: Row, tokenizer: PreTrainedTokenizerBase, number: Mapping[str, int], max_length: int) -> Row:
-    encoded = tokenizer(row["tokens"], is_split_into_words=True, truncation=True, max_length=max_length)
-    words = encoded.word_ids()
-    # a word's first token bears its tag
-    labels = [
-        IGNORED if word is None or word == previous else number[str(row["tags"][word])]
-        for word, previous in zip(words, [None, *words], strict=False)
-    ]
-    return dict(encoded) | {"labels": labels}
-
-
-def _encode_answer(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Row:
-    # without its closing special tokens, so that the answer follows as it will when generating
-    prompt: list[int] = tokenizer(str(row["prompt"]))["input_ids"]
-    while prompt and tokenizer.eos_token_id is not None and prompt[-1] == tokenizer.eos_token_id:
-        prompt = prompt[:-1]
-    answer: list[int] = tokenizer(str(row["answer"]), add_special_tokens=False)["input_ids"]
-    if tokenizer.eos_token_id is not None:
-        answer = [*answer, tokenizer.eos_token_id]
-    answer = answer[:max_length]
-    prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]  # the end of a long prompt is kept
-    ids = prompt + answer
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(prompt) + answer}
-
-
-def make_collator(task: str, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The collator that pads encoded rows of a task to `[B, T]`, on the tokenizer's own side."""
-    collators = {
-        "SEQ_CLS": DataCollatorWithPadding,
-        "TOKEN_CLS": DataCollatorForTokenClassification,
-        "CAUSAL_LM": DataCollatorForSeq2Seq,
-    }
-    return collators[task](tokenizer)

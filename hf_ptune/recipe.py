@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
-from hf_ptune.backbone import TASKS
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import RecipeError
 from hf_ptune.methods import method_names
+from hf_ptune.tasks import Task, get_task, task_names
 
-TRAINED_TASKS = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM")
+Column = str | list[str]
 # what a run writes into the configuration itself
 _NOT_OPTIONS = {"model_type", "sub_configs", "method", "flattened", "task", "geometry"} | {
     f"base_{name}" for name in ("model_name_or_path", "model_revision", "class", "config")
@@ -31,20 +31,39 @@ class DataRecipe:
     """Say where the rows are and which columns hold what.
 
     Args:
-        source: "chatterbot", or a .jsonl, .csv or .parquet file, relative to the recipe's folder.
-        eval_source: file of the held-out rows; unset, a part of `source` is held out.
-        eval_fraction: that part, more than 0 and less than 1; stratified by label.
-        split_seed: seed of the split.
-        columns: role to column name, where they differ. Roles are text, text_pair, label (SEQ_CLS), tokens,
-            tags (TOKEN_CLS), prompt, answer (CAUSAL_LM).
+        source: "chatterbot"; a .jsonl, .csv or .parquet file, relative to the recipe's folder; or `hub:<id>` of a
+            dataset on the Hub.
+        config: configuration of a dataset on the Hub.
+        split: its split to train on.
+        eval_source: source of the held-out rows; unset, a part of the training rows is held out.
+        eval_split: split of the held-out rows, of the same dataset where `eval_source` is unset.
+        eval_fraction: the part that is held out, more than 0 and less than 1; stratified by label.
+        test_source: source of rows that are evaluated once, at the end.
+        test_split: their split, of the same dataset where `test_source` is unset.
+        split_seed: seed of the split, and of `limit`.
+        limit: number of training rows that are drawn; all when unset.
+        eval_limit: number of held-out and of test rows that are drawn.
+        columns: role to column, where they differ. A column is a name, `a.b` for a value inside column a, a text
+            with `{names}` of columns, or a list of columns. The roles are those of the task.
+        labels: names of the labels in order of their numbers, or a .json file that holds them (a list, or lists
+            by column); unset, a labels.json beside the file, the names that a dataset of the Hub has, or the
+            values in the training rows, sorted.
         max_length: tokens that a row is cut to.
     """
 
     source: str
+    config: str | None = None
+    split: str = "train"
     eval_source: str | None = None
+    eval_split: str | None = None
     eval_fraction: float = 0.25
+    test_source: str | None = None
+    test_split: str | None = None
     split_seed: int = 0
-    columns: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
+    eval_limit: int | None = None
+    columns: dict[str, Column] = field(default_factory=dict)
+    labels: list[str] | str | None = None
     max_length: int = 128
 
 
@@ -73,10 +92,11 @@ class Recipe:
 
     Args:
         base: Hub id, local folder, or `package:<module>/<folder>`.
-        task: "SEQ_CLS", "TOKEN_CLS" or "CAUSAL_LM".
+        task: name of a registered task.
         method: a method of PTuneConfig.
         output_dir: folder of the checkpoints; its subfolder `adapter` takes the finished adapter.
         data: where the rows are.
+        task_options: fields of the task.
         options: further fields of PTuneConfig.
         training: fields of TrainingArguments.
         seed: seed of the prompt, the head and the training.
@@ -89,11 +109,16 @@ class Recipe:
     method: str
     output_dir: str
     data: DataRecipe
+    task_options: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     card: CardRecipe = field(default_factory=CardRecipe)
     folder: Path = Path(".")
+
+    def build_task(self) -> Task:
+        """The task, with its options."""
+        return get_task(self.task)(max_length=self.data.max_length, **self.task_options)
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -134,9 +159,8 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
     top = {n: h for n, h in typing.get_type_hints(Recipe).items() if n not in ("folder", "data", "card")}
     given = _section(content, top | {"data": dict[str, Any], "card": dict[str, Any]}, where, "")
     _need(given, Recipe, where, "")
-    if given["task"] not in TRAINED_TASKS:
-        known = "that task has no data preparation yet, " if given["task"] in TASKS else ""
-        raise RecipeError(f"{where}: task is {given['task']!r}; {known}expected one of {', '.join(TRAINED_TASKS)}.")
+    if given["task"] not in task_names():
+        raise RecipeError(f"{where}: task is {given['task']!r}; expected one of {', '.join(task_names())}.")
     if given["method"] not in method_names():
         raise RecipeError(
             f"{where}: unknown method {given['method']!r}; {_nearest(given['method'], method_names(), '')}"
@@ -145,15 +169,27 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
     _need(data, DataRecipe, where, "data.")
     if not 0 < data.get("eval_fraction", 0.5) < 1:
         raise RecipeError(f"{where}: data.eval_fraction is {data['eval_fraction']}; expected between 0 and 1.")
-    if data.get("max_length", 1) < 1:
-        raise RecipeError(f"{where}: data.max_length is {data['max_length']}; expected 1 or more.")
+    for key in ("max_length", "limit", "eval_limit"):
+        if (value := data.get(key)) is not None and value < 1:
+            raise RecipeError(f"{where}: data.{key} is {value}; expected 1 or more.")
     sections = {
+        "task_options": _section(given.get("task_options", {}), _task_types(given["task"]), where, "task_options."),
         "options": _section(given.get("options", {}), _option_types(), where, "options."),
         "training": _section(given.get("training", {}), _training_types(), where, "training."),
     }
     card = _section(given.get("card", {}), typing.get_type_hints(CardRecipe), where, "card.")
     own = {"data": DataRecipe(**data), "card": CardRecipe(**card), "folder": folder}
-    return Recipe(**(given | sections | own))
+    recipe = Recipe(**(given | sections | own))
+    try:
+        recipe.build_task()
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+    return recipe
+
+
+def _task_types(name: str) -> dict[str, Any]:
+    hints = typing.get_type_hints(get_task(name))
+    return {f.name: hints[f.name] for f in fields(get_task(name)) if f.name != "max_length"}
 
 
 def _option_types() -> dict[str, Any]:
@@ -240,6 +276,8 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 def _is(value: Any, hint: Any) -> bool:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is(value, choice) for choice in inner)
     if origin is typing.Literal:
         return value in inner
     if origin is list:

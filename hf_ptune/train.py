@@ -7,7 +7,7 @@ import argparse
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
-    pipeline,
     set_seed,
 )
 
@@ -29,36 +27,30 @@ from hf_ptune.backbone import TASKS, head_names, load_backbone, resolve
 from hf_ptune.callbacks import FreezeBackboneCallback, GuardCallback, MemoryCallback, ModelCardCallback
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.data import Rows, encode_rows, load_rows, make_collator
+from hf_ptune.data import Rows, load_rows
 from hf_ptune.errors import BackboneError, PTuneError, RecipeError
-from hf_ptune.metrics import MAIN_METRIC, choose_best, make_compute_metrics
 from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, read_recipe
+from hf_ptune.sources import HUB
+from hf_ptune.tasks import Answer, Feature, Row, Task, TaskTrainer
 
 ADAPTER_FOLDER = "adapter"
 _QUESTIONS = 3
-_ANSWER_TOKENS = 32
-_PIPELINES = {"SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification", "CAUSAL_LM": "text-generation"}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Hold what the reloaded folder said to a held-out row."""
-
-    question: str
-    answer: str
-    truth: str
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hold what a run produced: metrics of the held-out rows before and after, folder, answers (first rank)."""
+    """Hold what a run produced: metrics of the held-out rows before and after, folder, answers (first rank).
+
+    `test` has the metrics of the test rows, where there are some.
+    """
 
     before: dict[str, float]
     after: dict[str, float]
     folder: Path
     answers: list[Answer]
+    test: dict[str, float] = field(default_factory=dict)
 
 
 def run(recipe: Recipe) -> Outcome:
@@ -72,10 +64,10 @@ def run(recipe: Recipe) -> Outcome:
     """
     arguments = make_arguments(recipe)
     set_seed(recipe.seed)
-    rows = load_rows(recipe)
+    task, rows = recipe.build_task(), load_rows(recipe)
     tokenizer = load_tokenizer(recipe.base)
     config = PTuneConfig(method=recipe.method, base_model_name_or_path=recipe.base, **recipe.options)
-    model = get_ptune_model(load_base(recipe.base, recipe.task, rows.labels, tokenizer), config, tokenizer)
+    model = get_ptune_model(load_base(recipe.base, task.model_task, rows.labels, tokenizer), config, tokenizer)
     trainer = make_trainer(recipe, arguments, model, tokenizer, rows)
 
     first = trainer.is_world_process_zero()
@@ -85,6 +77,7 @@ def run(recipe: Recipe) -> Outcome:
     before = _evaluate(trainer)
     trainer.train()
     after = _evaluate(trainer)
+    test = _evaluate(trainer, task.encode(rows.test, tokenizer, rows.labels, held_out=True)) if rows.test else {}
     if arguments.push_to_hub:
         trainer.push_to_hub()
 
@@ -94,17 +87,19 @@ def run(recipe: Recipe) -> Outcome:
         tokenizer.save_pretrained(folder)
         facts = gather_facts(arguments, trainer.state, model, card_facts(recipe, rows))
         finish_folder(model, folder, Path(recipe.output_dir).name, facts=facts)
-        answers = ask(folder, recipe, rows)
-        report(Outcome(before, after, folder, answers), MAIN_METRIC[recipe.task])
+        answers = ask(folder, task, rows.held_out, recipe.seed)
+        report(Outcome(before, after, folder, answers, test), task.metric)
     trainer.accelerator.wait_for_everyone()
-    return Outcome(before, after, folder, answers)
+    return Outcome(before, after, folder, answers, test)
 
 
 def card_facts(recipe: Recipe, rows: Rows) -> dict[str, Any]:
     """What a recipe and its rows tell a card."""
     given = {k: v for k, v in asdict(recipe.card).items() if v is not None}
-    given.setdefault("datasets", [Path(recipe.data.source).stem])
-    example = next((rows.held_out[0][k] for k in ("text", "prompt") if rows.held_out and k in rows.held_out[0]), None)
+    source = recipe.data.source
+    given.setdefault("datasets", [source.removeprefix(HUB) if source.startswith(HUB) else Path(source).stem])
+    first = rows.held_out[0] if rows.held_out else {}
+    example = next((first[role] for role in ("text", "prompt", "instruction", "question") if role in first), None)
     return given if example is None else given | {"example": str(example)}
 
 
@@ -168,21 +163,17 @@ def make_trainer(
     model: PTunePreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
-) -> Trainer:
+) -> TaskTrainer:
     """Put a Trainer around a model, watched by the callbacks."""
-    train, held_out = (
-        encode_rows(part, recipe.task, tokenizer, rows.labels, recipe.data.max_length)
-        for part in (rows.train, rows.held_out)
-    )
-    return Trainer(
+    task = recipe.build_task()
+    return TaskTrainer(
+        task=task,
+        labels=rows.labels,
         model=model,
         args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
+        train_dataset=task.encode(rows.train, tokenizer, rows.labels),
+        eval_dataset=task.encode(rows.held_out, tokenizer, rows.labels, held_out=True),
         processing_class=tokenizer,
-        data_collator=make_collator(recipe.task, tokenizer),
-        compute_metrics=make_compute_metrics(recipe.task, rows.labels),
-        preprocess_logits_for_metrics=choose_best,
         callbacks=[
             FreezeBackboneCallback(),
             GuardCallback(),
@@ -192,38 +183,26 @@ def make_trainer(
     )
 
 
-def _evaluate(trainer: Trainer) -> dict[str, float]:
-    return {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items() if isinstance(v, float)}
+def _evaluate(trainer: TaskTrainer, test: list[Feature] | None = None) -> dict[str, float]:
+    prefix = "eval" if test is None else "test"
+    found = trainer.evaluate(test, metric_key_prefix=prefix)
+    return {k.removeprefix(f"{prefix}_"): v for k, v in found.items() if isinstance(v, float)}
 
 
-def ask(folder: Path, recipe: Recipe, rows: Rows) -> list[Answer]:
-    """Load a folder by its Auto class and let a pipeline answer held-out rows.
+def ask(folder: Path, task: Task, rows: Sequence[Row], seed: int) -> list[Answer]:
+    """Load a folder by its Auto class and let it answer a few rows.
 
     Args:
         folder: adapter and tokenizer.
-        recipe: tells the task, and the seed by which rows are drawn.
-        rows: the held-out ones are asked.
+        task: what it was trained for.
+        rows: held-out ones.
+        seed: by which rows are drawn, unlike ones where the task has groups.
     """
-    model = TASKS[recipe.task].from_pretrained(folder)
-    pipe = pipeline(_PIPELINES[recipe.task], model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
-    drawn = random.Random(recipe.seed).sample(rows.held_out, len(rows.held_out))
-    if recipe.task == "SEQ_CLS":
-        drawn = list({row["label"]: row for row in drawn}.values())  # one of each label
-    return [_ask_one(pipe, recipe.task, row) for row in drawn[:_QUESTIONS]]
-
-
-def _ask_one(pipe: Any, task: str, row: dict[str, Any]) -> Answer:
-    if task == "SEQ_CLS":
-        inputs = {"text": str(row["text"])} | ({"text_pair": str(row["text_pair"])} if "text_pair" in row else {})
-        best = pipe([inputs])[0]
-        return Answer(" | ".join(inputs.values()), f"{best['label']} ({best['score']:.2f})", str(row["label"]))
-    if task == "TOKEN_CLS":
-        text = " ".join(row["tokens"])
-        found = ", ".join(f"{e['word']}: {e['entity_group']}" for e in pipe(text, aggregation_strategy="simple"))
-        return Answer(text, found or "nothing", " ".join(map(str, row["tags"])))
-    prompt = str(row["prompt"])
-    written = pipe(prompt, return_full_text=False, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
-    return Answer(prompt, written[0]["generated_text"].strip(), str(row["answer"]))
+    model = TASKS[task.model_task].from_pretrained(folder).eval()
+    drawn = random.Random(seed).sample(rows, len(rows))
+    if task.group_role is not None:
+        drawn = list({row[task.group_role]: row for row in drawn}.values())  # one of each group
+    return task.ask(model, AutoTokenizer.from_pretrained(folder), drawn[:_QUESTIONS])
 
 
 def report(outcome: Outcome, metric: str) -> None:
@@ -231,6 +210,7 @@ def report(outcome: Outcome, metric: str) -> None:
     size = (outcome.folder / WEIGHTS_NAME).stat().st_size
     lines = [
         f"held-out {metric}: {outcome.before[metric]:.3f} before, {outcome.after[metric]:.3f} after training",
+        *([f"test {metric}: {outcome.test[metric]:.3f}"] if outcome.test else []),
         f"adapter: {outcome.folder} ({size / 1024:.0f} KiB of weights)",
         "reloaded from that folder:",
     ]

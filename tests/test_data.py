@@ -9,17 +9,14 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hf_ptune.data import (
-    IGNORED,
-    chatterbot_rows,
-    encode_rows,
-    load_rows,
-    make_collator,
-    read_file,
-    split_rows,
-)
+from hf_ptune.data import load_rows, split_rows
 from hf_ptune.errors import RecipeError
 from hf_ptune.recipe import make_recipe
+from hf_ptune.sources import chatterbot_rows, read_file
+from hf_ptune.tasks import IGNORED
+from hf_ptune.tasks.causal_lm import CausalLM
+from hf_ptune.tasks.sequence_classification import SequenceClassification
+from hf_ptune.tasks.token_classification import TokenClassification
 
 
 def words_tokenizer(words: str = "a b c d e f g h") -> PreTrainedTokenizerFast:
@@ -117,19 +114,20 @@ def test_the_split_is_stratified_and_fixed() -> None:
 def test_pairs() -> None:
     tokenizer = words_tokenizer()
     rows = [{"text": "a b", "text_pair": "c", "label": 1}, {"text": "a", "text_pair": "b", "label": 0}]
-    encoded = encode_rows(rows, "SEQ_CLS", tokenizer, ["0", "1"], 16)
+    task = SequenceClassification()
+    encoded = task.encode(rows, tokenizer, ["0", "1"])
     assert tokenizer.decode(encoded[0]["input_ids"]) == "[CLS] a b [SEP] c [SEP]"
-    batch = make_collator("SEQ_CLS", tokenizer)(encoded)
+    batch = task.collator(tokenizer)(encoded)
     assert batch["labels"].tolist() == [1, 0] and batch["input_ids"].shape == (2, 6)
 
 
 def test_a_word_s_first_token_bears_its_tag() -> None:
     tokenizer = words_tokenizer()
     row = {"tokens": ["a", "xy", "b"], "tags": ["O", "B-X", "O"]}
-    encoded = encode_rows([row], "TOKEN_CLS", tokenizer, ["B-X", "O"], 16)[0]
+    encoded = TokenClassification().encode([row], tokenizer, ["B-X", "O"])[0]
     assert encoded["labels"] == [IGNORED, 1, 0, IGNORED, 1, IGNORED]
-    batch = make_collator("TOKEN_CLS", tokenizer)(
-        [encoded, encode_rows([row], "TOKEN_CLS", tokenizer, ["B-X", "O"], 3)[0]]
+    batch = TokenClassification().collator(tokenizer)(
+        [encoded, TokenClassification(max_length=3).encode([row], tokenizer, ["B-X", "O"])[0]]
     )
     assert batch["labels"].tolist()[1] == [IGNORED, 1, *[IGNORED] * 4]
 
@@ -139,11 +137,11 @@ def test_the_answer_alone_has_labels(side: str) -> None:
     tokenizer = words_tokenizer()
     tokenizer.padding_side = side
     rows = [{"prompt": "a b", "answer": "c"}, {"prompt": "a", "answer": "d"}]
-    encoded = encode_rows(rows, "CAUSAL_LM", tokenizer, [], 16)
+    encoded = CausalLM().encode(rows, tokenizer, [])
     assert tokenizer.decode(encoded[0]["input_ids"]) == "[CLS] a b c [SEP]"
-    batch = make_collator("CAUSAL_LM", tokenizer)(encoded)
+    batch = CausalLM().collator(tokenizer)(encoded)
     for ids, labels, answer in zip(batch["input_ids"], batch["labels"], ("c [SEP]", "d [SEP]"), strict=True):
         kept = labels != IGNORED
         assert tokenizer.decode(ids[kept]) == tokenizer.decode(labels[kept]) == answer
-    short = encode_rows(rows, "CAUSAL_LM", tokenizer, [], 3)[0]
+    short = CausalLM(max_length=3).encode(rows, tokenizer, [])[0]
     assert tokenizer.decode(short["input_ids"]) == "b c [SEP]" and short["labels"][0] == IGNORED

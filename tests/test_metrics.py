@@ -6,8 +6,11 @@ import pytest
 import torch
 from transformers import EvalPrediction
 
-from hf_ptune.data import IGNORED
-from hf_ptune.metrics import Accuracy, MacroF1, Seqeval, choose_best, make_compute_metrics
+from hf_ptune.metrics import Accuracy, MacroF1, Seqeval
+from hf_ptune.tasks import IGNORED
+from hf_ptune.tasks.causal_lm import CausalLM
+from hf_ptune.tasks.sequence_classification import SequenceClassification
+from hf_ptune.tasks.token_classification import TokenClassification
 
 
 def test_values_by_hand() -> None:
@@ -29,18 +32,20 @@ def test_they_are_metrics_of_evaluate() -> None:
 def test_tags_leave_ignored_positions_out() -> None:
     labels = np.array([[IGNORED, 0, 1, IGNORED], [IGNORED, 2, IGNORED, IGNORED]])
     chosen = np.array([[2, 0, 1, 0], [0, 2, 0, 0]])
-    compute = make_compute_metrics("TOKEN_CLS", ["B-X", "I-X", "O"])
-    assert compute(EvalPrediction(chosen, labels))["f1"] == 1.0
+    found = TokenClassification().compute_metrics(EvalPrediction(chosen, labels), [], ["B-X", "I-X", "O"])
+    assert found["f1"] == 1.0
 
 
 def test_answers_are_compared_with_the_token_before() -> None:
     labels = np.array([[IGNORED, IGNORED, 5, 6], [IGNORED, 7, 8, IGNORED]])
     chosen = np.array([[0, 5, 6, 0], [7, 0, 0, 0]])
-    found = make_compute_metrics("CAUSAL_LM", [])(EvalPrediction(chosen, labels))
+    found = CausalLM().compute_metrics(EvalPrediction(chosen, labels), [], [])
     assert found == {"accuracy": 0.75, "exact_match": 0.5}
 
 
 def test_logits_become_classes() -> None:
     logits = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
-    assert choose_best((logits, logits), logits).tolist() == [1, 0]
-    assert make_compute_metrics("SEQ_CLS", [])(EvalPrediction(np.array([1, 0]), np.array([1, 1])))["accuracy"] == 0.5
+    task = SequenceClassification()
+    assert task.preprocess_logits((logits, logits), logits).tolist() == [1, 0]
+    prediction = EvalPrediction(np.array([1, 0]), np.array([1, 1]))
+    assert task.compute_metrics(prediction, [], ["a", "b"])["accuracy"] == 0.5

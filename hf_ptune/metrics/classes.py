@@ -1,0 +1,63 @@
+"""Metrics of classes: accuracy, macro F1, and the F1 of entities."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+from hf_ptune.errors import PTuneError
+
+
+def describe(description: str, citation: str, feature: Any) -> evaluate.MetricInfo:
+    return evaluate.MetricInfo(
+        description=description,
+        citation=citation,
+        inputs_description="predictions and references, as many of each",
+        features=datasets.Features({"predictions": feature, "references": feature}),
+    )
+
+
+class Accuracy(evaluate.Metric):
+    """Count the part of predictions that equal their references."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return describe("Part of predictions that are right.", "", datasets.Value("int64"))
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+
+
+class MacroF1(evaluate.Metric):
+    """Average the F1 of every class, each class alike."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return describe("Mean over classes of F1.", "", datasets.Value("int64"))
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        try:
+            from sklearn.metrics import f1_score
+        except ImportError as error:
+            raise PTuneError('macro F1 needs scikit-learn: pip install "hf_ptune[metrics]".') from error
+        return {"f1_macro": float(f1_score(references, predictions, average="macro", zero_division=0))}
+
+
+class Seqeval(evaluate.Metric):
+    """Score entities of IOB-tagged sequences: precision, recall, F1, and the accuracy of tags."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        citation = "Nakayama 2018, seqeval: a Python framework for sequence labeling evaluation"
+        return describe("F1 of whole entities.", citation, datasets.Sequence(datasets.Value("string")))
+
+    def _compute(self, predictions: Sequence[list[str]], references: Sequence[list[str]]) -> dict[str, float]:
+        try:
+            from seqeval import metrics
+        except ImportError as error:
+            raise PTuneError('the F1 of entities needs seqeval: pip install "hf_ptune[metrics]".') from error
+        return {
+            "precision": float(metrics.precision_score(references, predictions, zero_division=0)),
+            "recall": float(metrics.recall_score(references, predictions, zero_division=0)),
+            "f1": float(metrics.f1_score(references, predictions, zero_division=0)),
+            "accuracy": float(metrics.accuracy_score(references, predictions)),
+        }

@@ -1,0 +1,145 @@
+"""Where rows come from: files, datasets of the Hub, and the corpus of the quickstart."""
+
+import csv
+import importlib.util
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_ptune.errors import RecipeError
+from hf_ptune.tasks.base import Row
+
+HUB = "hub:"
+_MIN_LINES = 25  # topics of fewer lines are too small to be held out
+
+
+def read_file(path: Path) -> list[Row]:
+    """Read a .jsonl, .csv or .parquet file.
+
+    Raises:
+        RecipeError: the file is missing, broken, empty, or of another kind.
+    """
+    readers: dict[str, Callable[[Path], list[Row]]] = {
+        ".jsonl": _read_jsonl,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
+    if path.suffix not in readers:
+        raise RecipeError(f"{path}: expected a file that ends in {', '.join(readers)}, or {HUB}<id> of a dataset.")
+    if not path.is_file():
+        raise RecipeError(f"{path}: there is no such file; paths of data start at the recipe's folder.")
+    rows = readers[path.suffix](path)
+    if not rows:
+        raise RecipeError(f"{path}: holds no rows.")
+    return rows
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RecipeError(f"{path}, line {number}: is no JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise RecipeError(f"{path}, line {number}: expected an object with named columns.")
+            rows.append(row)
+    return rows
+
+
+def _read_csv(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise RecipeError(f"{path}: is no Parquet: {error}") from error
+    return rows
+
+
+def read_hub(name: str, config: str | None, split: str) -> tuple[list[Row], dict[str, list[str]]]:
+    """Read a split of a dataset, from the Hub or from the cache of an earlier run.
+
+    Args:
+        name: its id on the Hub.
+        config: name of one of its configurations.
+        split: name of the split; a slice such as "train[:100]" also.
+
+    Returns:
+        Rows, and the names of classes by column.
+
+    Raises:
+        RecipeError: it cannot be had, or has no such configuration or split.
+    """
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(
+            f"data.source {HUB}{name} (config {config}, split {split}) cannot be loaded: {error}. It needs the network "
+            "once; without it, name a .jsonl, .csv or .parquet file."
+        ) from error
+    names = {column: found for column, feature in dataset.features.items() if (found := _class_names(feature))}
+    return list(dataset), names
+
+
+def _class_names(feature: Any) -> list[str]:
+    inner = getattr(feature, "feature", feature)  # of a list of classes
+    return list(getattr(inner, "names", None) or [])
+
+
+def read_label_names(path: Path) -> list[str] | dict[str, list[str]]:
+    """Read a file of label names: a list in order of their numbers, or such a list by column.
+
+    Raises:
+        RecipeError: it is missing or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: cannot be read as names of labels: {error}") from error
+    lists = list(content.values()) if isinstance(content, dict) else [content]
+    if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
+        raise RecipeError(f"{path}: expected a list of names in order of their numbers, or such a list by column.")
+    found: list[str] | dict[str, list[str]] = content
+    return found
+
+
+def chatterbot_rows() -> list[Row]:
+    """Opening lines of the English dialogues in the package chatterbot-corpus, labelled by their topic.
+
+    Lines that differ in case or spacing only count once, under the first topic that has them; topics of
+    fewer than 25 lines are left out.
+
+    Raises:
+        RecipeError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("chatterbot_corpus")
+    if spec is None or not spec.submodule_search_locations:
+        raise RecipeError("data.source 'chatterbot' needs chatterbot-corpus: pip install \"hf_ptune[quickstart]\".")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "data" / "english"
+    topics: dict[str, list[str]] = defaultdict(list)
+    seen: set[str] = set()
+    for path in sorted(folder.glob("*.yml")):
+        for conversation in yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"]:
+            line = " ".join(str(conversation[0]).split())
+            if line.lower() not in seen:
+                seen.add(line.lower())
+                topics[path.stem].append(line)
+    return [
+        {"text": line, "label": topic} for topic, lines in topics.items() if len(lines) >= _MIN_LINES for line in lines
+    ]

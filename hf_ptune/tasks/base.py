@@ -1,0 +1,165 @@
+"""What a task is: the rows it needs, what the model gets of them, what is measured, and how it is asked."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from hf_ptune.errors import RecipeError
+
+Row = dict[str, Any]
+Feature = dict[str, Any]
+IGNORED = -100  # label of a position that has no loss
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Hold what a model said to a held-out row."""
+
+    question: str
+    answer: str
+    truth: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Describe one task; a subclass overrides what differs, and its fields are the recipe's `task_options`.
+
+    A row is a dict by role. A feature is a dict of what the model's forward takes, and of whatever else
+    `compute_metrics` wants to know of it: the collator leaves that out.
+
+    Args:
+        max_length: tokens that a feature has at most; the recipe's `data.max_length`.
+
+    Attributes:
+        name: the recipe's `task`.
+        model_task: key of `backbone.TASKS` by which the base is loaded.
+        forms: sets of roles, any one of which a row must have whole.
+        possible: roles that a row may have besides.
+        label_role: role that holds names of labels, one or a list; `None` where the head has no names.
+        group_role: role by which rows are split in strata, and by which unlike rows are asked.
+        metric: the number to show before and after training; greater is better.
+    """
+
+    max_length: int = 128
+
+    name: ClassVar[str]
+    model_task: ClassVar[str]
+    forms: ClassVar[tuple[tuple[str, ...], ...]]
+    possible: ClassVar[tuple[str, ...]] = ()
+    label_role: ClassVar[str | None] = None
+    group_role: ClassVar[str | None] = None
+    metric: ClassVar[str]
+
+    @classmethod
+    def roles(cls) -> list[str]:
+        """All roles, in order."""
+        return list(dict.fromkeys([role for form in cls.forms for role in form] + list(cls.possible)))
+
+    def check_row(self, row: Row, where: str) -> Row:
+        """Check one row and bring it in order; `where` names its place for messages.
+
+        Raises:
+            RecipeError: the row's values do not fit each other.
+        """
+        return row
+
+    def label_names(self, rows: Sequence[Row]) -> list[str]:
+        """Names of the labels in rows, sorted; none where the head has no names."""
+        if self.label_role is None:
+            return []
+        return sorted({str(name) for row in rows for name in _as_list(row[self.label_role])})
+
+    def check_labels(self, labels: Sequence[str]) -> None:
+        """Check the names of the labels that the training rows have.
+
+        Raises:
+            RecipeError: they leave nothing to learn.
+        """
+
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
+    ) -> list[Feature]:
+        """Turn rows into features; there may be more features than rows.
+
+        Args:
+            rows: as `check_row` returns them.
+            tokenizer: the base's.
+            labels: names of the labels, in order of their numbers.
+            held_out: whether the rows are measured, not trained on.
+
+        Returns:
+            Features with ids `[T]`, T at most `max_length`, and labels.
+
+        Raises:
+            RecipeError: the tokenizer cannot do what the task needs.
+        """
+        raise NotImplementedError
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Feature]], Any]:
+        """What pads features to a batch `[B, T]`, on the tokenizer's own side."""
+        raise NotImplementedError
+
+    def preprocess_logits(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Any:
+        """What is kept of the logits of a held-out batch: the best class, `[B]` or `[B, T]`."""
+        first = logits[0] if isinstance(logits, tuple) else logits
+        return first.argmax(dim=-1)
+
+    def compute_metrics(
+        self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]
+    ) -> dict[str, float]:
+        """Measure predictions.
+
+        Args:
+            prediction: what `preprocess_logits` kept and the labels, a row of either for every feature.
+            features: what was predicted, in the same order.
+            labels: names of the labels.
+        """
+        raise NotImplementedError
+
+    def measure_further(self, trainer: Any, features: Sequence[Feature]) -> dict[str, float]:
+        """Measure what logits do not tell, such as generated text; called by every rank.
+
+        Args:
+            trainer: holds model, tokenizer (`processing_class`) and accelerator.
+            features: held-out ones.
+        """
+        return {}
+
+    def ask(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Answer]:
+        """Let a trained model answer rows.
+
+        Args:
+            model: of the task, in eval mode.
+            tokenizer: its own.
+            rows: held-out ones.
+        """
+        raise NotImplementedError
+
+
+def _as_list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def need_fast(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Refuse a tokenizer that does not know where its tokens come from.
+
+    Raises:
+        RecipeError: it is no fast tokenizer.
+    """
+    if not tokenizer.is_fast:
+        raise RecipeError(f"{type(tokenizer).__name__} does not tell which {what} a token is of; use a fast one.")
+
+
+def model_inputs(feature: Mapping[str, Any], names: Sequence[str]) -> Feature:
+    """The part of a feature that has one of the names."""
+    return {name: feature[name] for name in names if name in feature}
+
+
+def kept_pairs(prediction: EvalPrediction) -> tuple[Any, Any, Any]:
+    """Predictions, labels and which labels count, as arrays `[N]` or `[N, T]`."""
+    wanted = np.asarray(prediction.label_ids)
+    return np.asarray(prediction.predictions), wanted, wanted != IGNORED

@@ -1,0 +1,53 @@
+"""The Trainer that shows a task the features behind its predictions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_ptune.tasks.base import Task
+
+
+class TaskTrainer(Trainer):
+    """Train and measure a model on a task's features.
+
+    Args:
+        task: pads, measures and asks.
+        labels: names of its labels.
+        processing_class: the tokenizer.
+        kwargs: what a Trainer takes; collator and metrics are the task's own.
+    """
+
+    def __init__(
+        self, *, task: Task, labels: Sequence[str], processing_class: PreTrainedTokenizerBase, **kwargs: Any
+    ) -> None:
+        super().__init__(
+            processing_class=processing_class,
+            data_collator=task.collator(processing_class),
+            compute_metrics=self._measure,
+            preprocess_logits_for_metrics=task.preprocess_logits,
+            **kwargs,
+        )
+        self.task = task
+        self.labels = list(labels)
+        self.features: Any = []  # those that are being evaluated
+
+    def _measure(self, prediction: EvalPrediction) -> dict[str, float]:
+        return self.task.compute_metrics(prediction, self.features, self.labels)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as the Trainer does, then let the task measure what logits do not tell."""
+        self.features = dataloader.dataset
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        further = self.task.measure_further(self, self.features)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in further.items()})
+        return output
