@@ -13,15 +13,13 @@ from hf_ptune.data import load_rows, split_rows
 from hf_ptune.errors import RecipeError
 from hf_ptune.recipe import make_recipe
 from hf_ptune.sources import chatterbot_rows, read_file
-from hf_ptune.tasks import IGNORED
-from hf_ptune.tasks.causal_lm import CausalLM
-from hf_ptune.tasks.sequence_classification import SequenceClassification
-from hf_ptune.tasks.token_classification import TokenClassification
 
 
 def words_tokenizer(words: str = "a b c d e f g h") -> PreTrainedTokenizerFast:
     """A tokenizer of whole words in brackets; "xy" is cut into two tokens."""
-    vocabulary = {w: n for n, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "x", "##y", *words.split()])}
+    vocabulary = {
+        w: n for n, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "x", "##y", *words.split(), "[MASK]"])
+    }
     inner = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
@@ -32,6 +30,7 @@ def words_tokenizer(words: str = "a b c d e f g h") -> PreTrainedTokenizerFast:
         cls_token="[CLS]",
         sep_token="[SEP]",
         eos_token="[SEP]",
+        mask_token="[MASK]",
     )
 
 
@@ -109,39 +108,3 @@ def test_the_split_is_stratified_and_fixed() -> None:
     assert Counter(r["label"] for r in held) == {"a": 10, "b": 5}
     assert sorted(int(r["text"]) for r in train + held) == list(range(60))
     assert split_rows(rows, 0.25, 3, by="label") == (train, held) != split_rows(rows, 0.25, 4, by="label")
-
-
-def test_pairs() -> None:
-    tokenizer = words_tokenizer()
-    rows = [{"text": "a b", "text_pair": "c", "label": 1}, {"text": "a", "text_pair": "b", "label": 0}]
-    task = SequenceClassification()
-    encoded = task.encode(rows, tokenizer, ["0", "1"])
-    assert tokenizer.decode(encoded[0]["input_ids"]) == "[CLS] a b [SEP] c [SEP]"
-    batch = task.collator(tokenizer)(encoded)
-    assert batch["labels"].tolist() == [1, 0] and batch["input_ids"].shape == (2, 6)
-
-
-def test_a_word_s_first_token_bears_its_tag() -> None:
-    tokenizer = words_tokenizer()
-    row = {"tokens": ["a", "xy", "b"], "tags": ["O", "B-X", "O"]}
-    encoded = TokenClassification().encode([row], tokenizer, ["B-X", "O"])[0]
-    assert encoded["labels"] == [IGNORED, 1, 0, IGNORED, 1, IGNORED]
-    batch = TokenClassification().collator(tokenizer)(
-        [encoded, TokenClassification(max_length=3).encode([row], tokenizer, ["B-X", "O"])[0]]
-    )
-    assert batch["labels"].tolist()[1] == [IGNORED, 1, *[IGNORED] * 4]
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_the_answer_alone_has_labels(side: str) -> None:
-    tokenizer = words_tokenizer()
-    tokenizer.padding_side = side
-    rows = [{"prompt": "a b", "answer": "c"}, {"prompt": "a", "answer": "d"}]
-    encoded = CausalLM().encode(rows, tokenizer, [])
-    assert tokenizer.decode(encoded[0]["input_ids"]) == "[CLS] a b c [SEP]"
-    batch = CausalLM().collator(tokenizer)(encoded)
-    for ids, labels, answer in zip(batch["input_ids"], batch["labels"], ("c [SEP]", "d [SEP]"), strict=True):
-        kept = labels != IGNORED
-        assert tokenizer.decode(ids[kept]) == tokenizer.decode(labels[kept]) == answer
-    short = CausalLM(max_length=3).encode(rows, tokenizer, [])[0]
-    assert tokenizer.decode(short["input_ids"]) == "b c [SEP]" and short["labels"][0] == IGNORED

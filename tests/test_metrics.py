@@ -1,16 +1,21 @@
 """Metrics: values by hand, without network."""
 
+import math
+import random
+import re
+import string
+from collections import Counter
+
 import evaluate
 import numpy as np
 import pytest
 import torch
 from transformers import EvalPrediction
 
-from hf_ptune.metrics import Accuracy, MacroF1, Seqeval
+from hf_ptune.metrics import Accuracy, Bleu, MacroF1, RougeL, Seqeval, SpanMatch
 from hf_ptune.tasks import IGNORED
 from hf_ptune.tasks.causal_lm import CausalLM
 from hf_ptune.tasks.sequence_classification import SequenceClassification
-from hf_ptune.tasks.token_classification import TokenClassification
 
 
 def test_values_by_hand() -> None:
@@ -29,13 +34,6 @@ def test_they_are_metrics_of_evaluate() -> None:
     assert both.compute(predictions=[0, 1], references=[0, 1]) == {"accuracy": 1.0, "f1_macro": 1.0}
 
 
-def test_tags_leave_ignored_positions_out() -> None:
-    labels = np.array([[IGNORED, 0, 1, IGNORED], [IGNORED, 2, IGNORED, IGNORED]])
-    chosen = np.array([[2, 0, 1, 0], [0, 2, 0, 0]])
-    found = TokenClassification().compute_metrics(EvalPrediction(chosen, labels), [], ["B-X", "I-X", "O"])
-    assert found["f1"] == 1.0
-
-
 def test_answers_are_compared_with_the_token_before() -> None:
     labels = np.array([[IGNORED, IGNORED, 5, 6], [IGNORED, 7, 8, IGNORED]])
     chosen = np.array([[0, 5, 6, 0], [7, 0, 0, 0]])
@@ -49,3 +47,127 @@ def test_logits_become_classes() -> None:
     assert task.preprocess_logits((logits, logits), logits).tolist() == [1, 0]
     prediction = EvalPrediction(np.array([1, 0]), np.array([1, 1]))
     assert task.compute_metrics(prediction, [], ["a", "b"])["accuracy"] == 0.5
+
+
+def squad_scores(prediction: str, references: list[str]) -> tuple[float, float]:
+    """Exact match and F1 of one answer, step by step."""
+
+    def words(text: str) -> list[str]:
+        text = text.lower()
+        for mark in string.punctuation:
+            text = text.replace(mark, "")
+        return [w for w in re.sub(r"\b(a|an|the)\b", " ", text).split()]
+
+    exact, f1 = 0.0, 0.0
+    for reference in references or [""]:
+        found, wanted = words(prediction), words(reference)
+        exact = max(exact, float(" ".join(found) == " ".join(wanted)))
+        pool, same = list(wanted), 0
+        for word in found:
+            if word in pool:
+                pool.remove(word)
+                same += 1
+        if not found or not wanted:
+            f1 = max(f1, float(found == wanted))
+        elif same:
+            precision, recall = same / len(found), same / len(wanted)
+            f1 = max(f1, 2 * precision * recall / (precision + recall))
+    return exact, f1
+
+
+def test_answers_are_scored_as_squad_scores_them() -> None:
+    generator = random.Random(0)
+    words = ["the", "A", "cat", "Cat,", "(dog)", "an", "theme", "it's", "2.5", "—", "dogs"]
+    predictions = [" ".join(generator.choices(words, k=generator.randint(0, 4))) for _ in range(200)]
+    references = [
+        [
+            " ".join(generator.choices(["cat", "dog", "the", "2.5", "its"], k=3)) + "s"
+            for _ in range(generator.randint(0, 3))
+        ]
+        for _ in predictions
+    ]
+    scores = np.array([squad_scores(p, r) for p, r in zip(predictions, references, strict=True)])
+    found = SpanMatch(keep_in_memory=True).compute(predictions=predictions, references=references)
+    assert (found["exact_match"], found["f1"]) == (
+        pytest.approx(scores[:, 0].mean()),
+        pytest.approx(scores[:, 1].mean()),
+    )
+    answered = np.array([bool(r) for r in references])
+    assert found["HasAns_f1"] == pytest.approx(scores[answered, 1].mean())
+    assert found["NoAns_exact"] == pytest.approx(scores[~answered, 0].mean())
+    # known values: articles and case do not count; 2 words of 3 and 2
+    pairs = {"predictions": ["The Cat.", "black cat sat"], "references": [["a cat"], ["cat", "black cat"]]}
+    assert SpanMatch(keep_in_memory=True).compute(**pairs) == {"exact_match": 0.5, "f1": pytest.approx((1 + 0.8) / 2)}
+
+
+def test_chinese_answers_are_compared_by_character() -> None:
+    pairs = {"predictions": ["铁木真。"], "references": [["铁木"]]}
+    assert SpanMatch(keep_in_memory=True).compute(**pairs)["f1"] == 0.0
+    assert SpanMatch(characters=True, keep_in_memory=True).compute(**pairs)["f1"] == pytest.approx(0.8)
+
+
+def bleu(predictions: list[list[str]], references: list[list[list[str]]]) -> float:
+    """Corpus BLEU of words: clipped n-gram precisions, times the penalty of the closest reference lengths."""
+    logs, length, closest = 0.0, sum(map(len, predictions)), 0
+    for p, rs in zip(predictions, references, strict=True):
+        closest += min((abs(len(r) - len(p)), len(r)) for r in rs)[1]
+    for n in range(1, 5):
+        right = total = 0
+        for p, rs in zip(predictions, references, strict=True):
+            grams = [Counter(tuple(t[i : i + n]) for i in range(len(t) - n + 1)) for t in (p, *rs)]
+            most = Counter[tuple[str, ...]]()
+            for counts in grams[1:]:
+                most |= counts
+            right += sum((grams[0] & most).values())
+            total += sum(grams[0].values())
+        logs += math.log(right / total) / 4
+    return 100 * min(1.0, math.exp(1 - closest / length)) * math.exp(logs)
+
+
+def written_texts(count: int = 30) -> tuple[list[str], list[list[str]]]:
+    generator = random.Random(1)
+    words = ["there", "is", "a", "cheap", "pub", "near", "the", "river", "which", "serves", "food"]
+    references = [
+        [" ".join(generator.choices(words, k=generator.randint(6, 14))) for _ in range(generator.randint(1, 4))]
+        for _ in range(count)
+    ]
+    predictions = [" ".join([*generator.choice(r).split()[:-2], *generator.choices(words, k=2)]) for r in references]
+    return predictions, references
+
+
+def test_bleu_of_a_corpus_with_several_references() -> None:
+    pytest.importorskip("sacrebleu", reason="BLEU needs sacrebleu")
+    predictions, references = written_texts()
+    expected = bleu([p.split() for p in predictions], [[r.split() for r in rs] for rs in references])
+    found = Bleu(keep_in_memory=True).compute(predictions=predictions, references=references)
+    assert found["bleu"] == pytest.approx(expected)
+    chinese = {"predictions": ["我们今天去公园"], "references": [["我们今天去公园"]]}
+    assert Bleu("zh", keep_in_memory=True).compute(**chinese)["bleu"] == pytest.approx(100)
+
+
+def test_rouge_of_longest_common_subsequences() -> None:
+    def longest(a: list[str], b: list[str]) -> int:
+        if not a or not b:
+            return 0
+        if a[0] == b[0]:
+            return 1 + longest(a[1:], b[1:])
+        return max(longest(a[1:], b), longest(a, b[1:]))
+
+    predictions, references = ["A b, c d e", "x y"], [["a c b e", "d a"], ["z"]]
+    common = [longest(list("abcde"), list(r)) for r in ("aceb", "acbe", "da")]
+    assert common == [3, 3, 1]
+    found = RougeL(keep_in_memory=True).compute(predictions=predictions, references=references)
+    assert found == {"rougeL": pytest.approx((2 * 3 / (5 + 4) + 0) / 2)}
+    chinese = {"predictions": ["今天去公园"], "references": [["今天公园"]]}
+    assert RougeL(keep_in_memory=True).compute(**chinese) == {"rougeL": pytest.approx(2 * 4 / (5 + 4))}
+
+
+def test_rouge_equals_the_package_s() -> None:
+    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="compares with rouge_score")
+    predictions, references = written_texts()
+    other = scorer.RougeScorer(["rougeL"])
+    expected = np.mean(
+        [max(other.score(r, p)["rougeL"].fmeasure for r in rs) for p, rs in zip(predictions, references, strict=True)]
+    )
+    found = RougeL(keep_in_memory=True).compute(predictions=predictions, references=references)
+    assert found["rougeL"] == pytest.approx(expected)

@@ -28,11 +28,31 @@ ROWS: dict[str, Any] = {
         "tags": ["B-L" if k < 4 else "O" for k in (n % 8, n % 5)],
     },
     "CAUSAL_LM": lambda n: {"prompt": LETTERS[n % 8], "answer": LETTERS[(n + 1) % 8]},
+    "MULTIPLE_CHOICE": lambda n: {
+        "text": LETTERS[n % 8],
+        "choices": ["a", "h"] if n % 2 else ["h", "a"],
+        "label": n % 2,
+    },
+    "QUESTION_ANS": lambda n: {
+        "context": " ".join(LETTERS[(n + k) % 8] for k in range(8)),
+        "question": "b",
+        "answers": {"text": ["b"], "answer_start": [2 * ((1 - n) % 8)]},
+    },
+    "SEQ_2_SEQ_LM": lambda n: {"text": LETTERS[n % 8], "target": LETTERS[(n + 1) % 8]},
+    "MASKED_LM": lambda n: {"text": " ".join(LETTERS[(n + k) % 8] for k in range(8))},
+    "roles": lambda n: {
+        "tokens": [LETTERS[n % 8], "a", LETTERS[n % 5]],
+        "tags": ["B-L" if n % 8 < 4 else "O", "B-V", "O"],
+        "predicate_index": 1,
+    },
+    "instructions": lambda n: {"instruction": LETTERS[n % 8], "output": LETTERS[(n + 1) % 8]},
+    "facts": lambda n: {"sub_label": LETTERS[n % 8], "obj_label": LETTERS[(n + 1) % 8], "template": "[X] g [Y]"},
 }
+KINDS = {"roles": "TOKEN_CLS", "instructions": "CAUSAL_LM", "facts": "MASKED_LM"}
 
 
 def write_base(folder: Path, family: str, task: str) -> str:
-    headless = task in ("SEQ_CLS", "TOKEN_CLS")
+    headless = task in ("SEQ_CLS", "TOKEN_CLS", "MULTIPLE_CHOICE", "QUESTION_ANS")
     build(family, "FEATURE_EXTRACTION" if headless else task).float().save_pretrained(folder)
     words_tokenizer().save_pretrained(folder)
     return str(folder)
@@ -42,7 +62,7 @@ def write_recipe(folder: Path, task: str, base: str, method: str = "p_tuning_v2"
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(ROWS[task](n)) for n in range(40)))
     content: dict[str, Any] = {
         "base": base,
-        "task": task,
+        "task": KINDS.get(task, task),
         "method": method,
         "options": {"num_virtual_tokens": 4},
         "data": {"source": "rows.jsonl"},
@@ -66,22 +86,41 @@ def write_recipe(folder: Path, task: str, base: str, method: str = "p_tuning_v2"
         ("gpt2", "SEQ_CLS", "p_tuning", "accuracy"),
         ("bert", "TOKEN_CLS", "prefix_tuning", "f1"),
         ("gpt2", "CAUSAL_LM", "prompt_tuning", "exact_match"),
+        ("bert", "MULTIPLE_CHOICE", "p_tuning_v2", "accuracy"),
+        ("bert", "QUESTION_ANS", "prompt_tuning", "f1"),
+        ("t5", "SEQ_2_SEQ_LM", "p_tuning_v2", "exact_match"),
+        ("bert", "MASKED_LM", "p_tuning_v2", "accuracy"),
+        ("bert", "roles", "p_tuning_v2", "f1"),
+        ("bloom", "instructions", "p_tuning_v2", "accuracy"),
+        ("bert", "facts", "p_tuning", "exact_match"),
     ],
 )
 def test_recipe_to_answers(
     family: str, task: str, method: str, metric: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = write_base(tmp_path / "base", family, task)
+    name = KINDS.get(task, task)
+    base = write_base(tmp_path / "base", family, name)
     outcome = run(make_recipe(write_recipe(tmp_path, task, base, method), folder=tmp_path))
     assert metric in outcome.before and outcome.after["loss"] < outcome.before["loss"]
     assert outcome.folder == tmp_path / "out" / "adapter"
     config = PTuneConfig.from_pretrained(outcome.folder)
     assert config.base_model_name_or_path == base and config.flattened
-    TASKS[task].from_pretrained(outcome.folder)
+    TASKS[name].from_pretrained(outcome.folder)
     assert 2 <= len(outcome.answers) <= 3
     printed = capsys.readouterr().out
     for text in ("trainable params:", "before", "after training", "KiB", "answer:", "truth:"):
         assert text in printed
+
+
+@pytest.mark.parametrize(("family", "task"), [("gpt2", "CAUSAL_LM"), ("bart", "SEQ_2_SEQ_LM")])
+def test_held_out_rows_are_answered(family: str, task: str, tmp_path: Path) -> None:
+    pytest.importorskip("sacrebleu", reason="BLEU needs sacrebleu")
+    base = write_base(tmp_path / "base", family, task)
+    content = write_recipe(tmp_path, task, base, task_options={"generate": True, "max_new_tokens": 4, "num_beams": 2})
+    content["data"] |= {"test_source": "rows.jsonl", "eval_limit": 6}
+    outcome = run(make_recipe(content, folder=tmp_path))
+    for metrics in (outcome.before, outcome.after, outcome.test):
+        assert 0 <= metrics["bleu"] <= 100 and 0 <= metrics["rougeL"] <= 1
 
 
 def test_a_package_s_base_keeps_its_name(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """What a task is: the rows it needs, what the model gets of them, what is measured, and how it is asked."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
@@ -25,6 +26,22 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Collator:
+    """Pad features to a batch, without what only the metrics want to know.
+
+    Args:
+        names: what of a feature is kept, where it has it.
+        pad: makes a batch of features.
+    """
+
+    names: tuple[str, ...]
+    pad: Callable[[list[Feature]], Any]
+
+    def __call__(self, features: Sequence[Feature]) -> Any:
+        return self.pad([{name: f[name] for name in self.names if name in f} for f in features])
+
+
+@dataclass(frozen=True)
 class Task:
     """Describe one task; a subclass overrides what differs, and its fields are the recipe's `task_options`.
 
@@ -41,7 +58,7 @@ class Task:
         possible: roles that a row may have besides.
         label_role: role that holds names of labels, one or a list; `None` where the head has no names.
         group_role: role by which rows are split in strata, and by which unlike rows are asked.
-        metric: the number to show before and after training; greater is better.
+        main_metric: name of the number that tells how good a model is; greater is better.
     """
 
     max_length: int = 128
@@ -52,7 +69,12 @@ class Task:
     possible: ClassVar[tuple[str, ...]] = ()
     label_role: ClassVar[str | None] = None
     group_role: ClassVar[str | None] = None
-    metric: ClassVar[str]
+    main_metric: ClassVar[str]
+
+    @property
+    def metric(self) -> str:
+        """Name of the number to show before and after training, as the options have it."""
+        return self.main_metric
 
     @classmethod
     def roles(cls) -> list[str]:
@@ -99,7 +121,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Feature]], Any]:
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         """What pads features to a batch `[B, T]`, on the tokenizer's own side."""
         raise NotImplementedError
 
@@ -154,9 +176,19 @@ def need_fast(tokenizer: PreTrainedTokenizerBase, what: str) -> None:
         raise RecipeError(f"{type(tokenizer).__name__} does not tell which {what} a token is of; use a fast one.")
 
 
-def model_inputs(feature: Mapping[str, Any], names: Sequence[str]) -> Feature:
-    """The part of a feature that has one of the names."""
-    return {name: feature[name] for name in names if name in feature}
+def make_collator(
+    tokenizer: PreTrainedTokenizerBase, pad: Callable[[list[Feature]], Any], labels: tuple[str, ...] = ("labels",)
+) -> Collator:
+    """A collator that keeps what the tokenizer makes, and the labels."""
+    return Collator((*tokenizer.model_input_names, *labels), pad)
+
+
+def run_model(task: Task, model: Any, tokenizer: PreTrainedTokenizerBase, features: Sequence[Feature]) -> Any:
+    """Output of a model in eval mode for a few features, as one batch."""
+    batch = task.collator(tokenizer)(list(features))
+    device = model.get_input_embeddings().weight.device
+    with torch.no_grad():
+        return model(**{name: value.to(device) for name, value in batch.items()})
 
 
 def kept_pairs(prediction: EvalPrediction) -> tuple[Any, Any, Any]:

@@ -1,50 +1,100 @@
-"""CAUSAL_LM: an answer after a prompt; the loss is on the answer's tokens alone."""
+"""CAUSAL_LM: an answer after a prompt or an instruction; the loss is on the answer's tokens alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase, pipeline
+from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
 
+from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Accuracy
-from hf_ptune.tasks.base import IGNORED, Answer, Feature, Row, Task, kept_pairs
+from hf_ptune.tasks.base import IGNORED, Answer, Collator, Feature, Row, kept_pairs, make_collator
+from hf_ptune.tasks.generation import GenerationTask
 from hf_ptune.tasks.registry import register_task
 
-_ANSWER_TOKENS = 32
+_USER = "{instruction}"
 
 
 @register_task
 @dataclass(frozen=True)
-class CausalLM(Task):
-    """Go on after a prompt."""
+class CausalLM(GenerationTask):
+    """Go on after a prompt, or follow an instruction.
+
+    Roles: `prompt` and `answer` or `references`; a prompt that is a list, or a list of lists (triples of a table),
+    becomes one line. Or `instruction`, `output` and perhaps `input`, which follows the instruction on a new line.
+
+    Args:
+        separator: stands before every answer and is learned with it; " " for tokenizers that keep the space
+            before a word in the word's token.
+        template: of instructions, with `{instruction}` where the text goes. Where unset, the tokenizer's chat
+            template is taken if it has one, else "Human: {instruction}\\n\\nAssistant: ".
+    """
+
+    separator: str = ""
+    template: str | None = None
 
     name = "CAUSAL_LM"
     model_task = "CAUSAL_LM"
-    forms = (("prompt", "answer"),)
-    metric = "accuracy"
+    forms = (("prompt", "answer"), ("prompt", "references"), ("instruction", "output"))
+    possible = ("input",)
+    target_role = "answer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.template is not None and _USER not in self.template:
+            raise RecipeError(f"task_options.template is {self.template!r}; expected a text with {_USER}.")
+
+    def check_row(self, row: Row, where: str) -> Row:
+        if "prompt" in row:
+            row = row | {"prompt": one_line(row["prompt"])}
+        else:
+            asked = [str(row[role]).strip() for role in ("instruction", "input") if role in row]
+            row = row | {"instruction": "\n".join(filter(None, asked)), "answer": str(row["output"])}
+        return super().check_row(row, where)
 
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
     ) -> list[Feature]:
-        return [self._encode_one(row, tokenizer) for row in rows]
+        return [self._encode_one(row, target, tokenizer) for row, target in self.pairs(rows, held_out)]
 
-    def _encode_one(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> Feature:
-        # without its closing special tokens, so that the answer follows as it will when generating
-        prompt: list[int] = tokenizer(str(row["prompt"]))["input_ids"]
-        while prompt and tokenizer.eos_token_id is not None and prompt[-1] == tokenizer.eos_token_id:
-            prompt = prompt[:-1]
-        answer: list[int] = tokenizer(str(row["answer"]), add_special_tokens=False)["input_ids"]
-        if tokenizer.eos_token_id is not None:
-            answer = [*answer, tokenizer.eos_token_id]
-        answer = answer[: self.max_length]
-        prompt = prompt[max(0, len(prompt) + len(answer) - self.max_length) :]  # the end of a long prompt is kept
-        ids = prompt + answer
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(prompt) + answer}
+    def _encode_one(self, row: Row, target: str, tokenizer: PreTrainedTokenizerBase) -> Feature:
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        if self._chats(row, tokenizer):
+            asked, answered = _chat(row["instruction"], target, tokenizer)
+            prompt: list[int] = tokenizer(asked, add_special_tokens=False)["input_ids"]
+            answer: list[int] = tokenizer(answered, add_special_tokens=False)["input_ids"]
+        else:
+            # without its closing special tokens, so that the answer follows as it will when generating
+            prompt = tokenizer(self._prompt(row, tokenizer))["input_ids"]
+            while prompt and prompt[-1:] == end:
+                prompt = prompt[:-1]
+            answer = [*tokenizer(self.separator + target, add_special_tokens=False)["input_ids"], *end]
+        # of what is too long, the end of the prompt and the beginning of the answer are kept
+        answer = answer[: self.max_length - min(len(prompt), self.max_length // 2)]
+        source = prompt[max(0, len(prompt) + len(answer) - self.max_length) :]
+        ids = source + answer
+        return {
+            "input_ids": ids,
+            "attention_mask": [1] * len(ids),
+            "labels": [IGNORED] * len(source) + answer,
+            "source_ids": prompt[-self.max_length :],
+            "references": row["references"],
+        }
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Feature]], Any]:
-        pad: Callable[[list[Feature]], Any] = DataCollatorForSeq2Seq(tokenizer)
-        return pad
+    def _chats(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> bool:
+        return "instruction" in row and self.template is None and bool(getattr(tokenizer, "chat_template", None))
+
+    def _prompt(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The text before the answer."""
+        if "prompt" in row:
+            return str(row["prompt"])
+        if self._chats(row, tokenizer):
+            return _chat(row["instruction"], "", tokenizer)[0]
+        return (self.template or "Human: {instruction}\n\nAssistant: ").replace(_USER, row["instruction"])
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
+        return make_collator(tokenizer, DataCollatorForSeq2Seq(tokenizer))
 
     def compute_metrics(
         self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]
@@ -55,17 +105,50 @@ class CausalLM(Task):
         """
         found, wanted, kept = kept_pairs(prediction)
         # the logits at a position are of the next token
-        found, wanted, kept = found[:, :-1], wanted[:, 1:], kept[:, 1:]
-        result: dict[str, float] = Accuracy(keep_in_memory=True).compute(
-            predictions=found[kept], references=wanted[kept]
-        )
-        return result | {"exact_match": float(np.mean(((found == wanted) | ~kept).all(axis=1)))}
+        return token_metrics(found[:, :-1], wanted[:, 1:], kept[:, 1:])
 
     def ask(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Answer]:
-        pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
-        answers = []
-        for row in rows:
-            prompt = str(row["prompt"])
-            written = pipe(prompt, return_full_text=False, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
-            answers.append(Answer(prompt, written[0]["generated_text"].strip(), str(row["answer"])))
-        return answers
+        features = self.encode(rows, tokenizer, [], held_out=True)
+        written = self.write(model, tokenizer, [f["source_ids"] for f in features], len(features))
+        return [
+            Answer(self._prompt(row, tokenizer), text, row["references"][0])
+            for row, text in zip(rows, written, strict=True)
+        ]
+
+
+def token_metrics(found: Any, wanted: Any, kept: Any) -> dict[str, float]:
+    """Accuracy of tokens, and the part of rows of which every token is right (exact_match).
+
+    Args:
+        found: ids `[N, T]`.
+        wanted: ids `[N, T]`.
+        kept: which of them count, `[N, T]`.
+    """
+    result: dict[str, float] = Accuracy(keep_in_memory=True).compute(predictions=found[kept], references=wanted[kept])
+    right = ((found == wanted) | ~kept).all(axis=1)[kept.any(axis=1)]
+    return result | {"exact_match": float(np.mean(right))}
+
+
+def one_line(value: Any) -> str:
+    """A text as it is; a list joined by " : ", a list of lists by " | ", as Li and Liang 2021 write tables."""
+    if isinstance(value, (list, tuple)):
+        nested = any(isinstance(v, (list, tuple)) for v in value)
+        return (" | " if nested else " : ").join(map(one_line, value))
+    return str(value)
+
+
+def _chat(instruction: str, target: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template writes before an answer, and the answer with what it writes behind.
+
+    Raises:
+        RecipeError: it writes something else before an answer than where one is asked for.
+    """
+    asked = [{"role": "user", "content": instruction}]
+    before: str = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    whole: str = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": target}], tokenize=False)
+    if not whole.startswith(before):
+        raise RecipeError(
+            "the tokenizer's chat template writes something else before an answer than where it asks for one; "
+            "set task_options.template."
+        )
+    return before, whole[len(before) :].rstrip("\n")

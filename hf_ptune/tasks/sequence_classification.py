@@ -1,6 +1,6 @@
 """SEQ_CLS: a label for a sentence, or for a pair of sentences."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedToke
 
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Accuracy, MacroF1
-from hf_ptune.tasks.base import Answer, Feature, Row, Task
+from hf_ptune.tasks.base import Answer, Collator, Feature, Row, Task, make_collator
 from hf_ptune.tasks.registry import register_task
 
 
@@ -24,7 +24,7 @@ class SequenceClassification(Task):
     possible = ("text_pair",)
     label_role = "label"
     group_role = "label"
-    metric = "accuracy"
+    main_metric = "accuracy"
 
     def check_labels(self, labels: Sequence[str]) -> None:
         if len(labels) < 2:
@@ -42,9 +42,8 @@ class SequenceClassification(Task):
             for row in rows
         ]
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Feature]], Any]:
-        pad: Callable[[list[Feature]], Any] = DataCollatorWithPadding(tokenizer)
-        return pad
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
+        return make_collator(tokenizer, DataCollatorWithPadding(tokenizer))
 
     def compute_metrics(
         self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]

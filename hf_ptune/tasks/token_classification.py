@@ -1,32 +1,53 @@
-"""TOKEN_CLS: a tag for every word."""
+"""TOKEN_CLS: a tag for every word; the roles of one predicate where a row names it."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from transformers import (
-    DataCollatorForTokenClassification,
-    EvalPrediction,
-    PreTrainedTokenizerBase,
-    pipeline,
-)
+import numpy as np
+from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase, pipeline
 
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Seqeval
-from hf_ptune.tasks.base import IGNORED, Answer, Feature, Row, Task, kept_pairs, need_fast
+from hf_ptune.tasks.base import IGNORED, Answer, Collator, Feature, Row, Task, make_collator, need_fast, run_model
 from hf_ptune.tasks.registry import register_task
+
+_OUTSIDE = "O"
 
 
 @register_task
 @dataclass(frozen=True)
 class TokenClassification(Task):
-    """Tag every word of a sentence."""
+    """Tag every word of a sentence.
+
+    A row with `predicate_index` asks for the semantic roles of that word, as Shi and Lin 2019, Simple BERT Models
+    for Relation Extraction and Semantic Role Labeling, section 3: the predicate stands behind the sentence as its
+    second segment. A word may occur twice, so its tokens in the sentence get the second segment's type too, where
+    the base has token types; the paper adds an indicator behind the encoder instead, which no prompt could use.
+
+    Sentences of more than `max_length` tokens are cut into windows; a word counts in the first that has it.
+
+    Args:
+        label_subwords: "first" lets a word's first token bear its tag alone, "all" every token in training, the
+            later ones inside (I-) what the first begins. Words are always measured by their first token.
+        stride: tokens that a window shares with the one before it.
+        unscored: types of entity that the metrics take for O, such as V in semantic roles.
+    """
+
+    label_subwords: Literal["first", "all"] = "first"
+    stride: int = 16
+    unscored: list[str] = field(default_factory=list)
 
     name = "TOKEN_CLS"
     model_task = "TOKEN_CLS"
     forms = (("tokens", "tags"),)
+    possible = ("predicate_index",)
     label_role = "tags"
-    metric = "f1"
+    main_metric = "f1"
+
+    def __post_init__(self) -> None:
+        if self.stride < 0:
+            raise RecipeError(f"task_options.stride is {self.stride}; expected 0 or more.")
 
     def check_row(self, row: Row, where: str) -> Row:
         # CSV has no lists
@@ -35,45 +56,121 @@ class TokenClassification(Task):
             raise RecipeError(
                 f"{where}: has {len(row['tokens'])} tokens and {len(row['tags'])} tags; expected as many."
             )
+        if "predicate_index" in row:
+            index = int(row["predicate_index"])
+            if not 0 <= index < len(row["tokens"]):
+                raise RecipeError(f"{where}: predicate_index is {index}; expected one of {len(row['tokens'])} tokens.")
+            row = row | {"predicate_index": index}
         return row
 
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
     ) -> list[Feature]:
+        """A feature knows its `row`, and which `words` its labelled tokens are of."""
         need_fast(tokenizer, "word")
         number = {name: n for n, name in enumerate(labels)}
-        return [self._encode_one(row, tokenizer, number) for row in rows]
+        everywhere = self.label_subwords == "all" and not held_out
+        return [feature | {"row": row} for row in rows for feature in self._windows(row, tokenizer, number, everywhere)]
 
-    def _encode_one(self, row: Row, tokenizer: PreTrainedTokenizerBase, number: Mapping[str, int]) -> Feature:
-        encoded = tokenizer(row["tokens"], is_split_into_words=True, truncation=True, max_length=self.max_length)
-        words = encoded.word_ids()
-        # a word's first token bears its tag
-        labels = [
-            IGNORED if word is None or word == previous else number[str(row["tags"][word])]
-            for word, previous in zip(words, [None, *words], strict=False)
-        ]
-        return dict(encoded) | {"labels": labels}
+    def _windows(
+        self, row: Row, tokenizer: PreTrainedTokenizerBase, number: Mapping[str, int], everywhere: bool
+    ) -> list[Feature]:
+        words = [str(word) for word in row["tokens"]]
+        predicate = row.get("predicate_index")
+        second = None if predicate is None else [words[predicate]]
+        room = self.max_length - tokenizer.num_special_tokens_to_add(pair=second is not None)
+        encoded = tokenizer(
+            words,
+            second,
+            is_split_into_words=True,
+            truncation="only_first",
+            max_length=self.max_length,
+            stride=max(0, min(self.stride, room // 2)),
+            return_overflowing_tokens=True,
+        )
+        seen: set[int] = set()
+        windows = []
+        for n in range(len(encoded["input_ids"])):
+            feature = {name: list(encoded[name][n]) for name in tokenizer.model_input_names if name in encoded}
+            places = [
+                word if segment == 0 else None
+                for word, segment in zip(encoded.word_ids(n), encoded.sequence_ids(n), strict=True)
+            ]  # [T], word of each token of the sentence
+            if predicate is not None and "token_type_ids" in feature:
+                types = feature["token_type_ids"]
+                feature["token_type_ids"] = [
+                    max(types) if word == predicate else kind for word, kind in zip(places, types, strict=True)
+                ]
+            windows.append(feature | _labels(places, row["tags"], number, seen, everywhere))
+        return windows
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Feature]], Any]:
-        pad: Callable[[list[Feature]], Any] = DataCollatorForTokenClassification(tokenizer)
-        return pad
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
+        return make_collator(tokenizer, DataCollatorForTokenClassification(tokenizer))
 
     def compute_metrics(
         self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]
     ) -> dict[str, float]:
-        """Precision, recall and F1 of whole entities, and the accuracy of tags."""
-        found, wanted, kept = kept_pairs(prediction)
-        named = [
-            [[labels[n] for n in row[keep]] for row, keep in zip(ids, kept, strict=True)] for ids in (found, wanted)
-        ]
-        result: dict[str, float] = Seqeval(keep_in_memory=True).compute(predictions=named[0], references=named[1])
+        """Precision, recall and F1 of whole entities in whole sentences, and the accuracy of tags."""
+        found, wanted = [], []
+        for row, tags in self._by_row(np.asarray(prediction.predictions), features, labels):
+            found.append(self._scored(tags))
+            wanted.append(self._scored(row["tags"]))
+        result: dict[str, float] = Seqeval(keep_in_memory=True).compute(predictions=found, references=wanted)
         return result
 
+    def _by_row(self, chosen: Any, features: Sequence[Feature], labels: Sequence[str]) -> list[tuple[Row, list[str]]]:
+        """Rows with the tags that were chosen; a word without tokens, or beyond the windows, is O."""
+        rows: list[tuple[Row, list[str]]] = []
+        for numbers, feature in zip(chosen, features, strict=True):
+            if not rows or rows[-1][0] is not feature["row"]:
+                rows.append((feature["row"], [_OUTSIDE] * len(feature["row"]["tokens"])))
+            for place, word in feature["words"].items():
+                rows[-1][1][word] = labels[numbers[place]]
+        return rows
+
+    def _scored(self, tags: Sequence[str]) -> list[str]:
+        return [_OUTSIDE if tag.partition("-")[2] in self.unscored else tag for tag in map(str, tags)]
+
     def ask(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Answer]:
-        pipe = pipeline("token-classification", model=model, tokenizer=tokenizer)
-        answers = []
-        for row in rows:
-            text = " ".join(row["tokens"])
-            found = ", ".join(f"{e['word']}: {e['entity_group']}" for e in pipe(text, aggregation_strategy="simple"))
-            answers.append(Answer(text, found or "nothing", " ".join(map(str, row["tags"]))))
-        return answers
+        labels = [model.config.id2label[n] for n in range(model.config.num_labels)]
+        return [
+            self._ask_roles(model, tokenizer, row, labels) if "predicate_index" in row else _ask(model, tokenizer, row)
+            for row in rows
+        ]
+
+    def _ask_roles(self, model: Any, tokenizer: PreTrainedTokenizerBase, row: Row, labels: Sequence[str]) -> Answer:
+        features = self.encode([row], tokenizer, labels, held_out=True)
+        chosen = run_model(self, model, tokenizer, features).logits.argmax(-1).tolist()
+        tags = self._by_row(chosen, features, labels)[0][1]
+        said = [f"{word}: {tag}" for word, tag in zip(row["tokens"], tags, strict=True) if tag != _OUTSIDE]
+        text = f"{' '.join(row['tokens'])} | {row['tokens'][row['predicate_index']]}"
+        return Answer(text, ", ".join(said) or "nothing", " ".join(map(str, row["tags"])))
+
+
+def _ask(model: Any, tokenizer: PreTrainedTokenizerBase, row: Row) -> Answer:
+    pipe = pipeline("token-classification", model=model, tokenizer=tokenizer)
+    text = " ".join(row["tokens"])
+    found = ", ".join(f"{e['word']}: {e['entity_group']}" for e in pipe(text, aggregation_strategy="simple"))
+    return Answer(text, found or "nothing", " ".join(map(str, row["tags"])))
+
+
+def _labels(
+    places: Sequence[int | None], tags: Sequence[str], number: Mapping[str, int], seen: set[int], everywhere: bool
+) -> Feature:
+    """Labels `[T]` of a window, and its labelled words by place; words seen in an earlier window have none."""
+    labels = [IGNORED] * len(places)
+    words: dict[int, int] = {}
+    own: set[int] = set()
+    for place, word in enumerate(places):
+        if word is None or word in seen:
+            continue
+        tag = str(tags[word])
+        if word not in own:
+            own.add(word)
+            words[place] = word
+            labels[place] = number[tag]
+        elif everywhere:
+            inside = "I-" + tag.removeprefix("B-")
+            labels[place] = number[inside if tag.startswith("B-") and inside in number else tag]
+    seen |= own
+    return {"labels": labels, "words": words}

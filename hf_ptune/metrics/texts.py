@@ -1,0 +1,82 @@
+"""The metrics of written text: BLEU and ROUGE-L, with several references."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+
+from hf_ptune.errors import PTuneError
+
+_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+
+
+def _info(description: str, citation: str) -> evaluate.MetricInfo:
+    text = datasets.Value("string")
+    return evaluate.MetricInfo(
+        description=description,
+        citation=citation,
+        inputs_description="predictions: texts; references: a list of texts for each",
+        features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
+    )
+
+
+class Bleu(evaluate.Metric):
+    """BLEU of a corpus as sacrebleu and mteval count it, from 0 to 100.
+
+    Args:
+        tokenize: sacrebleu's tokenizer: "13a" (mteval), "zh", "char", "intl", "none".
+    """
+
+    def __init__(self, tokenize: str = "13a", **kwargs: Any) -> None:
+        self.tokenize = tokenize
+        super().__init__(**kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("BLEU of a corpus.", "Papineni et al. 2002, BLEU; Post 2018, A Call for Clarity in Reporting BLEU")
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        try:
+            from sacrebleu.metrics import BLEU
+        except ImportError as error:
+            raise PTuneError('BLEU needs sacrebleu: pip install "hf_ptune[metrics]".') from error
+        most = max(map(len, references))
+        # sacrebleu wants the first references of all texts, then the second ones, and so on
+        streams = [[row[n] if n < len(row) else None for row in references] for n in range(most)]
+        return {"bleu": float(BLEU(tokenize=self.tokenize).corpus_score(list(predictions), streams).score)}
+
+
+class RougeL(evaluate.Metric):
+    """ROUGE-L: F1 of the longest common subsequence of words, the best reference of each text, from 0 to 1.
+
+    Words are lower-cased runs of letters and digits, as in the package rouge_score without its stemmer; every
+    Chinese or Japanese character is a word, which that package drops.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("F1 of longest common subsequences.", "Lin 2004, ROUGE: A Package for Automatic Evaluation")
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+        scores = [
+            max(_subsequence_f1(_words(p), _words(r)) for r in rs)
+            for p, rs in zip(predictions, references, strict=True)
+        ]
+        return {"rougeL": sum(scores) / len(scores)}
+
+
+def _words(text: str) -> list[str]:
+    return _WORDS.findall(text.lower())
+
+
+def _subsequence_f1(found: Sequence[str], wanted: Sequence[str]) -> float:
+    if not found or not wanted:
+        return 0.0
+    row = [0] * (len(wanted) + 1)  # longest common subsequence with each beginning of `wanted`
+    for word in found:
+        diagonal = 0
+        for n, other in enumerate(wanted, 1):
+            above = row[n]
+            row[n] = diagonal + 1 if word == other else max(above, row[n - 1])
+            diagonal = above
+    return 2 * row[-1] / (len(found) + len(wanted))

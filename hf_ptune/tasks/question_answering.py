@@ -1,0 +1,213 @@
+"""QUESTION_ANS: the span of a context that answers a question."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
+
+from hf_ptune.errors import RecipeError
+from hf_ptune.metrics import SpanMatch
+from hf_ptune.tasks.base import Answer, Collator, Feature, Row, Task, make_collator, need_fast, run_model
+from hf_ptune.tasks.registry import register_task
+
+Offsets = list[tuple[int, int] | None]
+
+
+@register_task
+@dataclass(frozen=True)
+class QuestionAnswering(Task):
+    """Extract an answer, as Rajpurkar et al. 2016 and 2018 (SQuAD 1.1 and 2.0) ask for it.
+
+    Roles: `context`, `question`, and `answers`: `{text: [...], answer_start: [...]}`, places counted in characters
+    of the context. A context of more than `max_length` tokens is cut into windows that overlap.
+
+    Args:
+        stride: tokens of the context that a window shares with the one before it.
+        max_question_length: tokens that a question is cut to.
+        n_best: starts, and ends, that are tried in a window.
+        max_answer_length: tokens of the longest answer that is given.
+        unanswerable: whether rows may have no answer, and the model may give none.
+        null_threshold: how much better than the best answer none must score to be given.
+        characters: whether the metrics count every Chinese or Japanese character as a word.
+    """
+
+    stride: int = 64
+    max_question_length: int = 64
+    n_best: int = 20
+    max_answer_length: int = 30
+    unanswerable: bool = False
+    null_threshold: float = 0.0
+    characters: bool = False
+
+    name = "QUESTION_ANS"
+    model_task = "QUESTION_ANS"
+    forms = (("context", "question", "answers"),)
+    main_metric = "f1"
+
+    def __post_init__(self) -> None:
+        for option, least in (("stride", 0), ("max_question_length", 1), ("n_best", 1), ("max_answer_length", 1)):
+            if getattr(self, option) < least:
+                raise RecipeError(f"task_options.{option} is {getattr(self, option)}; expected {least} or more.")
+
+    def check_row(self, row: Row, where: str) -> Row:
+        answers = row["answers"]
+        if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
+            raise RecipeError(f"{where}: answers are {answers!r}; expected {{text: [...], answer_start: [...]}}.")
+        texts, starts = (
+            [v] if isinstance(v, (str, int)) else list(v) for v in (answers["text"], answers["answer_start"])
+        )
+        if not texts and not self.unanswerable:
+            raise RecipeError(f"{where}: has no answer; set task_options.unanswerable to true.")
+        if len(texts) != len(starts):
+            raise RecipeError(f"{where}: has {len(texts)} answers and {len(starts)} starts; expected as many.")
+        for text, start in zip(texts, starts, strict=True):
+            if not text or row["context"][start : start + len(text)] != text:
+                raise RecipeError(
+                    f"{where}: the answer {text!r} is not at character {start} of the context; "
+                    f"there is {row['context'][start : start + len(text)]!r}."
+                )
+        return row | {"answers": {"text": texts, "answer_start": starts}, "question": str(row["question"]).strip()}
+
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
+    ) -> list[Feature]:
+        """A feature knows its `row`, and the characters of the context (`offsets`) that its tokens are of.
+
+        A window without the answer points at its first special token, as one of a row without answer does.
+        """
+        need_fast(tokenizer, "character")
+        return [feature | {"row": row} for row in rows for feature in self._windows(row, tokenizer)]
+
+    def _windows(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Feature]:
+        question = self._cut_question(row["question"], tokenizer)
+        asked = len(tokenizer(question, add_special_tokens=False)["input_ids"])
+        room = self.max_length - asked - tokenizer.num_special_tokens_to_add(pair=True)
+        if room < 1:
+            raise RecipeError(
+                f"data.max_length={self.max_length} leaves no room for a context beside a question of {asked} tokens; "
+                "raise it, or lower task_options.max_question_length."
+            )
+        encoded = tokenizer(
+            question,
+            row["context"],
+            truncation="only_second",
+            max_length=self.max_length,
+            stride=min(self.stride, room // 2),
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        windows = []
+        for n in range(len(encoded["input_ids"])):
+            feature = {name: list(encoded[name][n]) for name in tokenizer.model_input_names if name in encoded}
+            offsets: Offsets = [
+                tuple(place) if segment == 1 else None
+                for place, segment in zip(encoded["offset_mapping"][n], encoded.sequence_ids(n), strict=True)
+            ]
+            null = _null_place(feature["input_ids"], tokenizer)
+            start, end = _span(row["answers"], offsets) or (null, null)
+            windows.append(feature | {"start_positions": start, "end_positions": end, "offsets": offsets, "null": null})
+        return windows
+
+    def _cut_question(self, question: str, tokenizer: PreTrainedTokenizerBase) -> str:
+        places = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if len(places) <= self.max_question_length:
+            return question
+        return question[: places[self.max_question_length - 1][1]]
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
+        return make_collator(tokenizer, DataCollatorWithPadding(tokenizer), ("start_positions", "end_positions"))
+
+    def preprocess_logits(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Any:
+        """Logits of starts and of ends, `[B, T]` each."""
+        return logits[0].float(), logits[1].float()
+
+    def compute_metrics(
+        self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]
+    ) -> dict[str, float]:
+        """Exact match and F1 of the answers, as SQuAD's own script counts them, from 0 to 1."""
+        starts, ends = prediction.predictions
+        found = self.best_spans(starts, ends, features)
+        result: dict[str, float] = SpanMatch(self.characters, keep_in_memory=True).compute(
+            predictions=[text for _, text, _ in found], references=[row["answers"]["text"] for row, _, _ in found]
+        )
+        return result
+
+    def best_spans(
+        self, starts: Sequence[Any], ends: Sequence[Any], features: Sequence[Feature]
+    ) -> list[tuple[Row, str, float]]:
+        """The answer of every row over its windows.
+
+        Args:
+            starts: logits `[N, T]`; what is behind a feature's tokens, or before them, is padding.
+            ends: likewise.
+            features: N, windows of a row one behind the other.
+
+        Returns:
+            Row, text ("" for none), and score.
+        """
+        found: list[tuple[Row, tuple[float, str], float]] = []
+        for start, end, feature in zip(starts, ends, features, strict=True):
+            start, end = np.asarray(start), np.asarray(end)
+            best = self._best_span(start, end, feature)
+            null = float(start[feature["null"]] + end[feature["null"]])
+            if found and found[-1][0] is feature["row"]:
+                best = max(found[-1][1], best, key=lambda pair: pair[0])
+                null = min(found[-1][2], null)
+                found.pop()
+            found.append((feature["row"], best, null))
+        if not self.unanswerable:
+            return [(row, text, score) for row, (score, text), _ in found]
+        return [
+            (row, "", null) if null > score + self.null_threshold else (row, text, score)
+            for row, (score, text), null in found
+        ]
+
+    def _best_span(self, start: Any, end: Any, feature: Feature) -> tuple[float, str]:
+        offsets: Offsets = feature["offsets"]
+        inside = np.array([place is not None for place in offsets])
+        firsts, lasts = (
+            np.argsort(np.where(inside, logits[: len(offsets)], -np.inf))[::-1][: self.n_best]
+            for logits in (start, end)
+        )
+        best, text = -np.inf, ""
+        for first in firsts:
+            for last in lasts:
+                if not inside[first] or not inside[last] or not first <= last < first + self.max_answer_length:
+                    continue
+                if start[first] + end[last] > best:
+                    best = float(start[first] + end[last])
+                    text = feature["row"]["context"][offsets[first][0] : offsets[last][1]]  # type: ignore[index]
+        return best, text
+
+    def ask(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Answer]:
+        answers = []
+        for row in rows:
+            features = self.encode([row], tokenizer, [], held_out=True)
+            output = run_model(self, model, tokenizer, features)
+            logits = (output.start_logits.float().cpu().numpy(), output.end_logits.float().cpu().numpy())
+            _, text, score = self.best_spans(*logits, features)[0]
+            truth = " | ".join(dict.fromkeys(row["answers"]["text"])) or "none"
+            answers.append(Answer(row["question"], f"{text or 'none'} ({score:.2f})", truth))
+        return answers
+
+
+def _null_place(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where a window points that has no answer: at [CLS], or at its first token where there is none."""
+    cls = tokenizer.cls_token_id
+    return list(ids).index(cls) if cls in ids else 0
+
+
+def _span(answers: dict[str, Any], offsets: Offsets) -> tuple[int, int] | None:
+    """First and last token of the first answer; `None` where the window lacks a part of it."""
+    if not answers["text"]:
+        return None
+    begin = answers["answer_start"][0]
+    finish = begin + len(answers["text"][0])
+    places = [(n, place) for n, place in enumerate(offsets) if place is not None and place[0] < place[1]]
+    if not places or places[0][1][0] > begin or places[-1][1][1] < finish:
+        return None
+    touched = [n for n, (first, last) in places if first < finish and last > begin]
+    return (touched[0], touched[-1]) if touched else None

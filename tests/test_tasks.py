@@ -1,0 +1,383 @@
+"""What a model gets of rows, and what is measured of its predictions, task by task."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import build
+from test_data import words_tokenizer
+from transformers import EvalPrediction
+
+from hf_ptune import PTuneConfig, get_ptune_model
+from hf_ptune.errors import ConfigError, RecipeError
+from hf_ptune.tasks import IGNORED, Task, get_task, register_task, task_names
+from hf_ptune.tasks.base import run_model
+from hf_ptune.tasks.causal_lm import CausalLM
+from hf_ptune.tasks.masked_lm import MaskedLM
+from hf_ptune.tasks.multiple_choice import MultipleChoice
+from hf_ptune.tasks.question_answering import QuestionAnswering
+from hf_ptune.tasks.seq2seq_lm import Seq2SeqLM
+from hf_ptune.tasks.sequence_classification import SequenceClassification
+from hf_ptune.tasks.token_classification import TokenClassification
+
+
+def checked(task: Task, *rows: dict[str, Any]) -> list[dict[str, Any]]:
+    return [task.check_row(row, "here") for row in rows]
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids)).replace(" ##", "")
+
+
+def test_names() -> None:
+    assert task_names() == [
+        "SEQ_CLS",
+        "TOKEN_CLS",
+        "MULTIPLE_CHOICE",
+        "QUESTION_ANS",
+        "CAUSAL_LM",
+        "SEQ_2_SEQ_LM",
+        "MASKED_LM",
+    ]
+    assert get_task("SEQ_CLS") is SequenceClassification
+    with pytest.raises(ConfigError, match="'CLS' is not known; choose one of SEQ_CLS"):
+        get_task("CLS")
+    with pytest.raises(ConfigError, match="registered already"):
+
+        @register_task
+        class Another(Task):
+            name = "SEQ_CLS"
+
+
+def test_pairs() -> None:
+    tokenizer = words_tokenizer()
+    rows = [{"text": "a b", "text_pair": "c", "label": 1}, {"text": "a", "text_pair": "b", "label": 0}]
+    task = SequenceClassification()
+    encoded = task.encode(rows, tokenizer, ["0", "1"])
+    assert tokenizer.decode(encoded[0]["input_ids"]) == "[CLS] a b [SEP] c [SEP]"
+    batch = task.collator(tokenizer)(encoded)
+    assert batch["labels"].tolist() == [1, 0] and batch["input_ids"].shape == (2, 6)
+
+
+def test_chinese() -> None:
+    tokenizer = words_tokenizer("你 好 a b")
+    encoded = SequenceClassification().encode([{"text": "你 好", "label": "正面"}], tokenizer, ["负面", "正面"])
+    assert tokenizer.decode(encoded[0]["input_ids"]) == "[CLS] 你 好 [SEP]" and encoded[0]["labels"] == 1
+
+
+def test_choices_are_read_behind_the_same_text() -> None:
+    tokenizer = words_tokenizer("a b c d because so")
+    task = MultipleChoice()
+    rows = checked(
+        task,
+        {"text": "a", "question": "cause", "choices": ["b", "c c"], "label": 1},
+        {"text": "a b", "question": "effect", "choices": ["c", "d"], "label": "c"},
+        {"text": "a", "choices": ["c", "d"], "label": "B"},
+    )
+    batch = task.collator(tokenizer)(task.encode(rows, tokenizer, []))
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (3, 2, 7)  # [B, C, T]
+    assert batch["labels"].tolist() == [1, 0, 1]
+    texts = [[tokenizer.decode(ids[ids != 0]) for ids in row] for row in batch["input_ids"]]
+    assert texts == [
+        ["[CLS] a because [SEP] b [SEP]", "[CLS] a because [SEP] c c [SEP]"],
+        ["[CLS] a b so [SEP] c [SEP]", "[CLS] a b so [SEP] d [SEP]"],
+        ["[CLS] a [SEP] c [SEP]", "[CLS] a [SEP] d [SEP]"],
+    ]
+    for row, message in [
+        ({"text": "a", "choices": "b", "label": 0}, "choices are 'b'"),
+        ({"text": "a", "choices": ["b", "c"], "label": 2}, "the label is '2'; expected a number from 0 to 1"),
+        ({"text": "a", "choices": ["b", "c"], "label": "other"}, "the label is 'other'"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            task.check_row(row, "row 1")
+    with pytest.raises(RecipeError, match=r"rows have \[2, 3\] choices"):
+        task.encode([rows[0], rows[0] | {"choices": ["a", "b", "c"]}], tokenizer, [])
+
+
+def test_a_word_s_first_token_bears_its_tag() -> None:
+    tokenizer = words_tokenizer()
+    row = {"tokens": ["a", "xy", "xy", "b"], "tags": ["O", "B-X", "I-X", "O"]}
+    names = ["B-X", "I-X", "O"]
+    encoded = TokenClassification().encode([row], tokenizer, names)[0]
+    assert encoded["labels"] == [IGNORED, 2, 0, IGNORED, 1, IGNORED, 2, IGNORED]
+    everywhere = TokenClassification(label_subwords="all")
+    assert everywhere.encode([row], tokenizer, names)[0]["labels"] == [IGNORED, 2, 0, 1, 1, 1, 2, IGNORED]
+    assert everywhere.encode([row], tokenizer, names, held_out=True)[0]["labels"] == encoded["labels"]
+    short = {"tokens": ["a"], "tags": ["O"]}
+    batch = TokenClassification().collator(tokenizer)(
+        [encoded, *TokenClassification().encode([short], tokenizer, names)]
+    )
+    assert batch["labels"].tolist()[1] == [IGNORED, 2, *[IGNORED] * 6]
+
+
+@pytest.mark.parametrize("stride", [0, 1, 3])
+def test_words_of_long_sentences_count_once(stride: int) -> None:
+    tokenizer, names, generator = words_tokenizer(), ["B-X", "I-X", "O"], random.Random(0)
+    task = TokenClassification(max_length=9, stride=stride)
+    rows = []
+    for length in (0, 1, 5, 7, 8, 30):
+        tags = [generator.choice(names) for _ in range(length)]
+        rows.append({"tokens": generator.choices(["a", "b", "xy"], k=length), "tags": tags})
+    features = task.encode(rows, tokenizer, names, held_out=True)
+    assert max(len(f["input_ids"]) for f in features) == 9
+    for row in rows:
+        found = [
+            (w, f["labels"][n], f["input_ids"][n]) for f in features if f["row"] is row for n, w in f["words"].items()
+        ]
+        assert [word for word, _, _ in found] == list(range(len(row["tokens"])))
+        assert [names[label] for _, label, _ in found] == row["tags"]
+        assert [tokenizer.convert_ids_to_tokens(i) for _, _, i in found] == [
+            w.replace("xy", "x") for w in row["tokens"]
+        ]
+    labels = np.full((len(features), 9), IGNORED)
+    for place, feature in zip(labels, features, strict=True):
+        place[: len(feature["labels"])] = feature["labels"]
+    right = np.where(labels == IGNORED, 1, labels)
+    assert task.compute_metrics(EvalPrediction(right, labels), features, names)["f1"] == 1.0
+    wrong = task.compute_metrics(EvalPrediction(np.full_like(labels, 2), labels), features, names)
+    tags = [tag for row in rows for tag in row["tags"]]
+    assert wrong["f1"] == 0.0 and wrong["accuracy"] == pytest.approx(tags.count("O") / len(tags))
+
+
+def test_a_predicate_stands_behind_its_sentence() -> None:
+    tokenizer = words_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    row = {"tokens": ["a", "xy", "b", "xy"], "tags": ["B-ARG0", "B-V", "O", "O"], "predicate_index": "1"}
+    task = TokenClassification(unscored=["V"])
+    names = ["B-ARG0", "B-V", "O"]
+    feature = task.encode(checked(task, row), tokenizer, names)[0]
+    assert text_of(tokenizer, feature["input_ids"]) == "[CLS] a xy b xy [SEP] xy [SEP]"
+    assert feature["token_type_ids"] == [0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1]  # the first xy is meant
+    assert feature["labels"] == [IGNORED, 0, 1, IGNORED, 2, 2, *[IGNORED] * 5]
+    windows = TokenClassification(max_length=8, stride=0).encode(checked(task, row), tokenizer, names)
+    texts = [text_of(tokenizer, f["input_ids"]) for f in windows]
+    assert texts == ["[CLS] a xy [SEP] xy [SEP]", "[CLS] b xy [SEP] xy [SEP]"]
+    # predicates are given, so finding them is no merit: one argument of one is right
+    labels = np.array([feature["labels"]])
+    found = task.compute_metrics(EvalPrediction(np.where(labels == 1, 2, labels), labels), [feature], names)
+    assert found["f1"] == 1.0
+    with pytest.raises(RecipeError, match="predicate_index is 4; expected one of 4 tokens"):
+        task.check_row(row | {"predicate_index": 4}, "row 1")
+
+
+def question_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    generator = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words = generator.choices(["a", "bb", "xy", "c"], k=generator.randint(4, 40))
+        first = generator.randrange(len(words) - 3)
+        text = " ".join(words[first : first + generator.randint(1, 3)])
+        start = len(" ".join(words[:first])) + (first > 0)
+        rows.append(
+            {"context": " ".join(words), "question": "d e", "answers": {"text": [text], "answer_start": [start]}}
+        )
+    return rows
+
+
+def oracle(features: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
+    """Logits that know the answer, and prefer no window without it."""
+    longest = max(len(f["input_ids"]) for f in features)
+    starts, ends = np.full((len(features), longest), -9.0), np.full((len(features), longest), -9.0)
+    for n, feature in enumerate(features):
+        inside = feature["start_positions"] != feature["null"]
+        starts[n, feature["start_positions"]] = ends[n, feature["end_positions"]] = 9.0 if inside else 1.0
+    return starts, ends
+
+
+@pytest.mark.parametrize(("length", "stride"), [(64, 8), (16, 8), (16, 5)])
+def test_answers_come_back_from_windows(length: int, stride: int) -> None:
+    tokenizer = words_tokenizer("a bb c d e")
+    task = QuestionAnswering(max_length=length, stride=stride)
+    rows = checked(task, *question_rows(30))
+    features = task.encode(rows, tokenizer, [])
+    assert max(len(f["input_ids"]) for f in features) <= length and len(features) >= len(rows)
+    for feature in features:
+        span = feature["input_ids"][feature["start_positions"] : feature["end_positions"] + 1]
+        if feature["start_positions"] != feature["null"]:
+            assert text_of(tokenizer, span) == feature["row"]["answers"]["text"][0]
+    reached = [r for r in rows if any(f["row"] is r and f["start_positions"] != f["null"] for f in features)]
+    assert len(reached) == len(rows)  # strides are as long as answers
+    assert task.compute_metrics(EvalPrediction(oracle(features), None), features, []) == {"exact_match": 1.0, "f1": 1.0}
+
+
+def test_the_best_span_is_the_best_of_all() -> None:
+    tokenizer = words_tokenizer("a bb c d e")
+    generator = np.random.default_rng(0)
+    task = QuestionAnswering(
+        max_length=14, stride=4, n_best=99, max_answer_length=3, unanswerable=True, null_threshold=0.5
+    )
+    rows = checked(task, *question_rows(20))
+    features = task.encode(rows, tokenizer, [])
+    starts, ends = generator.normal(size=(2, len(features), 16)) * 2
+    starts[:, 0] += 6
+    found = {id(row): (text, score) for row, text, score in task.best_spans(starts, ends, features)}
+    assert "" in {text for text, _ in found.values()} != {""}
+    for row in rows:
+        best, text, null = -np.inf, "", np.inf
+        for n, feature in enumerate(features):
+            if feature["row"] is not row:
+                continue
+            null = min(null, starts[n, 0] + ends[n, 0])
+            places = [k for k, place in enumerate(feature["offsets"]) if place]
+            for i in places:
+                for j in places:
+                    if i <= j < i + 3 and starts[n, i] + ends[n, j] > best:
+                        best = starts[n, i] + ends[n, j]
+                        text = row["context"][feature["offsets"][i][0] : feature["offsets"][j][1]]
+        expected = ("", null) if null > best + 0.5 else (text, best)
+        assert found[id(row)] == (expected[0], pytest.approx(expected[1]))
+
+
+def test_questions_without_answer() -> None:
+    tokenizer = words_tokenizer()
+    row = {"context": "a b", "question": "c " * 9, "answers": {"text": [], "answer_start": []}}
+    with pytest.raises(RecipeError, match=r"row 1: has no answer; set task_options\.unanswerable"):
+        QuestionAnswering().check_row(row, "row 1")
+    task = QuestionAnswering(unanswerable=True, max_question_length=3)
+    feature = task.encode(checked(task, row), tokenizer, [])[0]
+    assert tokenizer.decode(feature["input_ids"]) == "[CLS] c c c [SEP] a b [SEP]"
+    assert feature["start_positions"] == feature["end_positions"] == 0
+    starts, ends = oracle([feature])
+    assert task.compute_metrics(EvalPrediction((starts, ends), None), [feature], [])["NoAns_f1"] == 1.0
+    moved = {"context": "a b", "question": "c", "answers": {"text": ["b"], "answer_start": [1]}}
+    with pytest.raises(RecipeError, match="the answer 'b' is not at character 1 of the context; there is ' '"):
+        task.check_row(moved, "row 1")
+    with pytest.raises(RecipeError, match="leaves no room for a context beside a question of 3 tokens"):
+        QuestionAnswering(max_length=6, max_question_length=3, unanswerable=True).encode(
+            checked(task, row), tokenizer, []
+        )
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_places_are_those_of_the_row_with_virtual_tokens(method: str) -> None:
+    tokenizer = words_tokenizer("a bb c d e")
+    task = QuestionAnswering(max_length=32)
+    features = task.encode(checked(task, *question_rows(3)), tokenizer, [])
+    model = get_ptune_model(
+        build("bert", "QUESTION_ANS").float(), PTuneConfig(method=method, num_virtual_tokens=5)
+    ).eval()
+    batch = task.collator(tokenizer)(features)
+    output = run_model(task, model, tokenizer, features)
+    assert output.start_logits.shape == output.end_logits.shape == batch["input_ids"].shape
+    losses = [
+        torch.nn.functional.cross_entropy(logits, batch[f"{name}_positions"])
+        for name, logits in (("start", output.start_logits), ("end", output.end_logits))
+    ]
+    assert torch.allclose(output.loss, sum(losses) / 2)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_answer_alone_has_labels(side: str) -> None:
+    tokenizer = words_tokenizer()
+    tokenizer.padding_side = side
+    rows = [{"prompt": "a b", "answer": "c"}, {"prompt": "a", "answer": "d"}]
+    rows = checked(CausalLM(), *rows)
+    encoded = CausalLM().encode(rows, tokenizer, [])
+    assert tokenizer.decode(encoded[0]["input_ids"]) == "[CLS] a b c [SEP]"
+    batch = CausalLM().collator(tokenizer)(encoded)
+    for ids, labels, answer in zip(batch["input_ids"], batch["labels"], ("c [SEP]", "d [SEP]"), strict=True):
+        kept = labels != IGNORED
+        assert tokenizer.decode(ids[kept]) == tokenizer.decode(labels[kept]) == answer
+    short = CausalLM(max_length=3).encode(rows, tokenizer, [])[0]
+    assert tokenizer.decode(short["input_ids"]) == "b c [SEP]" and short["labels"][0] == IGNORED
+    long = CausalLM(max_length=4).encode(checked(CausalLM(), {"prompt": "a b", "answer": "c d e f"}), tokenizer, [])[0]
+    assert tokenizer.decode(long["input_ids"]) == "a b c d"  # half of the room is the prompt's
+
+
+def test_instructions() -> None:
+    tokenizer = words_tokenizer("Human Assistant : a b c")
+    tokenizer.eos_token = None
+    rows = [{"instruction": "a", "input": "b", "output": "c"}, {"instruction": "a", "input": "", "output": "b"}]
+    task = CausalLM()
+    rows = checked(task, *rows)
+    assert task._prompt(rows[0], tokenizer) == "Human: a\nb\n\nAssistant: "
+    assert task._prompt(rows[1], tokenizer) == "Human: a\n\nAssistant: "
+    feature = task.encode(rows, tokenizer, [])[0]
+    assert [i for i in feature["labels"] if i != IGNORED] == tokenizer.convert_tokens_to_ids(["c"])
+    own = CausalLM(template="b {instruction} :")
+    assert tokenizer.decode(own.encode(rows, tokenizer, [])[1]["source_ids"]).startswith("[CLS] b a :")
+    with pytest.raises(RecipeError, match="expected a text with {instruction}"):
+        CausalLM(template="no place")
+
+
+def test_chat_templates() -> None:
+    tokenizer = words_tokenizer("user assistant a b c end")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} end\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    task = CausalLM()
+    row = checked(task, {"instruction": "a", "input": "b", "output": "c"})[0]
+    feature = task.encode([row], tokenizer, [])[0]
+    assert tokenizer.decode(feature["input_ids"]) == "user a b end assistant c end"
+    assert tokenizer.decode([i for i in feature["labels"] if i != IGNORED]) == "c end"
+    assert tokenizer.decode(feature["source_ids"]) == "user a b end assistant"
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "assistant a")
+    with pytest.raises(RecipeError, match=r"set task_options\.template"):
+        task.encode([row], tokenizer, [])
+
+
+def test_several_references() -> None:
+    tokenizer = words_tokenizer()
+    task = CausalLM()
+    rows = checked(task, {"prompt": [["a", "b"], ["c", "d"]], "references": ["e", "f"]})
+    assert rows[0]["prompt"] == "a : b | c : d"
+    train, held_out = (task.encode(rows, tokenizer, [], held_out=h) for h in (False, True))
+    assert [tokenizer.decode(f["input_ids"][-2:-1]) for f in train] == ["e", "f"]
+    assert len(held_out) == 1 and held_out[0]["references"] == ["e", "f"]
+
+
+@pytest.mark.parametrize(("family", "task"), [("gpt2", CausalLM()), ("llama", CausalLM()), ("t5", Seq2SeqLM())])
+def test_answers_do_not_depend_on_the_batch(family: str, task: Any) -> None:
+    tokenizer = words_tokenizer()
+    torch.manual_seed(0)
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=3)
+    model = get_ptune_model(build(family, task.name).float(), config).eval()
+    sources = [tokenizer(text)["input_ids"] for text in ("a", "a b c d e", "b c")]
+    together = task.write(model, tokenizer, sources, 3)
+    assert together == [task.write(model, tokenizer, [s], 1)[0] for s in sources]
+    assert not model.training
+
+
+def test_masks_are_drawn_anew_in_training_only() -> None:
+    tokenizer = words_tokenizer()
+    task = MaskedLM(mask_probability=0.3)
+    rows = [{"text": "a b c d e f g h"}, {"text": "a"}]
+    assert task.encode(rows, tokenizer, [], held_out=True) == task.encode(rows, tokenizer, [], held_out=True)
+    features = task.encode(rows, tokenizer, [])
+    collate = task.collator(tokenizer)
+    torch.manual_seed(0)
+    batches = [collate(features) for _ in range(50)]
+    original = collate([f | {"labels": [IGNORED] * len(f["input_ids"])} for f in features])["input_ids"]
+    assert len({str(b["labels"].tolist()) for b in batches}) > 25
+    for batch in batches:
+        asked = batch["labels"] != IGNORED
+        assert torch.equal(batch["labels"][asked], original[asked]) and bool(asked.any(dim=1).all())
+        assert torch.equal(batch["input_ids"][~asked], original[~asked])
+        assert not bool(asked[:, 0].any())
+    part = np.mean([(b["labels"][0, 1:9] != IGNORED).float().mean() for b in batches])
+    assert part == pytest.approx(0.3, abs=0.07)
+    no_mask = words_tokenizer()
+    no_mask.mask_token = None
+    with pytest.raises(RecipeError, match="has no mask token"):
+        task.encode(rows, no_mask, [])
+
+
+def test_facts_mask_their_object() -> None:
+    tokenizer = words_tokenizer()
+    task = MaskedLM()
+    row = {"sub_label": "a b", "obj_label": "xy", "template": "[X] c [Y] d"}
+    other = row | {"template": "[Y] c [X]", "obj_label": "a"}
+    features = task.encode(checked(task, row, other), tokenizer, [])
+    assert [tokenizer.decode(f["input_ids"]) for f in features] == [
+        "[CLS] a b c [MASK] [MASK] d [SEP]",
+        "[CLS] [MASK] c a b [SEP]",
+    ]
+    assert [text_of(tokenizer, [i for i in f["labels"] if i != IGNORED]) for f in features] == ["xy", "a"]
+    with pytest.raises(RecipeError, match=r"expected \[Y\] in it once"):
+        task.check_row(row | {"template": "[X] c"}, "row 1")
+    with pytest.raises(RecipeError, match="is beyond 4 tokens"):
+        MaskedLM(max_length=4).encode([row], tokenizer, [])
