@@ -100,7 +100,9 @@ def _by_role(row: Row, task: Task, columns: Mapping[str, Column], where: str) ->
     # a role is read where the recipe names its column, or a column has the role's own name
     values = {role: _value(row, columns.get(role, role)) for role in task.roles()}
     found = {role: value for role, value in values.items() if value is not None}
-    missing = min(([role for role in form if role not in found] for form in task.forms), key=len)
+    named = [[role for role in form if role in columns] for form in task.forms]
+    lacking = [[role for role in form if role not in found] for form in task.forms]
+    _, _, missing = min((len(absent), -len(told), absent) for absent, told in zip(lacking, named, strict=True))
     missing += [role for role in columns if role in task.possible and role not in found]
     if missing:
         raise RecipeError(

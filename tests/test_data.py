@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -72,6 +73,89 @@ def test_columns_and_files(tmp_path: Path) -> None:
         with pytest.raises(RecipeError) as caught:
             load_rows(recipe_for(tmp_path, "SEQ_CLS", **data))
         assert message in str(caught.value)
+
+
+def test_columns_of_every_form(tmp_path: Path) -> None:
+    row = {"a": "x", "b": "y", "in": {"texts": ["r", "s"]}, "n": 0, "t": "p"}
+    (tmp_path / "r.jsonl").write_text("\n".join([json.dumps(row)] * 4))
+    columns = {"text": "{t} {a}", "choices": ["a", "b"], "label": "n"}
+    found = load_rows(recipe_for(tmp_path, "MULTIPLE_CHOICE", source="r.jsonl", columns=columns))
+    assert found.train[0] == {"text": "p x", "choices": ["x", "y"], "label": 0} and found.labels == []
+    columns = {"prompt": "a", "references": "in.texts"}
+    found = load_rows(recipe_for(tmp_path, "CAUSAL_LM", source="r.jsonl", columns=columns))
+    assert found.train[0] == {"prompt": "x", "references": ["r", "s"]}
+    for columns, message in [
+        ({"prompt": "a", "references": "in.text"}, "has no column 'in.text' for references; it has a, b, in, n, t"),
+        ({"prompt": "{z}", "answer": "a"}, "has no column '{z}' for prompt"),
+        ({"prompt": "a", "answer": ["a", "z"]}, "has no column ['a', 'z'] for answer"),
+        ({"instruction": "a", "output": "b", "input": "z"}, "has no column 'z' for input"),
+    ]:
+        with pytest.raises(RecipeError) as caught:
+            load_rows(recipe_for(tmp_path, "CAUSAL_LM", source="r.jsonl", columns=columns))
+        assert message in str(caught.value)
+
+
+def test_labels_have_the_names_that_are_given(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": n % 2, "other": "high"} for n in range(8)]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "t.jsonl").write_text(json.dumps({"tokens": ["a", "b"], "tags": [2, "O"]}))
+    names: dict[str, Any] = {"label": ["no", "yes", "perhaps"], "tags": ["O", "B-X", "I-X"]}
+
+    def labelled(task: str = "SEQ_CLS", **data: Any) -> Any:
+        return load_rows(recipe_for(tmp_path, task, **({"source": "r.jsonl"} | data)))
+
+    assert labelled().labels == ["0", "1"]
+    found = labelled(labels=names["label"])
+    assert found.labels == names["label"] and {r["label"] for r in found.train} == {"no", "yes"}
+    (tmp_path / "names.json").write_text(json.dumps(names["label"]))
+    assert labelled(labels="names.json") == found
+    (tmp_path / "labels.json").write_text(json.dumps(names))
+    assert labelled() == found
+    assert labelled("TOKEN_CLS", source="t.jsonl", eval_source="t.jsonl").train[0]["tags"] == ["I-X", "O"]
+    for data, message in [
+        ({"labels": ["no"]}, "row 2: has the label 1; expected a number below 1 or one of no"),
+        ({"labels": names["label"], "columns": {"label": "other"}}, "row 1: has the label 'high'; expected a number"),
+        ({"labels": "none.json"}, "cannot be read as names of labels"),
+        ({"labels": "r.jsonl"}, "cannot be read as names of labels"),
+    ]:
+        with pytest.raises(RecipeError, match=message):
+            labelled(**data)
+    (tmp_path / "labels.json").write_text('{"label": "no"}')
+    with pytest.raises(RecipeError, match="expected a list of names in order of their numbers"):
+        labelled()
+
+
+def test_fewer_rows_and_test_rows(tmp_path: Path) -> None:
+    rows = [{"text": str(n), "label": "ab"[n % 2]} for n in range(40)]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings: dict[str, Any] = {"source": "r.jsonl", "test_source": "r.jsonl", "limit": 6, "eval_limit": 3}
+    found = load_rows(recipe_for(tmp_path, "SEQ_CLS", **settings))
+    assert (len(found.train), len(found.held_out), len(found.test)) == (6, 3, 3)
+    assert not {r["text"] for r in found.train} & {r["text"] for r in found.held_out}
+    order = [int(r["text"]) for r in found.train]
+    assert order == sorted(order) != list(range(6))
+    assert load_rows(recipe_for(tmp_path, "SEQ_CLS", **settings)) == found
+    assert load_rows(recipe_for(tmp_path, "SEQ_CLS", **(settings | {"split_seed": 1}))) != found
+
+
+def test_datasets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "owner" / "pairs"  # load_dataset reads a folder as it reads a repository
+    folder.mkdir(parents=True)
+    for split, count in (("train", 8), ("validation", 4), ("test", 2)):
+        rows = [{"s1": f"a {n}", "s2": "b", "label": n % 2} for n in range(count)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    label = {"name": "label", "dtype": {"class_label": {"names": {"0": "yes it is", "1": "no"}}}}
+    features = [{"name": "s1", "dtype": "string"}, {"name": "s2", "dtype": "string"}, label]
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'dataset_info': {'features': features}})}---\n")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    columns = {"text": "s1", "text_pair": "s2"}
+    settings: dict[str, Any] = {"source": f"hub:{folder}", "columns": columns}
+    found = load_rows(recipe_for(tmp_path, "SEQ_CLS", **settings, eval_split="validation", test_split="test"))
+    assert (len(found.train), len(found.held_out), len(found.test)) == (8, 4, 2)
+    assert found.labels == ["yes it is", "no"] and found.train[1] == {"text": "a 1", "text_pair": "b", "label": "no"}
+    for data in ({"split": "none"}, {"source": "hub:owner/nothing-of-that-name"}):
+        with pytest.raises(RecipeError, match=r"cannot be loaded: .* It needs the network once"):
+            load_rows(recipe_for(tmp_path, "SEQ_CLS", **(settings | data)))
 
 
 def test_broken_files(tmp_path: Path) -> None:
