@@ -61,6 +61,8 @@ def _read_further(recipe: Recipe, task: Task, source: str | None, split: str | N
     """Rows of another file, or of another split of the same dataset; none where neither is named."""
     if source is None and split is None:
         return []
+    if source is None and not recipe.data.source.startswith(HUB):
+        raise RecipeError(f"the split {split!r} is named, but {recipe.data.source} is a file; name another file.")
     return _read(recipe, task, source or recipe.data.source, split or recipe.data.split)[0]
 
 
@@ -72,7 +74,7 @@ def _read(recipe: Recipe, task: Task, source: str, split: str) -> tuple[list[Row
     named: list[str] | Mapping[str, list[str]] = {}
     if source.startswith(HUB):
         place = f"{source} {split}"
-        found, named = read_hub(source.removeprefix(HUB), recipe.data.config, split)
+        found, named = read_hub(source.removeprefix(HUB), recipe.data.config, split, recipe.data.revision)
     else:
         place = str(recipe.folder / source)
         found = read_file(recipe.folder / source)

@@ -34,6 +34,7 @@ class DataRecipe:
         source: "chatterbot"; a .jsonl, .csv or .parquet file, relative to the recipe's folder; or `hub:<id>` of a
             dataset on the Hub.
         config: configuration of a dataset on the Hub.
+        revision: its commit or branch; "refs/convert/parquet" has the rows of those that are a script.
         split: its split to train on.
         eval_source: source of the held-out rows; unset, a part of the training rows is held out.
         eval_split: split of the held-out rows, of the same dataset where `eval_source` is unset.
@@ -53,6 +54,7 @@ class DataRecipe:
 
     source: str
     config: str | None = None
+    revision: str | None = None
     split: str = "train"
     eval_source: str | None = None
     eval_split: str | None = None

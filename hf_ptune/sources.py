@@ -70,13 +70,16 @@ def _read_parquet(path: Path) -> list[Row]:
     return rows
 
 
-def read_hub(name: str, config: str | None, split: str) -> tuple[list[Row], dict[str, list[str]]]:
+def read_hub(
+    name: str, config: str | None, split: str, revision: str | None = None
+) -> tuple[list[Row], dict[str, list[str]]]:
     """Read a split of a dataset, from the Hub or from the cache of an earlier run.
 
     Args:
         name: its id on the Hub.
         config: name of one of its configurations.
         split: name of the split; a slice such as "train[:100]" also.
+        revision: a commit or branch.
 
     Returns:
         Rows, and the names of classes by column.
@@ -87,7 +90,7 @@ def read_hub(name: str, config: str | None, split: str) -> tuple[list[Row], dict
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, config, split=split)
+        dataset = datasets.load_dataset(name, config, split=split, revision=revision)
     except (OSError, ValueError, RuntimeError) as error:
         raise RecipeError(
             f"data.source {HUB}{name} (config {config}, split {split}) cannot be loaded: {error}. It needs the network "

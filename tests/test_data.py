@@ -67,6 +67,10 @@ def test_columns_and_files(tmp_path: Path) -> None:
         ({"source": "r.jsonl", "eval_source": "e.jsonl", "columns": columns}, "have the labels ['z']"),
         ({"source": "e.jsonl", "eval_source": "e.jsonl", "columns": columns}, "one label only"),
         ({"source": "e.jsonl", "columns": columns}, "holds out 0 of 1 rows"),
+        (
+            {"source": "r.jsonl", "eval_split": "test", "columns": columns},
+            "the split 'test' is named, but r.jsonl is a",
+        ),
         ({"source": "chatterbot", "columns": columns}, "needs neither columns"),
     ]
     for data, message in mistakes:

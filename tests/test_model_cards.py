@@ -1,4 +1,4 @@
-"""The cards in model_cards/: one a recipe, remade from the facts of its run, and their snippets run."""
+"""The cards in model_cards/: one a recipe that was run, remade from the facts of its run, and their snippets run."""
 
 import re
 from pathlib import Path
@@ -11,22 +11,22 @@ from hf_ptune.recipe import read_recipe
 from hf_ptune.train import run
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(p.stem for p in (ROOT / "recipes").glob("*.yaml"))
-every_recipe = pytest.mark.parametrize("name", RECIPES)
+CARDS = sorted(p.name for p in (ROOT / "model_cards").iterdir() if p.is_dir())  # of recipes that have been run
+every_card = pytest.mark.parametrize("name", CARDS)
 
 
-def test_every_recipe_has_a_card_and_every_card_a_recipe() -> None:
-    assert sorted(p.name for p in (ROOT / "model_cards").iterdir() if p.is_dir()) == RECIPES
+def test_every_card_has_a_recipe() -> None:
+    assert "quickstart" in CARDS and set(CARDS) <= {p.stem for p in (ROOT / "recipes").glob("*.yaml")}
 
 
-@every_recipe
+@every_card
 def test_a_card_is_what_its_facts_make(name: str) -> None:
     folder = ROOT / "model_cards" / name
     assert (folder / CURVES_NAME).is_file()
     assert str(make_card(RunFacts.load(folder), f"user/{name}", CURVES_NAME)) == (folder / CARD_NAME).read_text()
 
 
-@every_recipe
+@every_card
 def test_a_card_and_its_recipe_say_the_same(name: str) -> None:
     facts, recipe = RunFacts.load(ROOT / "model_cards" / name), read_recipe(ROOT / "recipes" / f"{name}.yaml")
     assert (facts.method, facts.task, facts.base) == (recipe.method, recipe.task, recipe.card.base or recipe.base)
@@ -35,7 +35,7 @@ def test_a_card_and_its_recipe_say_the_same(name: str) -> None:
         assert recipe.training.get(key, value) == value, key
 
 
-@every_recipe
+@every_card
 def test_the_snippet_runs(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["--training.max_steps=1", "--training.use_cpu=true", f"--output_dir={tmp_path / name}"]
     folder = run(read_recipe(ROOT / "recipes" / f"{name}.yaml", overrides)).folder

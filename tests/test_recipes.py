@@ -1,0 +1,93 @@
+"""The repository's recipes: what each header says, and a small run of each on rows of its own columns."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_train import ROWS, write_base
+
+from hf_ptune.backbone import TASKS
+from hf_ptune.recipe import DataRecipe, make_recipe, read_recipe
+from hf_ptune.tasks import Task, get_task, task_names
+from hf_ptune.train import run
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+PATHS = sorted(p for p in FOLDER.glob("*.yaml") if p.stem != "quickstart")
+FAMILIES = {"CAUSAL_LM": "gpt2", "SEQ_2_SEQ_LM": "t5"}
+every_recipe = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+
+
+def test_every_recipe_is_told_of() -> None:
+    table = (FOLDER / "README.md").read_text()
+    assert all(f"`{path.name}`" in table for path in FOLDER.glob("*.yaml"))
+    assert {read_recipe(path).task for path in PATHS} <= set(task_names())
+
+
+@every_recipe
+def test_a_header_holds_paper_data_and_launch_line(path: Path) -> None:
+    comments = re.findall(r"^# (.*)", path.read_text(), re.M)
+    launched = comments[-1].split()
+    assert launched[:2] == ["accelerate", "launch"] and launched[-1] == f"recipes/{path.name}"
+    assert (FOLDER.parent / launched[3]).is_file()
+    assert any(c.startswith("Paper: ") for c in comments) and any(c.startswith("Data: ") for c in comments)
+    assert path.stem.endswith(read_recipe(path).method) and read_recipe(path).output_dir == f"outputs/{path.stem}"
+
+
+def rows_for(task: Task, data: DataRecipe, held_out: bool) -> list[dict[str, Any]]:
+    """Rows in a recipe's own columns."""
+    kind = task.name
+    if "unscored" in vars(task) and task.unscored:  # type: ignore[attr-defined]
+        kind = "roles"
+    if kind == "CAUSAL_LM" and "prompt" not in data.columns:
+        kind = "instructions"
+    rows = []
+    for n in range(12):
+        row = ROWS[kind](n) | ({"text_pair": "c"} if "text_pair" in data.columns else {})
+        if kind == "TOKEN_CLS" and data.labels:
+            row["tags"] = [n % len(data.labels) for _ in row["tags"]]
+        elif task.label_role == "label" and data.labels:
+            row["label"] = n % len(data.labels)
+        if "references" in data.columns and (held_out or "answer" not in data.columns):
+            row["references"] = [row.pop("answer"), "a"]
+        written: dict[str, Any] = {}
+        for role, value in row.items():
+            column = data.columns.get(role, role)
+            if isinstance(column, list):
+                written |= dict(zip(column, value, strict=True))
+            elif "." in column:
+                outer, inner = column.split(".")
+                written[outer] = {inner: value}
+            else:
+                written[column] = value
+        rows.append(written)
+    return rows
+
+
+@every_recipe
+def test_a_recipe_trains(path: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load(path.read_text())
+    recipe = read_recipe(path)
+    if content.get("task_options", {}).get("generate"):
+        pytest.importorskip("sacrebleu", reason="BLEU needs sacrebleu")
+        content["task_options"] |= {"max_new_tokens": 3, "num_beams": 2}
+    for part in ("train", "held_out"):
+        rows = rows_for(recipe.build_task(), recipe.data, part == "held_out")
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    named = {k: v for k, v in content["data"].items() if k not in ("config", "revision", "eval_split", "test_split")}
+    files = {"source": "train.jsonl", "eval_source": "held_out.jsonl", "test_source": "held_out.jsonl"}
+    content |= {
+        "base": write_base(tmp_path / "base", FAMILIES.get(recipe.task, "bert"), recipe.task),
+        "options": content["options"] | {"num_virtual_tokens": 4},
+        "data": named | files | {"max_length": 32},
+        "training": content["training"] | {"max_steps": 2, "use_cpu": True},
+        "output_dir": str(tmp_path / "out"),
+    }
+    outcome = run(make_recipe(content, path.name, tmp_path))
+    task = get_task(recipe.task)
+    for metrics in (outcome.before, outcome.after, outcome.test):
+        assert {"loss", recipe.build_task().metric} <= set(metrics)
+    TASKS[task.model_task].from_pretrained(outcome.folder)
+    assert outcome.answers
