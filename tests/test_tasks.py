@@ -251,6 +251,21 @@ def test_questions_without_answer() -> None:
         )
 
 
+def test_places_stay_where_the_tokenizer_pads_before() -> None:
+    tokenizer = words_tokenizer("a bb c d e")
+    tokenizer.padding_side = "left"
+    questions, tags = QuestionAnswering(max_length=16, stride=8), TokenClassification()
+    features = questions.encode(checked(questions, *question_rows(5)), tokenizer, [])
+    batch = questions.collator(tokenizer)(features)
+    for ids, start, feature in zip(batch["input_ids"], batch["start_positions"], features, strict=True):
+        assert ids[: len(feature["input_ids"])].tolist() == feature["input_ids"]
+        assert start == feature["start_positions"]
+    rows = [{"tokens": ["a"] * n, "tags": ["O"] * n} for n in (1, 4)]
+    batch = tags.collator(tokenizer)(tags.encode(rows, tokenizer, ["O"]))
+    assert batch["labels"].tolist() == [[IGNORED, 0, *[IGNORED] * 4], [IGNORED, 0, 0, 0, 0, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
+
+
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
 def test_places_are_those_of_the_row_with_virtual_tokens(method: str) -> None:
     tokenizer = words_tokenizer("a bb c d e")

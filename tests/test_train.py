@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from hf_ptune import PTuneConfig
 from hf_ptune.backbone import TASKS
+from hf_ptune.cards import RunFacts
 from hf_ptune.errors import BackboneError, RecipeError
 from hf_ptune.recipe import make_recipe
 from hf_ptune.train import load_base, main, run
@@ -121,6 +122,9 @@ def test_held_out_rows_are_answered(family: str, task: str, tmp_path: Path) -> N
     outcome = run(make_recipe(content, folder=tmp_path))
     for metrics in (outcome.before, outcome.after, outcome.test):
         assert 0 <= metrics["bleu"] <= 100 and 0 <= metrics["rougeL"] <= 1
+    facts = RunFacts.load(outcome.folder)
+    assert facts.metrics[0]["rougeL"] == outcome.after["rougeL"]
+    assert facts.metrics[0]["test_rougeL"] == outcome.test["rougeL"]
 
 
 def test_a_package_s_base_keeps_its_name(tmp_path: Path) -> None:
@@ -160,10 +164,15 @@ def test_errors_are_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
-def test_two_processes_print_once(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
-    content = write_recipe(tmp_path, "SEQ_CLS", base)
+@pytest.mark.parametrize(("family", "task"), [("bert", "SEQ_CLS"), ("gpt2", "CAUSAL_LM")])
+def test_two_processes_print_once(family: str, task: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", family, task)
+    content = write_recipe(tmp_path, task, base)
     content["training"] = content["training"] | {"max_steps": 4, "ddp_backend": "gloo"}
+    if task == "CAUSAL_LM":
+        pytest.importorskip("sacrebleu", reason="BLEU needs sacrebleu")
+        content |= {"task_options": {"generate": True, "max_new_tokens": 3}, "seed": 1}
+        content["data"] |= {"eval_limit": 5}  # an odd number: one rank writes more than the other
     (tmp_path / "r.yaml").write_text(json.dumps(content))
     # both processes have finished when the launcher reports; how one of them is torn down is torch's affair
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
@@ -173,8 +182,9 @@ def test_two_processes_print_once(tmp_path: Path) -> None:
         "hf_ptune.train",
         str(tmp_path / "r.yaml"),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.count("trainable params:") == done.stdout.count("reloaded from") == 1, done.stderr[-3000:]
     assert "rank 1" in done.stdout
-    TASKS["SEQ_CLS"].from_pretrained(tmp_path / "out" / "adapter")
+    TASKS[task].from_pretrained(tmp_path / "out" / "adapter")

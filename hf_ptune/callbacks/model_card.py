@@ -120,6 +120,8 @@ def gather_facts(
     evaluations = [e for e in facts.history if any(k.startswith("eval_") for k in e)]
     if evaluations:
         last = {k.removeprefix("eval_"): v for k, v in evaluations[-1].items() if k.startswith("eval_")}
+        for entry in facts.history:
+            last |= {k: v for k, v in entry.items() if k.startswith("test_")}
         facts.metrics = [{k: v for k, v in last.items() if not k.endswith(_TIMES)}]
     for entry in state.log_history:
         for key, value in entry.items():

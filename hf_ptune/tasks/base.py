@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from hf_ptune.errors import RecipeError
 
@@ -122,7 +123,7 @@ class Task:
         raise NotImplementedError
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        """What pads features to a batch `[B, T]`, on the tokenizer's own side."""
+        """What pads features to a batch `[B, T]`."""
         raise NotImplementedError
 
     def preprocess_logits(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Any:
@@ -181,6 +182,21 @@ def make_collator(
 ) -> Collator:
     """A collator that keeps what the tokenizer makes, and the labels."""
     return Collator((*tokenizer.model_input_names, *labels), pad)
+
+
+def pad_behind(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Feature]], Any]:
+    """What pads behind the tokens whatever the tokenizer's side, so that a feature's places are the batch's."""
+
+    def pad(features: list[Feature]) -> Any:
+        inputs = [{name: value for name, value in f.items() if name != "labels"} for f in features]
+        batch = pad_without_fast_tokenizer_warning(tokenizer, inputs, padding_side="right", return_tensors="pt")
+        if "labels" in features[0]:
+            width = batch["input_ids"].shape[1]
+            labels = [f["labels"] + [IGNORED] * (width - len(f["labels"])) for f in features]
+            batch["labels"] = torch.tensor(labels)  # [B, T]
+        return batch
+
+    return pad
 
 
 def run_model(task: Task, model: Any, tokenizer: PreTrainedTokenizerBase, features: Sequence[Feature]) -> Any:

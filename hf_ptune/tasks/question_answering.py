@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import SpanMatch
-from hf_ptune.tasks.base import Answer, Collator, Feature, Row, Task, make_collator, need_fast, run_model
+from hf_ptune.tasks.base import Answer, Collator, Feature, Row, Task, make_collator, need_fast, pad_behind, run_model
 from hf_ptune.tasks.registry import register_task
 
 Offsets = list[tuple[int, int] | None]
@@ -118,7 +118,7 @@ class QuestionAnswering(Task):
         return question[: places[self.max_question_length - 1][1]]
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        return make_collator(tokenizer, DataCollatorWithPadding(tokenizer), ("start_positions", "end_positions"))
+        return make_collator(tokenizer, pad_behind(tokenizer), ("start_positions", "end_positions"))
 
     def preprocess_logits(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Any:
         """Logits of starts and of ends, `[B, T]` each."""
@@ -141,7 +141,7 @@ class QuestionAnswering(Task):
         """The answer of every row over its windows.
 
         Args:
-            starts: logits `[N, T]`; what is behind a feature's tokens, or before them, is padding.
+            starts: logits `[N, T]`; what is behind a feature's tokens is padding.
             ends: likewise.
             features: N, windows of a row one behind the other.
 

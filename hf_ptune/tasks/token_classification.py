@@ -5,11 +5,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from transformers import DataCollatorForTokenClassification, EvalPrediction, PreTrainedTokenizerBase, pipeline
+from transformers import EvalPrediction, PreTrainedTokenizerBase, pipeline
 
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Seqeval
-from hf_ptune.tasks.base import IGNORED, Answer, Collator, Feature, Row, Task, make_collator, need_fast, run_model
+from hf_ptune.tasks.base import (
+    IGNORED,
+    Answer,
+    Collator,
+    Feature,
+    Row,
+    Task,
+    make_collator,
+    need_fast,
+    pad_behind,
+    run_model,
+)
 from hf_ptune.tasks.registry import register_task
 
 _OUTSIDE = "O"
@@ -105,7 +116,7 @@ class TokenClassification(Task):
         return windows
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        return make_collator(tokenizer, DataCollatorForTokenClassification(tokenizer))
+        return make_collator(tokenizer, pad_behind(tokenizer))
 
     def compute_metrics(
         self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]
