@@ -15,7 +15,7 @@ from hf_ptune.errors import AdapterFileError, ConfigError, PTuneError
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import EncoderSpec, PromptEncoder, SiteShape, direct_prompt
 
-INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO")
+INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO", "ADAPTER")
 SITES = ("encoder", "decoder", "cross")
 # what the tensors of an adapter follow from; kept beside them too
 STRUCTURE = (
@@ -75,9 +75,11 @@ class PTuneConfig(PreTrainedConfig):
         method: "prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2" or "bitfit".
         num_virtual_tokens: P, number of virtual tokens, at least 1; BitFit ignores it.
         prompt_tuning_init: "RANDOM" (with the deviation of the backbone's own embeddings, or of its own keys
-            and values), "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS" or "ZERO". A prefix takes the backbone's keys
-            and values of the named tokens.
+            and values), "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO" or "ADAPTER" (where another adapter of the
+            same base ended; Vu et al. 2022, SPoT). A prefix takes the backbone's keys and values of the named tokens.
         prompt_tuning_init_text: the text of "TEXT".
+        prompt_tuning_init_adapter: folder or Hub id of "ADAPTER"; read once, when the base is wrapped.
+        prompt_tuning_init_head: whether "ADAPTER" brings its head and other modules too; the labels must be the same.
         encoder_reparameterization_type: "MLP" or "LSTM"; P-Tuning only.
         encoder_hidden_size: width inside the reparameterisation; the embedding width when unset.
         encoder_num_layers: LSTM layers; P-Tuning only.
@@ -100,6 +102,8 @@ class PTuneConfig(PreTrainedConfig):
     num_virtual_tokens: int = 20
     prompt_tuning_init: str = "RANDOM"
     prompt_tuning_init_text: str | None = None
+    prompt_tuning_init_adapter: str | None = None
+    prompt_tuning_init_head: bool = False
     encoder_reparameterization_type: str = "MLP"
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 2
@@ -145,6 +149,12 @@ class PTuneConfig(PreTrainedConfig):
                 raise ConfigError(f"{name}={getattr(self, name)}; expected 0 or more and less than 1.")
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:
             raise ConfigError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text, the text to start from.")
+        if self.prompt_tuning_init == "ADAPTER" and not self.prompt_tuning_init_adapter:
+            raise ConfigError("prompt_tuning_init='ADAPTER' needs prompt_tuning_init_adapter, a folder or Hub id.")
+        if self.prompt_tuning_init == "ADAPTER" and method.kind is None:
+            raise ConfigError(
+                f"prompt_tuning_init='ADAPTER' needs a prompt to start, which {self.method} does not have."
+            )
         if method.kind is PromptKind.EMBEDDINGS and self.layers is not None:
             raise ConfigError(f"layers is for prefixes; {self.method} puts its prompt into the input only.")
         if self.geometry:

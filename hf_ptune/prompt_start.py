@@ -1,4 +1,4 @@
-"""Start a prompt at random, at zero, or at the backbone's own embeddings, keys and values of given tokens."""
+"""Start a prompt at random, at zero, at the backbone's own embeddings, keys and values of tokens, or at an adapter."""
 
 from typing import Any
 
@@ -12,6 +12,7 @@ from hf_ptune.injection import PROBE_TOKENS, Injector, evaluating, word_embeddin
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import join_prefix
 from hf_ptune.methods.initializers import fit_length, random_like, sample_vocabulary
+from hf_ptune.prompt_transfer import transfer
 
 
 def initialise(model: Any, tokenizer: Any = None) -> None:
@@ -22,13 +23,17 @@ def initialise(model: Any, tokenizer: Any = None) -> None:
         tokenizer: reads text and labels; loaded from the base when unset.
 
     Raises:
-        ConfigError: a text or label start without a tokenizer or labels.
+        ConfigError: a text or label start without a tokenizer or labels, or an adapter that does not fit.
+        BackboneError: an adapter of another base.
     """
     config, prompt, injector = model.config, model.prompt, model._injector
     if prompt is None:
         return
     kind, start = prompt.kind, config.prompt_tuning_init
     virtual = config.num_virtual_tokens
+    if start == "ADAPTER":
+        transfer(model, config.prompt_tuning_init_adapter)
+        return
     if start == "RANDOM" and get_method(config.method).reparameterised:
         return
     with torch.no_grad():
