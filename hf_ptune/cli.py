@@ -1,4 +1,4 @@
-"""The command line: `hf-ptune init`, `run`, `train`, `push`, `card`, `convert` and `info`."""
+"""The command line: `hf-ptune init`, `run`, `train`, `presets`, `push`, `card`, `convert` and `info`."""
 
 import argparse
 import runpy
@@ -18,6 +18,7 @@ from hf_ptune.hub import push_folder
 from hf_ptune.info import describe_adapter
 from hf_ptune.methods import method_names
 from hf_ptune.modeling_ptune import get_ptune_model
+from hf_ptune.presets import list_presets
 from hf_ptune.publishing import remake_card
 
 
@@ -106,6 +107,8 @@ def make_parser() -> argparse.ArgumentParser:
     recipe.add_argument("recipe", help="a YAML file")
     recipe.add_argument("overrides", nargs=argparse.REMAINDER, help="--section.key=value …")
 
+    commands.add_parser("presets", help="list published settings and each method's defaults, with their sources")
+
     push = commands.add_parser("push", help="push a finished adapter folder to the Hub")
     push.add_argument("folder")
     push.add_argument("repo_id", help="user/name")
@@ -145,6 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return train.main([given.recipe, *given.overrides])
         if given.command == "run":
             run_script(given.script, given.arguments)
+        elif given.command == "presets":
+            print(list_presets())
         elif given.command == "push":
             options = {k: getattr(given, k) for k in ("private", "revision", "create_pr", "commit_message")}
             print(push_folder(given.folder, given.repo_id, **options))

@@ -61,8 +61,8 @@ def _check_same_base(source: PTuneConfig, target: PTuneConfig, where: str) -> No
     theirs, ours = source.base_model_name_or_path, target.base_model_name_or_path
     if theirs and ours and _place(theirs) != _place(ours):
         raise BackboneError(
-            f"{where} was trained on the base {theirs!r}, and this one is {ours!r}: a prompt means something to its own "
-            "base alone. Name an adapter of the same base; where both names are of the same weights, give "
+            f"{where} was trained on the base {theirs!r}, and this one is {ours!r}: a prompt means something to its "
+            "own base alone. Name an adapter of the same base; where both names are of the same weights, give "
             f"base_model_name_or_path={theirs!r} in the configuration."
         )
     kinds = source.base.get_text_config().model_type, target.base.get_text_config().model_type

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import RecipeError
 from hf_ptune.methods import method_names
+from hf_ptune.presets import fill_from_preset
 from hf_ptune.tasks import Task, get_task, task_names
 
 Column = str | list[str]
@@ -151,7 +152,7 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
     """Check the content of a recipe file.
 
     Args:
-        content: what the YAML says.
+        content: what the YAML says; its key `preset` names a published setting that fills what it leaves out.
         where: the file's name, for messages.
         folder: where paths of data start.
 
@@ -159,7 +160,9 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
         RecipeError: a key is unknown, missing or of the wrong type.
     """
     top = {n: h for n, h in typing.get_type_hints(Recipe).items() if n not in ("folder", "data", "card")}
-    given = _section(content, top | {"data": dict[str, Any], "card": dict[str, Any]}, where, "")
+    given = _section(
+        fill_from_preset(content, where), top | {"data": dict[str, Any], "card": dict[str, Any]}, where, ""
+    )
     _need(given, Recipe, where, "")
     if given["task"] not in task_names():
         raise RecipeError(f"{where}: task is {given['task']!r}; expected one of {', '.join(task_names())}.")

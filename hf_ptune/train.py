@@ -30,6 +30,7 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.errors import BackboneError, PTuneError, RecipeError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
+from hf_ptune.presets import defaults_of
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, read_recipe
 from hf_ptune.sources import HUB
@@ -66,7 +67,8 @@ def run(recipe: Recipe) -> Outcome:
     set_seed(recipe.seed)
     task, rows = recipe.build_task(), load_rows(recipe)
     tokenizer = load_tokenizer(recipe.base)
-    config = PTuneConfig(method=recipe.method, base_model_name_or_path=recipe.base, **recipe.options)
+    options = defaults_of(recipe.method).options | recipe.options
+    config = PTuneConfig(method=recipe.method, base_model_name_or_path=recipe.base, **options)
     model = get_ptune_model(load_base(recipe.base, task.model_task, rows.labels, tokenizer), config, tokenizer)
     trainer = make_trainer(recipe, arguments, model, tokenizer, rows)
 
@@ -104,12 +106,13 @@ def card_facts(recipe: Recipe, rows: Rows) -> dict[str, Any]:
 
 
 def make_arguments(recipe: Recipe) -> TrainingArguments:
-    """Turn a recipe's training section into TrainingArguments.
+    """Turn a recipe's training section into TrainingArguments; its method's defaults fill what it leaves out.
 
     Raises:
         RecipeError: values that transformers refuses.
     """
-    settings = {"dataloader_pin_memory": torch.accelerator.is_available()} | recipe.training
+    settings = {"dataloader_pin_memory": torch.accelerator.is_available()}
+    settings |= defaults_of(recipe.method).training | recipe.training
     try:
         return TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **settings)
     except (ValueError, ImportError) as error:

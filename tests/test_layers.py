@@ -15,6 +15,7 @@ LAYERS = [
     {"hub", "loading", "prompt_transfer", "prompt_start"},
     {"publishing"},
     {"modeling_ptune"},
+    {"presets"},
     {"metrics"},
     {"tasks"},
     {"recipe", "sources"},

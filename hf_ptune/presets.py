@@ -1,0 +1,322 @@
+"""Settings of each method where a recipe is silent, and the named settings that the papers' authors published."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_ptune.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Hold what a method starts with.
+
+    Args:
+        options: fields of PTuneConfig.
+        training: fields of TrainingArguments.
+        source: where the numbers are from.
+    """
+
+    options: dict[str, Any]
+    training: dict[str, Any]
+    source: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Hold a setting that a paper's authors published.
+
+    Args:
+        name: method, task and model, as in `p_tuning_v2/rte/roberta-large`.
+        method: a method of PTuneConfig.
+        base: the base's id on the Hub.
+        options: fields of PTuneConfig.
+        training: fields of TrainingArguments.
+        source: the file or paper it was read in.
+        max_length: tokens that a row is cut to; `None` where the source does not say.
+        note: what of the source cannot be said here.
+    """
+
+    name: str
+    method: str
+    base: str
+    options: dict[str, Any]
+    training: dict[str, Any]
+    source: str
+    max_length: int | None = None
+    note: str = ""
+
+    def line(self) -> str:
+        """The preset on one line."""
+        training = self.training
+        length = training["max_steps"] if "max_steps" in training else training["num_train_epochs"]
+        unit = "steps" if "max_steps" in training else "epochs"
+        batch = training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1)
+        note = f" ({self.note})" if self.note else ""
+        return (
+            f"{self.name:42} learning rate {training['learning_rate']:<7g} tokens "
+            f"{self.options['num_virtual_tokens']:<4} batch {batch:<3} {unit} {length:<6g} {self.source}{note}"
+        )
+
+
+_ADAMW: dict[str, Any] = {"optim": "adamw_torch", "lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.0}
+
+# the one table that measurements will change; `source` says what each row rests on
+_DEFAULTS: dict[str, Defaults] = {
+    "p_tuning_v2": Defaults(
+        {"num_virtual_tokens": 20, "prompt_tuning_init": "RANDOM", "prefix_dropout": 0.0},
+        {"learning_rate": 2e-2, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "weight_decay": 0.0},
+        "Liu et al. 2022's scripts give 5e-3 to 6e-2; 2e-2 was best of a few on MiniLM; not yet swept",
+    ),
+    "prefix_tuning": Defaults(
+        {"num_virtual_tokens": 20, "prompt_tuning_init": "RANDOM", "prefix_dropout": 0.0},
+        {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "weight_decay": 0.0},
+        "behind an MLP steps are longer: Li & Liang 2021 take 5e-5 on GPT-2 medium, small bases more; not yet swept",
+    ),
+    "prompt_tuning": Defaults(
+        {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB", "prefix_dropout": 0.0},
+        {"learning_rate": 3e-2, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "weight_decay": 0.0},
+        "start of Lester et al. 2021; their 0.3 is Adafactor's, AdamW takes less; not yet swept",
+    ),
+    "p_tuning": Defaults(
+        {"num_virtual_tokens": 20, "prompt_tuning_init": "RANDOM", "prefix_dropout": 0.0},
+        {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "weight_decay": 0.0},
+        "Liu et al. 2021 take 1e-5 to 1e-4 with the base trained too; a frozen base takes more; not yet swept",
+    ),
+    "bitfit": Defaults(
+        {},
+        {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "weight_decay": 0.0},
+        "upper end of what Ben Zaken et al. 2022 search; not yet swept",
+    ),
+}
+_UNKNOWN_METHOD = Defaults({}, {}, "a method of somebody else's: transformers' own defaults")
+
+_P_TUNING_V2 = "THUDM/P-tuning-v2, run_script"
+_DECAY = "the source multiplies the rate by 0.95 an epoch; linear here"
+_MODELS = {"bert-large": "bert-large-cased"}  # others have the Hub's own name
+# task, model -> learning rate, tokens, batch, epochs, dropout, max_length, note
+_P_TUNING_V2_RUNS: dict[tuple[str, str], tuple[float, int, int, int, float, int, str]] = {
+    ("boolq", "bert-large"): (5e-3, 40, 32, 100, 0.1, 128, ""),
+    ("boolq", "roberta-large"): (7e-3, 8, 32, 100, 0.1, 128, ""),
+    ("copa", "bert-large"): (1e-2, 16, 16, 80, 0.1, 128, ""),
+    ("copa", "roberta-large"): (9e-3, 8, 16, 120, 0.1, 128, ""),
+    ("rte", "bert-large"): (1e-2, 20, 32, 60, 0.1, 128, ""),
+    ("rte", "roberta-large"): (5e-3, 128, 32, 100, 0.1, 128, ""),
+    ("wic", "bert-large"): (1e-4, 20, 16, 80, 0.1, 128, "behind an MLP; the source's template 1"),
+    ("wic", "roberta-large"): (1e-2, 8, 32, 50, 0.1, 128, ""),
+    ("wsc", "bert-large"): (5e-3, 20, 16, 80, 0.1, 128, ""),
+    ("wsc", "roberta-large"): (1e-2, 8, 16, 10, 0.1, 128, ""),
+    ("conll03", "roberta-large"): (3e-2, 11, 16, 30, 0.1, 152, _DECAY),
+    ("conll04", "bert-large-uncased"): (2e-2, 128, 32, 40, 0.2, 128, _DECAY),
+    ("conll04", "roberta-large"): (6e-2, 144, 32, 80, 0.1, 128, _DECAY),
+    ("ontonotes", "bert-large-uncased"): (1e-2, 16, 16, 30, 0.1, 128, _DECAY),
+    ("ontonotes", "roberta-large"): (7e-3, 48, 16, 60, 0.1, 128, _DECAY),
+    ("conll05", "roberta-large"): (6e-3, 224, 16, 15, 0.1, 128, _DECAY),
+    ("conll12", "roberta-large"): (5e-3, 64, 32, 45, 0.1, 128, _DECAY),
+    ("squad", "roberta-large"): (5e-3, 16, 8, 30, 0.2, 384, f"stride 128; {_DECAY}"),
+    ("squad_v2", "roberta-large"): (5e-3, 8, 8, 10, 0.2, 384, f"stride 128; {_DECAY}"),
+}
+# task, model -> base, learning rate, tokens, batch, accumulation, epochs, width of the MLP
+_PREFIX_RUNS: dict[tuple[str, str], tuple[str, float, int, int, int, int, int]] = {
+    ("e2e", "gpt2-medium"): ("gpt2-medium", 5e-5, 10, 10, 1, 5, 512),
+    ("dart", "gpt2-medium"): ("gpt2-medium", 5e-5, 10, 10, 1, 5, 512),
+    ("webnlg", "gpt2-medium"): ("gpt2-medium", 5e-5, 5, 5, 1, 5, 512),
+    ("xsum", "bart-large"): ("facebook/bart-large", 5e-5, 200, 16, 3, 30, 800),
+}
+# task -> learning rate of the prompt, steps, warm-up steps, batch, max_length
+_FEW_SHOT_RUNS: dict[str, tuple[float, int, int, int, int]] = {
+    "boolq": (1e-4, 250, 0, 2, 256),
+    "cb": (1e-5, 250, 0, 2, 256),
+    "copa": (1e-5, 3500, 0, 16, 96),
+    "multirc": (1e-4, 250, 0, 2, 512),
+    "rte": (1e-4, 3500, 150, 2, 256),
+    "wic": (1e-5, 3500, 0, 2, 256),
+    "wsc": (1e-4, 3500, 0, 16, 128),
+}
+_T5_SIZES = ("small", "base", "large", "xl", "xxl")
+
+
+def _p_tuning_v2() -> list[Preset]:
+    presets = []
+    for (task, model), (rate, tokens, batch, epochs, dropout, length, note) in _P_TUNING_V2_RUNS.items():
+        behind_mlp = (task, model) == ("wic", "bert-large")
+        options = {"num_virtual_tokens": tokens, "prompt_tuning_init": "RANDOM", "prefix_dropout": dropout}
+        training = {"learning_rate": rate, "per_device_train_batch_size": batch, "num_train_epochs": float(epochs)}
+        presets.append(
+            Preset(
+                f"p_tuning_v2/{task}/{model}",
+                "prefix_tuning" if behind_mlp else "p_tuning_v2",
+                _MODELS.get(model, model),
+                options | ({"encoder_hidden_size": 512} if behind_mlp else {}),
+                training | _ADAMW,
+                _P_TUNING_V2,
+                length,
+                note,
+            )
+        )
+    return presets
+
+
+def _prefix_tuning() -> list[Preset]:
+    presets = []
+    for (task, model), (base, rate, tokens, batch, accumulation, epochs, width) in _PREFIX_RUNS.items():
+        training = {
+            "learning_rate": rate,
+            "per_device_train_batch_size": batch,
+            "gradient_accumulation_steps": accumulation,
+            "num_train_epochs": float(epochs),
+        }
+        options = {"num_virtual_tokens": tokens, "prompt_tuning_init": "RANDOM", "encoder_hidden_size": width}
+        source = "XiangLi1999/PrefixTuning, README and defaults of the training scripts"
+        name = f"prefix_tuning/{task}/{model}"
+        presets.append(Preset(name, "prefix_tuning", base, options, training | _ADAMW, source))
+    return presets
+
+
+def _prompt_tuning() -> list[Preset]:
+    options = {"num_virtual_tokens": 100, "prompt_tuning_init": "CLASS_LABELS"}
+    training = {
+        "learning_rate": 0.3,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 1e-5,
+        "optim": "adafactor",
+        "per_device_train_batch_size": 32,
+        "max_steps": 30_000,
+    }
+    source = "google-research/prompt-tuning, gin of t5_1_1; Lester et al. 2021, sections 3.1 and 3.2"
+    return [
+        Preset(
+            f"prompt_tuning/superglue/t5-{size}",
+            "prompt_tuning",
+            f"google/t5-{size}-lm-adapt",
+            options,
+            training,
+            source,
+        )
+        for size in _T5_SIZES
+    ]
+
+
+def _p_tuning() -> list[Preset]:
+    lstm = {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 2, "prompt_tuning_init": "RANDOM"}
+    probing = {
+        "learning_rate": 1e-5,
+        "weight_decay": 5e-4,
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 100.0,
+    }
+    presets = [
+        Preset(
+            f"p_tuning/lama/{base}",
+            "p_tuning",
+            base,
+            lstm | {"num_virtual_tokens": 9},
+            _ADAMW | probing,
+            "THUDM/P-tuning, LAMA/cli.py",
+            note="template (3, 3, 3); stops after 20 epochs without gain; the rate falls by 0.98 an epoch there",
+        )
+        for base in ("bert-base-cased", "bert-large-cased", "roberta-large")
+    ]
+    for task, (rate, steps, warmup, batch, length) in _FEW_SHOT_RUNS.items():
+        training = {
+            "learning_rate": rate,
+            "weight_decay": 0.1,
+            "warmup_steps": warmup,
+            "per_device_train_batch_size": batch,
+            "max_steps": steps,
+        }
+        presets.append(
+            Preset(
+                f"p_tuning/fewglue_{task}/albert-xxlarge",
+                "p_tuning",
+                "albert-xxlarge-v2",
+                lstm | {"num_virtual_tokens": 2 if task == "wsc" else 1, "encoder_hidden_size": 128},
+                _ADAMW | training,
+                "THUDM/P-tuning, PT-Fewshot/scripts",
+                length,
+                "the base is trained too, at 1e-5",
+            )
+        )
+    return presets
+
+
+_PRESETS = {p.name: p for p in (*_p_tuning_v2(), *_prefix_tuning(), *_prompt_tuning(), *_p_tuning())}
+
+
+def defaults_of(method: str) -> Defaults:
+    """What a method starts with where nothing else is said.
+
+    Args:
+        method: a method of PTuneConfig; one registered elsewhere has none.
+    """
+    return _DEFAULTS.get(method, _UNKNOWN_METHOD)
+
+
+def preset(name: str) -> Preset:
+    """Look a published setting up.
+
+    Args:
+        name: method, task and model, as in `p_tuning_v2/rte/roberta-large`; `preset_names` lists them.
+
+    Raises:
+        RecipeError: no such preset.
+    """
+    if name not in _PRESETS:
+        near = difflib.get_close_matches(name, _PRESETS, 3, 0.4)
+        hint = f"did you mean {', '.join(near)}?" if near else "hf-ptune presets lists them."
+        raise RecipeError(f"there is no preset {name!r}; {hint}")
+    return _PRESETS[name]
+
+
+def preset_names() -> list[str]:
+    """Names of all presets."""
+    return list(_PRESETS)
+
+
+def fill_from_preset(content: Mapping[str, Any], where: str = "recipe") -> dict[str, Any]:
+    """Say what a preset says wherever a recipe is silent.
+
+    Args:
+        content: of a recipe file; its key `preset` names the preset.
+        where: the file's name, for messages.
+
+    Returns:
+        A copy without `preset`, with method, base, options, training and data.max_length filled.
+
+    Raises:
+        RecipeError: no such preset, or one of another method.
+    """
+    filled = dict(content)
+    name = filled.pop("preset", None)
+    if name is None:
+        return filled
+    if not isinstance(name, str):
+        raise RecipeError(f"{where}: preset is {name!r}; expected a name such as p_tuning_v2/rte/roberta-large.")
+    found = preset(name)
+    if filled.setdefault("method", found.method) != found.method:
+        raise RecipeError(
+            f"{where}: method is {filled['method']!r}, and the preset {name} is for {found.method}; leave one out."
+        )
+    filled.setdefault("base", found.base)
+    sections: list[tuple[str, dict[str, Any]]] = [("options", found.options), ("training", found.training)]
+    if found.max_length is not None:
+        sections.append(("data", {"max_length": found.max_length}))
+    for section, values in sections:
+        own = filled.get(section, {})
+        if isinstance(own, Mapping):  # what is no section is refused where sections are read
+            # transformers would let a preset's max_steps win over a recipe's own epochs
+            beaten = {"max_steps"} if "num_train_epochs" in own else set()
+            filled[section] = {k: v for k, v in values.items() if k not in beaten} | dict(own)
+    return filled
+
+
+def list_presets() -> str:
+    """All presets as a table, one line each, and the defaults of each method."""
+    lines = [p.line() for p in _PRESETS.values()]
+    lines += ["", "where a recipe names no preset and is silent:"]
+    for method, found in _DEFAULTS.items():
+        said = ", ".join(f"{k}={v}" for k, v in (found.options | found.training).items())
+        lines.append(f"{method:14} {said}\n{'':14} {found.source}")
+    return "\n".join(lines)

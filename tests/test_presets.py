@@ -1,0 +1,115 @@
+"""Published settings and defaults: what they fill, and that everything they say is understood."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import METHODS
+from test_train import write_base, write_recipe
+from transformers import TrainingArguments
+
+from hf_ptune import PTuneConfig, train
+from hf_ptune.cli import main
+from hf_ptune.errors import RecipeError
+from hf_ptune.methods import get_method
+from hf_ptune.presets import defaults_of, preset, preset_names
+from hf_ptune.recipe import make_recipe
+
+SILENT: dict[str, Any] = {"task": "SEQ_CLS", "data": {"source": "rows.jsonl"}, "output_dir": "runs/here"}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_what_a_preset_says_is_understood(name: str, tmp_path: Path) -> None:
+    found = preset(name)
+    PTuneConfig(method=found.method, **found.options)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **found.training)
+    assert arguments.learning_rate == found.training["learning_rate"]
+    assert {"optim", "lr_scheduler_type", "warmup_steps", "weight_decay"} <= set(found.training)
+    assert found.source and name.count("/") == 2
+    recipe = make_recipe(SILENT | {"preset": name})
+    assert (recipe.method, recipe.base, recipe.training) == (found.method, found.base, found.training)
+
+
+# read in the authors' scripts by hand: learning rate, tokens, batch, epochs or steps, rows' length
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("p_tuning_v2/rte/roberta-large", (5e-3, 128, 32, 100, 128)),
+        ("p_tuning_v2/boolq/bert-large", (5e-3, 40, 32, 100, 128)),
+        ("p_tuning_v2/conll03/roberta-large", (3e-2, 11, 16, 30, 152)),
+        ("p_tuning_v2/squad_v2/roberta-large", (5e-3, 8, 8, 10, 384)),
+        ("prefix_tuning/webnlg/gpt2-medium", (5e-5, 5, 5, 5, None)),
+        ("prefix_tuning/xsum/bart-large", (5e-5, 200, 16, 30, None)),
+        ("prompt_tuning/superglue/t5-xxl", (0.3, 100, 32, 30_000, None)),
+        ("p_tuning/fewglue_wsc/albert-xxlarge", (1e-4, 2, 16, 3500, 128)),
+    ],
+)
+def test_numbers_of_the_sources(name: str, numbers: tuple[Any, ...]) -> None:
+    found = preset(name)
+    length = found.training.get("max_steps", found.training.get("num_train_epochs"))
+    batch = found.training["per_device_train_batch_size"]
+    rate, tokens = found.training["learning_rate"], found.options["num_virtual_tokens"]
+    assert (rate, tokens, batch, length, found.max_length) == numbers
+
+
+def test_the_recipe_s_own_keys_win() -> None:
+    given = {"preset": "p_tuning_v2/rte/roberta-large", "base": "roberta-base", "method": "p_tuning_v2"}
+    given |= {"options": {"num_virtual_tokens": 16}, "training": {"learning_rate": "1e-3"}}
+    recipe = make_recipe(SILENT | given | {"data": {"source": "rows.jsonl", "max_length": 64}})
+    assert recipe.base == "roberta-base" and recipe.data.max_length == 64
+    assert recipe.options == {"num_virtual_tokens": 16, "prompt_tuning_init": "RANDOM", "prefix_dropout": 0.1}
+    assert recipe.training["learning_rate"] == 1e-3 and recipe.training["num_train_epochs"] == 100
+    epochs = {"preset": "prompt_tuning/superglue/t5-base", "training": {"num_train_epochs": 2}}
+    assert "max_steps" not in make_recipe(SILENT | epochs).training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"preset": "p_tuning_v2/rte/roberta"},
+            "no preset 'p_tuning_v2/rte/roberta'; did you mean p_tuning_v2/rte/rob",
+        ),
+        ({"preset": "?"}, "hf-ptune presets lists them"),
+        ({"preset": 3}, "x.yaml: preset is 3; expected a name"),
+        (
+            {"preset": "p_tuning_v2/rte/roberta-large", "method": "bitfit"},
+            "the preset .* is for p_tuning_v2; leave one",
+        ),
+        ({"preset": "p_tuning_v2/rte/roberta-large", "training": [1]}, "training is .* expected"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make_recipe(SILENT | change, "x.yaml")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_defaults(method: str, tmp_path: Path) -> None:
+    found = defaults_of(method)
+    config = PTuneConfig(method=method, **found.options)
+    assert TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **found.training).learning_rate > 0
+    named = {"num_virtual_tokens", "prompt_tuning_init", "prefix_dropout"}
+    assert get_method(method).kind is None or named <= set(found.options)
+    assert {"learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"} <= set(found.training)
+    assert found.source and config.method == method
+    assert defaults_of("somebody's").training == {}
+
+
+def test_defaults_fill_a_silent_recipe(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
+    short = {"max_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
+    content = write_recipe(tmp_path, "SEQ_CLS", base, "prompt_tuning", options={}, training=short)
+    arguments = train.make_arguments(make_recipe(content, folder=tmp_path))
+    assert arguments.learning_rate == defaults_of("prompt_tuning").training["learning_rate"]
+    content["training"] = short | {"learning_rate": 0.5}
+    assert train.make_arguments(make_recipe(content, folder=tmp_path)).learning_rate == 0.5
+    outcome = train.run(make_recipe(content, folder=tmp_path))
+    assert PTuneConfig.from_pretrained(outcome.folder).prompt_tuning_init == "SAMPLE_VOCAB"
+
+
+def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*preset_names(), *METHODS))
+    assert "THUDM/P-tuning-v2, run_script" in printed
