@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 from hf_ptune.auto import register
 
 if TYPE_CHECKING:
-    from hf_ptune.callbacks import FreezeBackboneCallback, GuardCallback, MemoryCallback, ModelCardCallback
+    from hf_ptune.callbacks import (
+        FreezeBackboneCallback,
+        GuardCallback,
+        LearningCallback,
+        MemoryCallback,
+        ModelCardCallback,
+    )
     from hf_ptune.configuration_ptune import PTuneConfig
     from hf_ptune.errors import PTuneError
     from hf_ptune.modeling_ptune import (
@@ -26,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FreezeBackboneCallback",
     "GuardCallback",
+    "LearningCallback",
     "MemoryCallback",
     "ModelCardCallback",
     "PTuneConfig",

@@ -24,7 +24,13 @@ from transformers import (
 
 from hf_ptune.adapter_file import WEIGHTS_NAME
 from hf_ptune.backbone import TASKS, head_names, load_backbone, resolve
-from hf_ptune.callbacks import FreezeBackboneCallback, GuardCallback, MemoryCallback, ModelCardCallback
+from hf_ptune.callbacks import (
+    FreezeBackboneCallback,
+    GuardCallback,
+    LearningCallback,
+    MemoryCallback,
+    ModelCardCallback,
+)
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, load_rows
@@ -180,6 +186,7 @@ def make_trainer(
         callbacks=[
             FreezeBackboneCallback(),
             GuardCallback(),
+            LearningCallback(),
             MemoryCallback(),
             ModelCardCallback(**card_facts(recipe, rows)),
         ],

@@ -1,8 +1,16 @@
-"""Callbacks of the Trainer: freeze the backbone, guard the first batch, report memory and speed."""
+"""Callbacks of the Trainer: freeze the backbone, guard the first batch, watch learning, report memory and speed."""
 
 from hf_ptune.callbacks.freeze import FreezeBackboneCallback
 from hf_ptune.callbacks.guard import GuardCallback, check_batch
+from hf_ptune.callbacks.learning import LearningCallback
 from hf_ptune.callbacks.memory import MemoryCallback
 from hf_ptune.callbacks.model_card import ModelCardCallback
 
-__all__ = ["FreezeBackboneCallback", "GuardCallback", "MemoryCallback", "ModelCardCallback", "check_batch"]
+__all__ = [
+    "FreezeBackboneCallback",
+    "GuardCallback",
+    "LearningCallback",
+    "MemoryCallback",
+    "ModelCardCallback",
+    "check_batch",
+]

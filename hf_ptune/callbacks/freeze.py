@@ -18,7 +18,7 @@ from hf_ptune.modeling_ptune import PTunePreTrainedModel
 _BACKBONE = "backbone."
 _QUANTIZERS = ("bitsandbytes", "torchao", "optimum")
 # these replace the parameters that an optimizer holds by shards or flat copies, so identity says nothing
-_SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 _held: "WeakKeyDictionary[nn.Module, set[str]]" = WeakKeyDictionary()
 
 
@@ -121,7 +121,7 @@ class FreezeBackboneCallback(TrainerCallback):
         scheduled = set().union(*self._names.values())
         self._set_requires_grad(model, _held.pop(model, set()), True)
         self._check_trainable(model)
-        if args.distributed_state is None or args.distributed_state.distributed_type not in _SHARDING:
+        if args.distributed_state is None or args.distributed_state.distributed_type not in SHARDING:
             self._check_optimizer(model, kwargs.get("optimizer"))
         if scheduled:
             _held[model] = scheduled

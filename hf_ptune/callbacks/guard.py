@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_ptune.callbacks.freeze import held_back, some, unwrap_ptune_model
+from hf_ptune.callbacks.freeze import SHARDING, held_back, some, unwrap_ptune_model
 from hf_ptune.errors import GuardError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 
@@ -21,7 +21,6 @@ logger = logging.get_logger(__name__)
 
 _LOGITS = ("logits", "start_logits", "last_hidden_state")
 _POSITION_TABLES = ("wpe", "position_embeddings", "position_embedding", "embed_positions", "pos_emb")
-_SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
 @contextmanager
@@ -247,7 +246,7 @@ class GuardCallback(TrainerCallback):
             GuardError: what `check_batch` raises, or training data without samples.
         """
         model = unwrap_ptune_model(kwargs.get("model"), type(self).__name__, GuardError)
-        if args.distributed_state is not None and args.distributed_state.distributed_type in _SHARDING:
+        if args.distributed_state is not None and args.distributed_state.distributed_type in SHARDING:
             logger.warning("the guard is not run: parameters are sharded over ranks.")
             return
         with kept_random_state(model):

@@ -1,0 +1,167 @@
+"""The watch on learning: runs that do not learn are told so once, with the cure; runs that learn are left alone."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from setup_runs import Rows, bert, llama, trainer, wrap
+from transformers import Trainer
+from transformers.utils import logging as hf_logging
+
+from hf_ptune import FreezeBackboneCallback, LearningCallback, MemoryCallback
+from hf_ptune.presets import defaults_of
+
+STEPS = 80
+
+
+class Learnable(Rows):
+    """The label is the half of the vocabulary that the first token is from."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return super().__getitem__(index) | {"labels": torch.tensor(int(self.ids[index, 0] > 25))}
+
+
+class Noise(Rows):
+    """Labels that change every time: there is nothing to learn."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return super().__getitem__(index) | {"labels": torch.randint(3, ())}
+
+
+class TwoWords(Rows):
+    """Text of two words only, which a prompt can say."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = self.ids[index] % 2 + 1
+        return super().__getitem__(index) | {"input_ids": ids, "labels": ids}
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """Warnings of the callback, as the user would see them."""
+    seen: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record.getMessage())
+
+    handler, log = Handler(logging.WARNING), hf_logging.get_logger("hf_ptune.callbacks.learning")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    log.addHandler(handler)
+    yield seen
+    log.removeHandler(handler)
+    log.setLevel(level)
+
+
+def watched(folder: Path, method: str = "p_tuning_v2", **settings: Any) -> tuple[LearningCallback, Trainer]:
+    callback = LearningCallback()
+    model = settings.pop("model", None) or wrap(bert(), method)
+    rows = settings.pop("rows", None) or Learnable(64)
+    given = {"max_steps": STEPS, "logging_steps": 500, "weight_decay": 0.0, "per_device_train_batch_size": 8}
+    run = trainer(model, folder, [FreezeBackboneCallback(), callback], rows=rows, **(given | settings))
+    run.train()
+    return callback, run
+
+
+@pytest.mark.parametrize("method", ["p_tuning_v2", "prefix_tuning", "prompt_tuning", "p_tuning", "bitfit"])
+def test_a_normal_run_raises_no_alarm(method: str, tmp_path: Path, warnings: list[str]) -> None:
+    rate = defaults_of(method).training["learning_rate"]
+    callback, run = watched(tmp_path, method, learning_rate=rate, warmup_steps=0.06)
+    losses = [e["loss"] for e in run.state.log_history if "loss" in e]
+    assert losses[-1] < losses[0], losses
+    assert not callback.found and not warnings
+    assert set(callback.summary) == {"prompt_change"} and callback.summary["prompt_change"] > 0.01
+
+
+def test_language_models_raise_no_alarm(tmp_path: Path) -> None:
+    callback, _ = watched(tmp_path, model=wrap(llama()), rows=TwoWords(64), learning_rate=2e-2)
+    assert not callback.found
+
+
+@pytest.mark.parametrize("rate", [3.0, 1e30])
+def test_too_high(rate: float, tmp_path: Path, warnings: list[str]) -> None:
+    callback, run = watched(tmp_path, learning_rate=rate)
+    assert list(callback.found) == ["too_high"] and len(warnings) == 1
+    assert (
+        "Lower the learning rate" in warnings[0] and "about 0.02" in warnings[0] and f"of {STEPS}: the l" in warnings[0]
+    )
+    assert run.state.log_history[-1]["learning_too_high"] == callback.summary["learning_too_high"] > 0
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-9, 1e-5])
+def test_too_low(rate: float, tmp_path: Path, warnings: list[str]) -> None:
+    callback, run = watched(tmp_path, learning_rate=rate)
+    assert list(callback.found) == ["too_low"] and len(warnings) == 1
+    assert f"Raise the learning rate from {rate:.2g} to about 0.02" in warnings[0]
+    assert "too_high" not in str(run.state.log_history) and run.state.log_history[-1]["learning_too_low"] >= 20
+
+
+def test_a_prompt_that_nothing_updates(tmp_path: Path, warnings: list[str]) -> None:
+    model = wrap(bert())
+    head = [p for n, p in model.named_parameters() if "classifier" in n]
+    optimizer = torch.optim.AdamW(head, lr=2e-2)
+    callback, _ = LearningCallback(), None
+    run = trainer(model, tmp_path, [callback], Learnable(64), optimizers=(optimizer, None), max_steps=STEPS)
+    run.train()
+    assert list(callback.found) == ["too_low"] and len(warnings) == 1
+    assert "changed by 0 %" in warnings[0] and "gets no update" in warnings[0]
+
+
+def test_a_flat_loss(tmp_path: Path, warnings: list[str]) -> None:
+    callback, run = watched(tmp_path, rows=Noise(64), learning_rate=5e-3)
+    assert list(callback.found) == ["flat"] and len(warnings) == 1
+    assert "does not fall" in warnings[0] and "labels belong to their rows" in warnings[0]
+    assert run.state.log_history[-1]["learning_flat"] >= STEPS / 2
+
+
+def test_a_start_at_zero_is_measured_too(tmp_path: Path) -> None:
+    callback, _ = watched(tmp_path, model=wrap(bert(), prompt_tuning_init="ZERO"), learning_rate=2e-2)
+    assert not callback.found and 0.01 < callback.summary["prompt_change"] < 10
+
+
+def test_training_is_the_same_with_and_without_it(tmp_path: Path) -> None:
+    ends = []
+    for callbacks in ([], [LearningCallback()]):
+        model = wrap(bert(), "prefix_tuning", encoder_dropout=0.1, prefix_dropout=0.1)
+        run = trainer(model, tmp_path, callbacks, Learnable(64), max_steps=25, logging_steps=5)
+        run.train()
+        ends.append((model.prompt().detach(), run.state.log_history[-1]["train_loss"]))
+    assert torch.equal(ends[0][0], ends[1][0]) and abs(ends[0][1] - ends[1][1]) < 1e-6
+
+
+def test_short_and_silent_runs_are_not_judged(tmp_path: Path) -> None:
+    callback, run = watched(tmp_path, learning_rate=1e-9, max_steps=10)
+    assert not callback.found and callback.summary["prompt_change"] < 1e-6
+    assert [e["step"] for e in run.state.log_history if "loss" in e] == list(range(1, 11))
+    callback, run = watched(tmp_path, learning_rate=1e-9, logging_strategy="no")
+    assert list(callback.found) == ["too_low"]  # told by the log that ends training
+    assert not [e for e in run.state.log_history if "loss" in e]
+
+
+def test_own_logs_are_enough(tmp_path: Path) -> None:
+    _, run = watched(tmp_path, learning_rate=2e-2, max_steps=60, logging_steps=2)
+    steps = [e["step"] for e in run.state.log_history if "loss" in e]
+    assert set(range(2, 61, 2)) <= set(steps)
+    assert all("prompt_change" in e for e in run.state.log_history if "loss" in e)
+
+
+def test_a_second_training_starts_anew(tmp_path: Path, warnings: list[str]) -> None:
+    callback, run = watched(tmp_path, learning_rate=1e-9)
+    run.args.learning_rate, run.optimizer, run.lr_scheduler = 2e-2, None, None
+    run.train()
+    assert not callback.found and len(warnings) == 1
+
+
+def test_facts_of_a_run_have_it(tmp_path: Path) -> None:
+    from hf_ptune.callbacks import ModelCardCallback
+
+    card, model = ModelCardCallback(), wrap(bert())
+    callbacks = [MemoryCallback(), LearningCallback(), card]
+    trainer(model, tmp_path, callbacks, Learnable(64), max_steps=STEPS, learning_rate=1e-9).train()
+    assert card.facts is not None and card.facts.history[-1]["learning_too_low"] >= 20
+    json.dumps(card.facts.history, allow_nan=False)
