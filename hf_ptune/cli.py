@@ -1,4 +1,4 @@
-"""The command line: `hf-ptune init`, `run`, `train`, `presets`, `push`, `card`, `convert` and `info`."""
+"""The command line: `hf-ptune init`, `run`, `train`, `sweep`, `presets`, `push`, `card`, `convert` and `info`."""
 
 import argparse
 import runpy
@@ -20,6 +20,8 @@ from hf_ptune.methods import method_names
 from hf_ptune.modeling_ptune import get_ptune_model
 from hf_ptune.presets import list_presets
 from hf_ptune.publishing import remake_card
+from hf_ptune.recipe import read_recipe
+from hf_ptune.sweep import command_of, report, sweep
 
 
 def init(
@@ -85,6 +87,15 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
+def run_sweep(given: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Run the grid that the command line describes, and print its table."""
+    recipe = read_recipe(given.recipe, overrides)
+    folder = Path(given.folder or f"{recipe.output_dir}-sweep")
+    command = command_of(given.recipe, overrides)
+    grid = (given.learning_rates, given.lengths, given.seeds)
+    print(report(sweep(recipe, folder, *grid, command=command, retry=given.retry), folder))
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(prog="hf-ptune", description="Prompt learning as a part of transformers.")
@@ -106,6 +117,17 @@ def make_parser() -> argparse.ArgumentParser:
     recipe = commands.add_parser("train", help="train by a recipe")
     recipe.add_argument("recipe", help="a YAML file")
     recipe.add_argument("overrides", nargs=argparse.REMAINDER, help="--section.key=value …")
+
+    grid = commands.add_parser(
+        "sweep",
+        help="train by a recipe with several learning rates and lengths; takes --section.key=value as in train",
+    )
+    grid.add_argument("recipe", help="a YAML file")
+    grid.add_argument("--learning-rates", type=float, nargs="+", default=[], metavar="LR")
+    grid.add_argument("--lengths", type=int, nargs="+", default=[], metavar="N", help="numbers of virtual tokens")
+    grid.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="the recipe's own when unset")
+    grid.add_argument("--folder", help="takes results, table and plot; outputs of the recipe with -sweep when unset")
+    grid.add_argument("--retry", action="store_true", help="run again what failed before")
 
     commands.add_parser("presets", help="list published settings and each method's defaults, with their sources")
 
@@ -142,11 +164,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error that has been printed.
     """
-    given = make_parser().parse_args(arguments)
+    parser = make_parser()
+    given, further = parser.parse_known_args(arguments)
+    if further and given.command != "sweep":
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
     try:
         if given.command == "train":
             return train.main([given.recipe, *given.overrides])
-        if given.command == "run":
+        if given.command == "sweep":
+            run_sweep(given, further)
+        elif given.command == "run":
             run_script(given.script, given.arguments)
         elif given.command == "presets":
             print(list_presets())

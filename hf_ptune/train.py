@@ -73,19 +73,17 @@ def run(recipe: Recipe) -> Outcome:
     set_seed(recipe.seed)
     task, rows = recipe.build_task(), load_rows(recipe)
     tokenizer = load_tokenizer(recipe.base)
-    options = defaults_of(recipe.method).options | recipe.options
-    config = PTuneConfig(method=recipe.method, base_model_name_or_path=recipe.base, **options)
-    model = get_ptune_model(load_base(recipe.base, task.model_task, rows.labels, tokenizer), config, tokenizer)
+    model = wrap_base(recipe, rows, tokenizer)
     trainer = make_trainer(recipe, arguments, model, tokenizer, rows)
 
     first = trainer.is_world_process_zero()
     if first:
         print(f"{len(rows.train)} rows to train on, {len(rows.held_out)} held out, {len(rows.labels)} labels")
         model.print_trainable_parameters()
-    before = _evaluate(trainer)
+    before = evaluate(trainer)
     trainer.train()
-    after = _evaluate(trainer)
-    test = _evaluate(trainer, task.encode(rows.test, tokenizer, rows.labels, held_out=True)) if rows.test else {}
+    after = evaluate(trainer)
+    test = evaluate(trainer, task.encode(rows.test, tokenizer, rows.labels, held_out=True)) if rows.test else {}
     if arguments.push_to_hub:
         trainer.push_to_hub()
 
@@ -99,6 +97,14 @@ def run(recipe: Recipe) -> Outcome:
         report(Outcome(before, after, folder, answers, test), task.metric)
     trainer.accelerator.wait_for_everyone()
     return Outcome(before, after, folder, answers, test)
+
+
+def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> PTunePreTrainedModel:
+    """Load a recipe's base and wrap it; the method's defaults fill the options that the recipe leaves out."""
+    options = defaults_of(recipe.method).options | recipe.options
+    config = PTuneConfig(method=recipe.method, base_model_name_or_path=recipe.base, **options)
+    base = load_base(recipe.base, recipe.build_task().model_task, rows.labels, tokenizer)
+    return get_ptune_model(base, config, tokenizer)
 
 
 def card_facts(recipe: Recipe, rows: Rows) -> dict[str, Any]:
@@ -193,7 +199,8 @@ def make_trainer(
     )
 
 
-def _evaluate(trainer: TaskTrainer, test: list[Feature] | None = None) -> dict[str, float]:
+def evaluate(trainer: TaskTrainer, test: list[Feature] | None = None) -> dict[str, float]:
+    """Metrics of the held-out features, or of test features, by their plain names."""
     prefix = "eval" if test is None else "test"
     found = trainer.evaluate(test, metric_key_prefix=prefix)
     return {k.removeprefix(f"{prefix}_"): v for k, v in found.items() if isinstance(v, float)}

@@ -1,0 +1,175 @@
+"""A grid of length and learning rate: every run is kept, the best is found, an interrupted sweep goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import write_base, write_recipe
+
+import hf_ptune.sweep as module
+from hf_ptune.cli import main
+from hf_ptune.errors import RecipeError
+from hf_ptune.recipe import Recipe, make_recipe
+from hf_ptune.sweep import Sweep, Trial, report, sweep
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
+    content = write_recipe(tmp_path, "SEQ_CLS", base)
+    content["training"] = content["training"] | {"num_train_epochs": 3}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+    return make_recipe(content, folder=tmp_path)
+
+
+def trials(*rows: tuple[float, int, int, float | None]) -> Sweep:
+    made = [
+        Trial(rate, length, seed, {} if v is None else {"accuracy": v}, error="broke" if v is None else None)
+        for rate, length, seed, v in rows
+    ]
+    return Sweep(made, "accuracy", "hf-ptune train r.yaml")
+
+
+def test_a_grid_from_the_command_line(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    seen: list[Any] = []
+    run = module._train
+
+    def watched(chosen: Recipe, rows: Any) -> Any:
+        seen.append((chosen.training["learning_rate"], chosen.options["num_virtual_tokens"], chosen.seed, rows))
+        return run(chosen, rows)
+
+    monkeypatch.setattr(module, "_train", watched)
+    path, folder = str(tmp_path / "recipe.yaml"), tmp_path / "grid"
+    command = ["sweep", path, "--learning-rates", "1e-3", "5e-2", "--lengths", "2", "4", "--folder", str(folder)]
+    assert main([*command, "--data.split_seed=1", "--training.num_train_epochs=4"]) == 0
+    assert [row[:3] for row in seen] == [(1e-3, 2, 0), (1e-3, 4, 0), (5e-2, 2, 0), (5e-2, 4, 0)]
+    rows = seen[0][3]
+    assert len(rows.held_out) > 0 and len(rows.train) + len(rows.held_out) == 30  # 10 of 40 stay unread
+    printed = capsys.readouterr().out
+    best = printed.splitlines()[-1]
+    assert best.startswith(
+        f"best: hf-ptune train {path} --data.split_seed=1 --training.num_train_epochs=4 --training.lea"
+    )
+    results = json.loads((folder / "results.json").read_text())["trials"]
+    assert [t["error"] for t in results] == [None] * 4
+    greatest = max(t["metrics"]["accuracy"] for t in results)
+    chosen = [t for t in results if f"learning_rate={t['learning_rate']:g} " in best]
+    assert greatest in [t["metrics"]["accuracy"] for t in chosen if best.endswith(f"={t['num_virtual_tokens']}")]
+    table = (folder / "results.md").read_text()
+    assert "| tokens |" in table and "sweep.png" in table and (folder / "sweep.png").stat().st_size > 1000
+    assert not (folder / "trial").exists()
+    assert main(["train", path, *best.split(path)[1].split(), f"--output_dir={tmp_path / 'best'}"]) == 0
+
+
+def test_failures_stay_and_the_rest_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, count = module._train, {"runs": 0}
+
+    def sometimes(chosen: Recipe, rows: Any) -> Any:
+        count["runs"] += 1
+        if chosen.training["learning_rate"] == 0.5:
+            raise torch.OutOfMemoryError("not enough of it")
+        return run(chosen, rows)
+
+    monkeypatch.setattr(module, "_train", sometimes)
+    found = sweep(recipe, tmp_path / "grid", [0.5, 1e-2], [2])
+    assert count["runs"] == 2 and "failed" in found.table() and found.best() == (1e-2, 2)
+    assert "learning rate 0.5, 2 tokens, seed 0: failed: OutOfMemoryError: not enough of it" in report(found, tmp_path)
+    assert "not enough of it" in (tmp_path / "grid" / "results.md").read_text()
+    again = sweep(recipe, tmp_path / "grid", [0.5, 1e-2], [2, 3])
+    assert count["runs"] == 4 and again.trials[2] == found.trials[1]  # only the new length is run
+    sweep(recipe, tmp_path / "grid", [0.5], [2], retry=True)
+    assert count["runs"] == 5
+
+
+def test_an_interrupted_sweep_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(rate: float) -> Any:
+        return lambda chosen, rows: ({"accuracy": 0.5}, {})
+
+    class Killed(BaseException):
+        pass
+
+    def stopping(error: type[BaseException]) -> Any:
+        def train(chosen: Recipe, rows: Any) -> Any:
+            if chosen.training["learning_rate"] == 2.0:
+                raise error
+            return {"accuracy": 0.5}, {}
+
+        return train
+
+    folder = tmp_path / "grid"
+    monkeypatch.setattr(module, "_train", stopping(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        sweep(recipe, folder, [1.0, 2.0, 3.0], [2])
+    assert len(json.loads((folder / "results.json").read_text())["trials"]) == 1
+    monkeypatch.setattr(module, "_train", stopping(Killed))  # what no handler sees, as a kill by the system
+    with pytest.raises(Killed):
+        sweep(recipe, folder, [1.0, 2.0, 3.0], [2])
+    monkeypatch.setattr(module, "_train", fake(0.5))
+    found = sweep(recipe, folder, [1.0, 2.0, 3.0], [2])
+    assert [t.error for t in found.trials] == [None, "the process ended during this run", None]
+    found = sweep(recipe, folder, [1.0, 2.0, 3.0], [2], retry=True)
+    assert [t.error for t in found.trials] == [None] * 3
+
+
+def test_another_recipe_s_results_are_not_mixed_in(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_train", lambda chosen, rows: ({"accuracy": 0.5}, {}))
+    sweep(recipe, tmp_path / "grid", [1.0], [2])
+    sweep(make_recipe_with(recipe, seed=3, training=recipe.training | {"learning_rate": 9.0}), tmp_path / "grid", [1.0])
+    with pytest.raises(RecipeError, match="a sweep of another recipe"):
+        sweep(make_recipe_with(recipe, method="prefix_tuning"), tmp_path / "grid", [1.0], [2])
+    (tmp_path / "grid" / "results.json").write_text("[")
+    with pytest.raises(RecipeError, match="holds no results of a sweep"):
+        sweep(recipe, tmp_path / "grid", [1.0], [2])
+
+
+def make_recipe_with(recipe: Recipe, **changes: Any) -> Recipe:
+    from dataclasses import replace
+
+    return replace(recipe, **changes)
+
+
+def test_what_a_grid_may_hold(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_train", lambda chosen, rows: ({"accuracy": 0.5}, {}))
+    for rates, lengths in (([0.0], [2]), ([float("nan")], [2]), ([1.0], [0])):
+        with pytest.raises(RecipeError, match="expected learning rates above 0"):
+            sweep(recipe, tmp_path / "grid", rates, lengths)
+    bitfit = make_recipe_with(recipe, method="bitfit", options={})
+    with pytest.raises(RecipeError, match="no lengths to try"):
+        sweep(bitfit, tmp_path / "grid", [1.0], [2])
+    assert sweep(bitfit, tmp_path / "bitfit", [1.0]).table().splitlines()[1].split() == ["none", "0.500*"]
+    silent = make_recipe_with(recipe, training={k: v for k, v in recipe.training.items() if k != "learning_rate"})
+    assert sweep(silent, tmp_path / "silent").rates == [2e-3, 6e-3, 2e-2, 6e-2]
+
+
+def test_tables() -> None:
+    found = trials((1e-3, 4, 0, 0.5), (1e-3, 4, 1, 0.7), (1e-3, 8, 0, 0.9), (1e-3, 8, 1, None), (1e-2, 4, 0, 0.6))
+    found.trials.append(Trial(1e-2, 4, 1, {"accuracy": 0.6}, learning={"flat": "step 9 of 10: it is flat"}))
+    lines = found.table().splitlines()
+    assert lines[0].split() == ["tokens", "0.001", "0.01"]
+    assert lines[1].split("  ")[-2:] == ["0.600 ± 0.141*", "0.600 ± 0.000!"] and lines[2].split()[1:] == ["failed"] * 2
+    markdown = found.table(markdown=True).splitlines()
+    assert markdown[1].startswith("| -----: |") and all(line.count("|") == 4 for line in markdown)
+    assert found.best_command() == "hf-ptune train r.yaml --training.learning_rate=0.001 --options.num_virtual_tokens=4"
+    assert found.notes() == [
+        "learning rate 0.001, 8 tokens, seed 1: failed: broke",
+        "learning rate 0.01, 4 tokens, seed 1: step 9 of 10: it is flat",
+    ]
+    assert trials((1e-3, 4, 0, None)).best() is None
+    assert "no run" in trials((1e-3, 4, 0, None)).best_command()
+
+
+def test_no_plot_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    found = trials((1e-3, 4, 0, 0.5))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    module._write_table(found, tmp_path, 3)
+    assert "sweep.png" not in (tmp_path / "results.md").read_text()
+    assert "no plot: pip install matplotlib" in report(found, tmp_path)
