@@ -15,7 +15,7 @@ LAYERS = [
     {"hub", "loading", "prompt_transfer", "prompt_start"},
     {"publishing"},
     {"modeling_ptune"},
-    {"presets"},
+    {"multitask", "presets"},
     {"metrics"},
     {"tasks"},
     {"recipe", "sources"},
@@ -23,7 +23,9 @@ LAYERS = [
     {"callbacks"},
     {"interop", "info"},
     {"convert"},
-    {"train", "cli"},
+    {"train"},
+    {"sweep"},
+    {"cli"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 

@@ -1,0 +1,262 @@
+"""One prompt over several tasks: a frozen base and a prompt that all of them share, and a head for each."""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel
+
+from hf_ptune.adapter_file import check_tensors, find_weights, read_tensors
+from hf_ptune.backbone import head_names, task_of
+from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.errors import BackboneError, ConfigError, PTuneError
+from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
+
+TASK_KEY = "task"
+
+
+class MultiTaskPrompt(nn.Module):
+    """Hold a wrapped model for each task, with one prompt and one set of base weights under all of them.
+
+    Liu et al. 2022, section 3.2, "Multi-task Learning": continuous prompts are shared, each task has a linear head.
+
+    Args:
+        models: name of a task to its wrapped model; what they share has been shared already.
+    """
+
+    # losses are means over a batch of one task: the Trainer has no tokens of several tasks to count together
+    accepts_loss_kwargs = False
+
+    def __init__(self, models: Mapping[str, PTunePreTrainedModel]) -> None:
+        super().__init__()
+        self.tasks = nn.ModuleDict(models)
+        self.config = next(iter(models.values())).config
+
+    @property
+    def prompt(self) -> nn.Module:
+        """The prompt that all tasks share."""
+        prompt: nn.Module = self.model_of(next(iter(self.tasks))).prompt
+        return prompt
+
+    def model_of(self, task: str) -> Any:
+        """The wrapped model of a task.
+
+        Raises:
+            PTuneError: no such task.
+        """
+        if task not in self.tasks:
+            raise PTuneError(f"there is no task {task!r}; the tasks are {', '.join(self.tasks)}.")
+        return self.tasks[task]
+
+    def forward(self, task: str, **inputs: Any) -> Any:
+        """What a task's model says to a batch of that task."""
+        return self.model_of(task)(**inputs)
+
+    def adapter_parameter_names(self) -> set[str]:
+        """Names, as in `named_parameters()`, of all that is trained: the prompt once, and every head."""
+        every = {f"tasks.{t}.{n}" for t in self.tasks for n in self.model_of(t).adapter_parameter_names()}
+        return every & {n for n, _ in self.named_parameters()}
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        for task in self.tasks:
+            self.model_of(task).gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], flatten: bool = False, **kwargs: Any) -> None:
+        """Write one adapter folder a task, each with the shared prompt and the task's own head.
+
+        Each loads like any other adapter, and can be what `prompt_tuning_init="ADAPTER"` starts from.
+
+        Args:
+            save_directory: gets a folder by the name of each task.
+            flatten: fold the reparameterisation into the written prompts.
+            kwargs: what `PTunePreTrainedModel.save_pretrained` takes.
+        """
+        for task in self.tasks:
+            self.model_of(task).save_pretrained(Path(save_directory) / task, flatten=flatten, **kwargs)
+
+    def load_adapters(self, folder: str | os.PathLike[str]) -> None:
+        """Take over the prompt and the heads that `save_pretrained` wrote, in place.
+
+        Raises:
+            AdapterFileError: the folder holds other adapters.
+        """
+        for task in self.tasks:
+            source = str(Path(folder) / task)
+            expected, found = self.model_of(task).adapter_state_dict(), read_tensors(find_weights(source))
+            check_tensors(found, expected, source)
+            with torch.no_grad():
+                for name, tensor in found.items():
+                    expected[name].copy_(tensor)
+
+
+def get_multitask_model(
+    backbones: Mapping[str, PreTrainedModel], config: PTuneConfig, tokenizer: Any = None
+) -> MultiTaskPrompt:
+    """Wrap a task model for each task, over one base and with one prompt.
+
+    Args:
+        backbones: name of a task to its whole task model; all of the same base. The weights of the first one's base
+            take the place of the others' own, which are freed.
+        config: method and options, for all of them; the first task's start is the prompt's.
+        tokenizer: reads the text of a start.
+
+    Returns:
+        The model; a batch names its task: `model(task="ner", input_ids=…, labels=…)`.
+
+    Raises:
+        BackboneError: the backbones have different bases, or cannot take the method.
+        ConfigError: fewer than one task, a name that cannot be a folder, or a method without a prompt.
+    """
+    if not backbones:
+        raise ConfigError("there is no task; name at least one, with its backbone.")
+    wrong = [n for n in backbones if not n or n.startswith(".") or not n.replace("-", "").replace("_", "").isalnum()]
+    if wrong:
+        raise ConfigError(f"the task's name {wrong[0]!r} cannot be a folder's; use letters, digits, - and _.")
+    first = next(iter(backbones.values()))
+    for task, backbone in backbones.items():
+        share_base(first, backbone, task)
+    models = {task: get_ptune_model(backbone, config, tokenizer) for task, backbone in backbones.items()}
+    prompt = next(iter(models.values())).prompt
+    for task, model in models.items():
+        if prompt is None or model.prompt is None or model._injector is None:
+            raise ConfigError(f"{config.method} has no prompt that tasks could share; choose another method.")
+        shapes = [{n: t.shape for n, t in p.state_dict().items()} for p in (prompt, model.prompt)]
+        if shapes[0] != shapes[1]:
+            raise BackboneError(f"the task {task!r} needs another prompt than the first one: {shapes[1]}.")
+        model.prompt = model._injector.prompt = prompt
+    return MultiTaskPrompt(models)
+
+
+def share_base(first: PreTrainedModel, other: PreTrainedModel, task: str = "") -> None:
+    """Let a task model use the weights of another one's base instead of its own; heads stay its own.
+
+    Args:
+        first: a task model.
+        other: one of the same base; its modules stay, and with them hooks and buffers.
+        task: what it is for, for messages.
+
+    Raises:
+        BackboneError: the bases differ, in a shape or a value.
+    """
+    theirs = dict(first.base_model.named_parameters())
+    own_head = head_names(other, task_of(other))
+    heads = {id(p) for n, p in other.named_parameters() if n in own_head}
+    swapped: dict[int, nn.Parameter] = {}
+    for name, parameter in other.base_model.named_parameters():
+        shared = theirs.get(name)
+        if shared is None or shared is parameter or id(parameter) in heads:
+            continue  # a pooler that the other task model does not have
+        if shared.shape != parameter.shape or shared.dtype != parameter.dtype or not torch.equal(shared, parameter):
+            raise BackboneError(
+                f"the base of task {task!r} differs from the first task's in {name}; multi-task prompts need one base. "
+                "Load all task models from the same checkpoint, in the same dtype."
+            )
+        swapped[id(parameter)] = shared
+    if not swapped and first is not other and not set(theirs) & {n for n, _ in other.base_model.named_parameters()}:
+        raise BackboneError(f"task {task!r} has a {type(other).__name__}, whose base is not that of the first task.")
+    for module in other.modules():
+        for name, held in module._parameters.items():
+            if held is not None and id(held) in swapped:
+                module._parameters[name] = swapped[id(held)]  # tied weights outside the base follow
+
+
+class MultiTaskDataset(Dataset[dict[str, Any]]):
+    """Hold the features of several tasks one after another; each row names its task.
+
+    Args:
+        parts: name of a task to its features.
+    """
+
+    def __init__(self, parts: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+        self.parts = {task: part for task, part in parts.items()}
+        self.sizes = {task: len(part) for task, part in parts.items()}
+
+    def __len__(self) -> int:
+        return sum(self.sizes.values())
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        for task, part in self.parts.items():
+            if index < len(part):
+                return part[index] | {TASK_KEY: task}
+            index -= len(part)
+        raise IndexError(index)
+
+
+class TaskSampler(Sampler[int]):
+    """Draw rows so that every batch is of one task, and tasks follow each other at random.
+
+    A task of n rows gets a share of the batches that is proportional to n ** (1 / temperature): at 1, the default,
+    every row is seen once an epoch (the last batch of a task is filled up with rows drawn before); a higher
+    temperature gives small tasks more, in an epoch of about the same length.
+
+    Args:
+        sizes: number of rows of each task, in the order of the dataset; each at least 1.
+        batch_size: rows a batch, as the data loader cuts them.
+        temperature: above 0.
+        seed: of order and choice; every epoch has its own.
+
+    Raises:
+        ConfigError: a task without rows, or a temperature of 0 or less.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], batch_size: int, temperature: float = 1.0, seed: int = 0) -> None:
+        if empty := [task for task, size in sizes.items() if size < 1]:
+            raise ConfigError(f"the task {empty[0]!r} has no rows; expected at least one.")
+        if temperature <= 0:
+            raise ConfigError(f"temperature={temperature}; expected more than 0.")
+        self.sizes = list(sizes.values())
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+        whole = [math.ceil(size / batch_size) for size in self.sizes]
+        weights = [(size / max(self.sizes)) ** (1 / temperature) for size in self.sizes]
+        total = sum(whole)
+        shares = [max(1, round(total * w / sum(weights))) for w in weights]
+        self.batches = whole if temperature == 1 else shares
+
+    def __len__(self) -> int:
+        return sum(self.batches) * self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next; the data loader of accelerate does."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        self.epoch += 1
+        batches: list[list[int]] = []
+        start = 0
+        for size, count in zip(self.sizes, self.batches, strict=True):
+            needed = count * self.batch_size
+            drawn: list[int] = []
+            while len(drawn) < needed:
+                drawn += (torch.randperm(size, generator=generator) + start).tolist()
+            batches += [drawn[k : k + self.batch_size] for k in range(0, needed, self.batch_size)]
+            start += size
+        for number in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[number]
+
+
+class TaskCollator:
+    """Pad a batch by its task's own collator, and name the task beside it.
+
+    Args:
+        collators: name of a task to what pads its features.
+    """
+
+    def __init__(self, collators: Mapping[str, Callable[[list[dict[str, Any]]], Mapping[str, Tensor]]]) -> None:
+        self.collators = dict(collators)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        tasks = {row[TASK_KEY] for row in rows}
+        if len(tasks) != 1:
+            raise PTuneError(f"a batch has rows of {sorted(tasks)}; expected one task. Draw rows by TaskSampler.")
+        task = tasks.pop()
+        return dict(self.collators[task]([{k: v for k, v in row.items() if k != TASK_KEY} for row in rows])) | {
+            TASK_KEY: task
+        }

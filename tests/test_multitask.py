@@ -1,0 +1,198 @@
+"""One prompt over several tasks: what is shared, what trains, and what is saved."""
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import VOCABULARY, build
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.backbone import TASKS
+from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
+from hf_ptune.multitask import MultiTaskDataset, MultiTaskPrompt, TaskCollator, TaskSampler, get_multitask_model
+
+METHODS = ["p_tuning_v2", "prefix_tuning", "prompt_tuning", "p_tuning"]
+LABELS = {"topic": 3, "ner": 5, "mood": 2}
+
+
+def backbones(family: str = "bert", folder: Path | None = None) -> dict[str, PreTrainedModel]:
+    """Task models over one base, each with a head of its own."""
+    body = build(family, "FEATURE_EXTRACTION").state_dict()
+    made = {}
+    for number, (name, count) in enumerate(LABELS.items()):
+        model = build(family, "TOKEN_CLS" if name == "ner" else "SEQ_CLS", num_labels=count)
+        model.base_model.load_state_dict(body, strict=False)
+        torch.manual_seed(10 + number)
+        for head_name, parameter in model.named_parameters():
+            if not head_name.startswith(model.base_model_prefix + "."):
+                torch.nn.init.normal_(parameter, std=0.5)
+        made[name] = model
+    return made
+
+
+def batch_of(task: str, rows: int = 3, length: int = 6) -> dict[str, Any]:
+    made = torch.Generator().manual_seed(len(task))
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=made)
+    shape = (rows, length) if task == "ner" else (rows,)
+    labels = torch.randint(LABELS[task], shape, generator=made)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def together(method: str = "p_tuning_v2", family: str = "bert") -> MultiTaskPrompt:
+    model = get_multitask_model(backbones(family), PTuneConfig(method=method, num_virtual_tokens=4)).double()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.prompt.parameters():
+            parameter.normal_(0, 0.5)
+    return model.eval()
+
+
+def alone(model: MultiTaskPrompt, method: str, family: str) -> dict[str, PTunePreTrainedModel]:
+    """The same tasks as wrapped models that share nothing."""
+    made = {}
+    for task, backbone in backbones(family).items():
+        single = get_ptune_model(backbone, PTuneConfig(method=method, num_virtual_tokens=4)).double().eval()
+        single.prompt.load_state_dict(model.prompt.state_dict())
+        made[task] = single
+    return made
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_shared_prompt_gets_the_sum_of_the_tasks_gradients(method: str, family: str) -> None:
+    model = together(method, family)
+    sums: dict[str, Any] = Counter()
+    for task, single in alone(model, method, family).items():
+        output = single(**batch_of(task))
+        output.loss.backward()
+        assert torch.allclose(model(task=task, **batch_of(task)).logits, output.logits, atol=1e-10)
+        for name, parameter in single.prompt.named_parameters():
+            sums[name] = sums[name] + parameter.grad
+        for name, parameter in single.named_parameters():
+            if parameter.requires_grad and not name.startswith("prompt."):
+                sums[f"{task}.{name}"] = parameter.grad
+    for task in LABELS:
+        model(task=task, **batch_of(task)).loss.backward()
+    prompt = dict(model.prompt.named_parameters())
+    for name, expected in sums.items():
+        task, _, rest = name.partition(".")
+        found = prompt[name] if name in prompt else dict(model.model_of(task).named_parameters())[rest]
+        assert torch.allclose(found.grad, expected, atol=1e-10), name
+    assert all(p.grad is None for n, p in model.named_parameters() if n not in model.adapter_parameter_names())
+
+
+def test_base_weights_are_held_once() -> None:
+    model, single = together(), build("bert", num_labels=3)
+    places = {p.data_ptr(): p.numel() for p in model.parameters()}
+    heads = sum(32 * (n + 0) + n for n in LABELS.values())
+    body = sum(p.numel() for p in single.base_model.parameters())
+    assert sum(places.values()) == body + heads + model.prompt.weight.numel()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == model.adapter_parameter_names()
+    assert sum(n.endswith("prompt.weight") for n in trained) == 1 and len(trained) == 1 + 2 * len(LABELS)
+
+
+def test_training_moves_prompt_and_heads_only() -> None:
+    model = together()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for task in ("topic", "ner"):
+        model(task=task, **batch_of(task)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    prompts = {f"tasks.{t}.prompt.weight" for t in LABELS}  # one tensor, by three names
+    heads = {f"tasks.{t}.backbone.classifier.{w}" for t in ("topic", "ner") for w in ("weight", "bias")}
+    assert moved == prompts | heads
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("flatten", [False, True])
+def test_each_saved_adapter_is_a_normal_one(method: str, flatten: bool, tmp_path: Path) -> None:
+    made = backbones()
+    build("bert", "FEATURE_EXTRACTION").save_pretrained(tmp_path / "base")
+    config = PTuneConfig(method=method, num_virtual_tokens=4, base_model_name_or_path=str(tmp_path / "base"))
+    model = get_multitask_model(made, config).double().eval()
+    model.save_pretrained(tmp_path / "out", flatten=flatten)
+    for task in LABELS:
+        auto = TASKS["TOKEN_CLS" if task == "ner" else "SEQ_CLS"]
+        again = auto.from_pretrained(tmp_path / "out" / task, dtype=torch.float64).double()
+        inputs = batch_of(task)
+        assert torch.allclose(again(**inputs).logits, model(task=task, **inputs).logits, atol=1e-6)
+    # adapted to one task: the prompt of all of them, with a fresh head
+    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path / "out" / "ner")}
+    fresh = PTuneConfig(method=method, num_virtual_tokens=4, base_model_name_or_path=str(tmp_path / "base"), **start)
+    adapted = get_ptune_model(backbones()["topic"], fresh).double().eval()
+    assert torch.allclose(adapted.prompt(), model.prompt(), atol=1e-6)
+
+
+def test_adapters_are_loaded_back(tmp_path: Path) -> None:
+    model = together()
+    model.save_pretrained(tmp_path)
+    expected = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in model.adapter_parameter_names():
+                parameter.zero_()
+    model.load_adapters(tmp_path)
+    assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
+    (tmp_path / "ner" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(AdapterFileError):
+        model.load_adapters(tmp_path)
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4)
+    other = backbones()
+    with torch.no_grad():
+        other["ner"].base_model.embeddings.word_embeddings.weight[5] += 1
+    with pytest.raises(BackboneError, match="base of task 'ner' differs .*word_embeddings"):
+        get_multitask_model(other, config)
+    with pytest.raises(BackboneError, match="not that of the first task|differs"):
+        get_multitask_model({"a": backbones()["ner"], "b": backbones("gpt2")["ner"]}, config)
+    with pytest.raises(ConfigError, match="no prompt that tasks could share"):
+        get_multitask_model(backbones(), PTuneConfig(method="bitfit"))
+    with pytest.raises(ConfigError, match="no task"):
+        get_multitask_model({}, config)
+    with pytest.raises(ConfigError, match="cannot be a folder's"):
+        get_multitask_model({"../x": backbones()["ner"]}, config)
+    with pytest.raises(PTuneError, match="no task 'pos'; the tasks are topic, ner, mood"):
+        together()(task="pos", input_ids=torch.ones(1, 2))
+
+
+def test_batches_are_of_one_task_and_every_row_is_seen() -> None:
+    parts = {"a": [{"x": n} for n in range(10)], "b": [{"x": n} for n in range(3)]}
+    dataset = MultiTaskDataset(parts)
+    assert len(dataset) == 13 and dataset[9] == {"x": 9, "task": "a"} and dataset[12] == {"x": 2, "task": "b"}
+    sampler = TaskSampler(dataset.sizes, 4, seed=1)
+    pad = TaskCollator({t: lambda rows: {"x": torch.tensor([r["x"] for r in rows])} for t in parts})
+    epochs = [list(DataLoader(dataset, 4, sampler=sampler, collate_fn=pad)) for _ in range(2)]
+    assert len(sampler) == 16 and [len(e) for e in epochs] == [4, 4]
+    for epoch in epochs:
+        assert {(b["task"], int(x)) for b in epoch for x in b["x"]} == {
+            (t, r["x"]) for t, rows in parts.items() for r in rows
+        }
+        assert Counter(b["task"] for b in epoch) == {"a": 3, "b": 1} and all(len(b["x"]) == 4 for b in epoch)
+    assert [b["x"].tolist() for b in epochs[0]] != [b["x"].tolist() for b in epochs[1]]
+    sampler.set_epoch(0)
+    assert [b["x"].tolist() for b in DataLoader(dataset, 4, sampler=sampler, collate_fn=pad)] == [
+        b["x"].tolist() for b in epochs[0]
+    ]
+    with pytest.raises(PTuneError, match="a batch has rows of"):
+        pad([dataset[0], dataset[12]])
+
+
+def test_a_temperature_gives_small_tasks_more() -> None:
+    sizes = {"large": 1600, "small": 100}
+    # shares are size ** (1 / T), written out: 40 to 10 at T = 2
+    for temperature, expected in ((1.0, [100, 7]), (2.0, [86, 21]), (1e9, [54, 53])):
+        assert TaskSampler(sizes, 16, temperature).batches == expected
+    with pytest.raises(ConfigError, match="temperature=0"):
+        TaskSampler(sizes, 16, 0.0)
+    with pytest.raises(ConfigError, match="'b' has no rows"):
+        TaskSampler({"a": 1, "b": 0}, 4)
