@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         PTunePreTrainedModel,
         get_ptune_model,
     )
+    from hf_ptune.multitask import MultiTaskPrompt, get_multitask_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "LearningCallback",
     "MemoryCallback",
     "ModelCardCallback",
+    "MultiTaskPrompt",
     "PTuneConfig",
     "PTuneError",
     "PTuneForCausalLM",
@@ -46,8 +48,17 @@ __all__ = [
     "PTuneForTokenClassification",
     "PTuneModel",
     "PTunePreTrainedModel",
+    "get_multitask_model",
     "get_ptune_model",
 ]
+
+# of names that are not in modeling_ptune
+_ROOMS = {
+    "MultiTaskPrompt": "multitask",
+    "PTuneConfig": "configuration_ptune",
+    "PTuneError": "errors",
+    "get_multitask_model": "multitask",
+}
 
 register()
 
@@ -56,11 +67,7 @@ def __getattr__(name: str) -> Any:
     # torch and the Trainer are slow to import, and not every program that imports this package needs them
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = "modeling_ptune"
-    if name.endswith("Callback"):
-        room = "callbacks"
-    elif name in ("PTuneConfig", "PTuneError"):
-        room = {"PTuneConfig": "configuration_ptune", "PTuneError": "errors"}[name]
+    room = "callbacks" if name.endswith("Callback") else _ROOMS.get(name, "modeling_ptune")
     value = getattr(importlib.import_module(f"{__name__}.{room}"), name)
     globals()[name] = value
     return value

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 import hf_ptune
-from hf_ptune import train
+from hf_ptune import train, train_multitask
 from hf_ptune.backbone import TASKS, resolve
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.convert import convert
@@ -170,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(further)}")
     try:
         if given.command == "train":
-            return train.main([given.recipe, *given.overrides])
+            walk = train_multitask if train_multitask.names_tasks(given.recipe) else train
+            return walk.main([given.recipe, *given.overrides])
         if given.command == "sweep":
             run_sweep(given, further)
         elif given.command == "run":

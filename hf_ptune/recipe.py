@@ -134,6 +134,11 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file is missing or no YAML; a key is unknown, missing or of the wrong type.
     """
+    return make_recipe(read_content(path, overrides), str(path), Path(path).parent)
+
+
+def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read what a recipe file says, unchecked; arguments and errors are those of `read_recipe`."""
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -145,7 +150,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: holds {_name(content)}, expected keys such as base, task and method.")
     for override in overrides:
         _override(content, override, str(path))
-    return make_recipe(content, str(path), path.parent)
+    return content
 
 
 def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path = Path(".")) -> Recipe:
@@ -159,6 +164,10 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
     Raises:
         RecipeError: a key is unknown, missing or of the wrong type.
     """
+    if "tasks" in content:
+        raise RecipeError(
+            f"{where}: names several tasks; train them by hf-ptune train, or -m hf_ptune.train_multitask."
+        )
     top = {n: h for n, h in typing.get_type_hints(Recipe).items() if n not in ("folder", "data", "card")}
     given = _section(
         fill_from_preset(content, where), top | {"data": dict[str, Any], "card": dict[str, Any]}, where, ""

@@ -24,7 +24,7 @@ LAYERS = [
     {"interop", "info"},
     {"convert"},
     {"train"},
-    {"sweep"},
+    {"sweep", "train_multitask"},
     {"cli"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,0 +1,301 @@
+"""The walk of several tasks: one recipe becomes one prompt, and an adapter folder for each task.
+
+Launch: `accelerate launch -m hf_ptune.train_multitask recipe.yaml [--section.key=value …]`
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import Sampler
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_ptune.callbacks import LearningCallback, check_batch
+from hf_ptune.callbacks.model_card import gather_facts
+from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.data import Rows, load_rows
+from hf_ptune.errors import PTuneError, RecipeError
+from hf_ptune.multitask import (
+    MultiTaskDataset,
+    MultiTaskPrompt,
+    TaskCollator,
+    TaskSampler,
+    get_multitask_model,
+    share_base,
+)
+from hf_ptune.presets import defaults_of
+from hf_ptune.publishing import finish_folder
+from hf_ptune.recipe import Recipe, make_recipe, read_content
+from hf_ptune.tasks import Feature, Task, TaskTrainer
+from hf_ptune.train import card_facts, evaluate, load_base, load_tokenizer, make_arguments
+
+_OWN = ("task", "data", "task_options", "card")  # what each task says by itself
+_GUARDED_ROWS = 8
+
+
+@dataclass(frozen=True)
+class MultiTaskRecipe:
+    """Name several tasks over one base, with one prompt.
+
+    Args:
+        tasks: name to its recipe; all but data, task and card are the same in them.
+        temperature: of `TaskSampler`.
+    """
+
+    tasks: dict[str, Recipe]
+    temperature: float = 1.0
+
+    @property
+    def shared(self) -> Recipe:
+        """Any of the recipes, for what they share."""
+        return next(iter(self.tasks.values()))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Hold a task with its labels, its rows, and the features of those to train on and of those held out."""
+
+    task: Task
+    labels: list[str]
+    rows: Rows
+    train: list[Feature]
+    held_out: list[Feature]
+
+
+def make_multitask_recipe(
+    content: Mapping[str, Any], where: str = "recipe", folder: Path = Path(".")
+) -> MultiTaskRecipe:
+    """Check the content of a recipe file with `tasks`.
+
+    Args:
+        content: what the YAML says: `tasks`, a list of `name`, `task`, `data` and where needed `task_options` and
+            `card`; `temperature`; the keys of other recipes besides.
+        where: the file's name, for messages.
+        folder: where paths of data start.
+
+    Raises:
+        RecipeError: as of other recipes, and names that are missing or given twice.
+    """
+    shared = {k: v for k, v in content.items() if k not in ("tasks", "temperature")}
+    given, temperature = content.get("tasks"), content.get("temperature", 1.0)
+    if not isinstance(given, list) or not given or not all(isinstance(t, Mapping) for t in given):
+        raise RecipeError(f"{where}: tasks holds no list of tasks; expected entries of name, {', '.join(_OWN)}.")
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or temperature <= 0:
+        raise RecipeError(f"{where}: temperature is {temperature!r}; expected a number above 0.")
+    tasks: dict[str, Recipe] = {}
+    for entry in given:
+        name = entry.get("name")
+        if not isinstance(name, str) or name in tasks:
+            raise RecipeError(f"{where}: a task has the name {name!r}; expected one of its own for each.")
+        if wrong := [k for k in entry if k not in ("name", *_OWN)]:
+            raise RecipeError(f"{where}: unknown key {wrong[0]} of task {name}; expected name, {', '.join(_OWN)}.")
+        own = {k: v for k, v in entry.items() if k != "name"}
+        tasks[name] = make_recipe(shared | own, f"{where}, task {name}", folder)
+    return MultiTaskRecipe(tasks, float(temperature))
+
+
+class MultiTaskTrainer(Trainer):
+    """Train one prompt on batches of several tasks, and measure each task by itself.
+
+    Metrics are `eval_<task>_<metric>`, and `eval_mean`, the mean of the tasks' main metrics. A checkpoint holds an
+    adapter folder for each task.
+
+    Args:
+        model: of `get_multitask_model`.
+        args: `remove_unused_columns` is turned off: which columns a batch has is up to its task.
+        parts: name of a task to its features.
+        processing_class: the tokenizer.
+        temperature: of `TaskSampler`.
+        kwargs: what a Trainer takes besides.
+    """
+
+    control: Any
+
+    def __init__(
+        self,
+        model: MultiTaskPrompt,
+        args: TrainingArguments,
+        parts: Mapping[str, Part],
+        processing_class: PreTrainedTokenizerBase,
+        temperature: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        args.remove_unused_columns = False
+        self.parts = dict(parts)
+        self.temperature = temperature
+        train = MultiTaskDataset({name: part.train for name, part in parts.items()})
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=MultiTaskDataset({name: part.held_out for name, part in parts.items()}),
+            data_collator=TaskCollator({n: p.task.collator(processing_class) for n, p in parts.items()}),
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.prompts = model
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        dataset: Any = train_dataset or self.train_dataset
+        return TaskSampler(dataset.sizes, self._train_batch_size, self.temperature, self.args.seed)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure every task on its held-out features."""
+        metrics = {
+            f"{metric_key_prefix}_{name}_{metric}": value
+            for name, part in self.parts.items()
+            for metric, value in self.measure(name, part.held_out).items()
+        }
+        main = [metrics[f"{metric_key_prefix}_{n}_{p.task.metric}"] for n, p in self.parts.items()]
+        metrics[f"{metric_key_prefix}_mean"] = sum(main) / len(main)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure(self, name: str, features: list[Feature]) -> dict[str, float]:
+        """Measure one task on given features; nothing is logged."""
+        arguments = copy.copy(self.args)
+        arguments.report_to = []
+        part = self.parts[name]
+        trainer = TaskTrainer(
+            task=part.task,
+            labels=part.labels,
+            model=self.prompts.model_of(name),
+            args=arguments,
+            eval_dataset=features,
+            processing_class=self.processing_class,
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        return evaluate(trainer)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            self.prompts.save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.prompts.load_adapters(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self.prompts.load_adapters(str(self.state.best_model_checkpoint))
+
+
+def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
+    """Train one prompt on all tasks, and save `adapter/<task>` for each.
+
+    Args:
+        recipe: what `make_multitask_recipe` returns.
+
+    Returns:
+        Metrics of the held-out rows by task; `test_` metrics besides where a task has test rows.
+
+    Raises:
+        PTuneError: data, base, method or a task's first batch do not fit.
+    """
+    arguments = make_arguments(recipe.shared)
+    set_seed(recipe.shared.seed)
+    tokenizer = load_tokenizer(recipe.shared.base)
+    model, parts = build(recipe, tokenizer)
+    trainer = MultiTaskTrainer(model, arguments, parts, tokenizer, recipe.temperature, callbacks=[LearningCallback()])
+    for name, part in parts.items():
+        check_batch(model.model_of(name), part.task.collator(tokenizer)(part.train[:_GUARDED_ROWS]))
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    folder = Path(recipe.shared.output_dir) / "adapter"
+    found: dict[str, dict[str, float]] = {}
+    for name, part in parts.items():
+        start = f"eval_{name}_"
+        found[name] = {k.removeprefix(start): v for k, v in after.items() if k.startswith(start)}
+        if part.rows.test:
+            test = part.task.encode(part.rows.test, tokenizer, part.labels, held_out=True)
+            found[name] |= {f"test_{k}": v for k, v in trainer.measure(name, test).items()}
+        if trainer.is_world_process_zero():
+            metric = part.task.metric
+            scores = f"{before[start + metric]:.3f} before, {found[name][metric]:.3f} after training"
+            print(f"{name}: held-out {metric} {scores}")
+            _finish(trainer, recipe, name, folder / name, found[name])
+            print(f"  {folder / name}", flush=True)
+    trainer.accelerator.wait_for_everyone()
+    return found
+
+
+def _finish(
+    trainer: MultiTaskTrainer, recipe: MultiTaskRecipe, name: str, folder: Path, metrics: dict[str, float]
+) -> None:
+    """Write a task's adapter, tokenizer, facts and card."""
+    model = trainer.prompts.model_of(name)
+    trainer.processing_class.save_pretrained(folder)
+    facts = gather_facts(trainer.args, trainer.state, model, card_facts(recipe.tasks[name], trainer.parts[name].rows))
+    facts.metrics = [metrics]
+    finish_folder(model, folder, f"{Path(recipe.shared.output_dir).name}-{name}", facts=facts)
+
+
+def build(recipe: MultiTaskRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[MultiTaskPrompt, dict[str, Part]]:
+    """Load rows and base of every task; base weights are held once."""
+    parts: dict[str, Part] = {}
+    backbones: dict[str, PreTrainedModel] = {}
+    for name, one in recipe.tasks.items():
+        task, rows = one.build_task(), load_rows(one)
+        train, held_out = (
+            task.encode(r, tokenizer, rows.labels, held_out=held)
+            for r, held in ((rows.train, False), (rows.held_out, True))
+        )
+        parts[name] = Part(task, rows.labels, rows, train, held_out)
+        backbones[name] = load_base(one.base, task.model_task, rows.labels, tokenizer)
+        share_base(next(iter(backbones.values())), backbones[name], name)  # before the next one takes memory
+    shared = recipe.shared
+    options = defaults_of(shared.method).options | shared.options
+    config = PTuneConfig(method=shared.method, base_model_name_or_path=shared.base, **options)
+    return get_multitask_model(backbones, config, tokenizer), parts
+
+
+def names_tasks(recipe: str | Path) -> bool:
+    """Whether a recipe file names several tasks; `False` too where it cannot be read, which is said elsewhere."""
+    try:
+        return "tasks" in read_content(recipe)
+    except RecipeError:
+        return False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the recipe that the command line names.
+
+    Args:
+        arguments: the recipe's path, then overrides `--section.key=value`; those of the process when unset.
+
+    Returns:
+        The exit code: 0, or 2 after an error that has been printed.
+    """
+    parser = argparse.ArgumentParser(prog="python -m hf_ptune.train_multitask", description="Train several tasks.")
+    parser.add_argument("recipe", help="a YAML file with tasks")
+    known, overrides = parser.parse_known_args(arguments)
+    try:
+        content = read_content(known.recipe, overrides)
+        run(make_multitask_recipe(content, known.recipe, Path(known.recipe).parent))
+    except PTuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The walk of several tasks: one recipe, one prompt, an adapter a task, each of which starts another run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import ROWS, write_base
+from transformers import AutoTokenizer
+
+from hf_ptune import PTuneConfig, train
+from hf_ptune.backbone import TASKS
+from hf_ptune.cli import main
+from hf_ptune.errors import RecipeError
+from hf_ptune.recipe import make_recipe
+from hf_ptune.train import load_tokenizer, make_arguments
+from hf_ptune.train_multitask import MultiTaskTrainer, build, make_multitask_recipe, run
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> dict[str, Any]:
+    base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
+    for task, count in (("SEQ_CLS", 40), ("TOKEN_CLS", 24)):
+        (tmp_path / f"{task}.jsonl").write_text("\n".join(json.dumps(ROWS[task](n)) for n in range(count)))
+    return {
+        "base": base,
+        "method": "p_tuning_v2",
+        "options": {"num_virtual_tokens": 4},
+        "tasks": [
+            {"name": "when", "task": "SEQ_CLS", "data": {"source": "SEQ_CLS.jsonl"}},
+            {"name": "letters", "task": "TOKEN_CLS", "data": {"source": "TOKEN_CLS.jsonl"}},
+        ],
+        "training": {
+            "num_train_epochs": 8,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 3e-2,
+            "report_to": "none",
+            "save_strategy": "no",
+            "use_cpu": True,
+        },
+        "output_dir": str(tmp_path / "out"),
+    }
+
+
+def test_from_recipe_to_adapters_to_one_task(
+    content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.yaml").write_text(json.dumps(content))
+    assert main(["train", str(tmp_path / "r.yaml"), "--seed=1"]) == 0
+    printed = capsys.readouterr().out
+    prompts = []
+    for name, task in (("when", "SEQ_CLS"), ("letters", "TOKEN_CLS")):
+        folder = tmp_path / "out" / "adapter" / name
+        assert f"{name}: held-out" in printed and (folder / "README.md").is_file()
+        model = TASKS[task].from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder)
+        prompts.append(model.prompt.weight)
+    assert torch.equal(*prompts)
+    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path / "out/adapter/when")}
+    one = {k: v for k, v in content.items() if k != "tasks"} | {"task": "SEQ_CLS", "data": {"source": "SEQ_CLS.jsonl"}}
+    one["options"] = content["options"] | start | {"prompt_tuning_init_head": True}
+    one["training"] = content["training"] | {"max_steps": 1, "learning_rate": 1e-9}
+    outcome = train.run(make_recipe(one | {"output_dir": str(tmp_path / "one")}, folder=tmp_path))
+    facts = json.loads((tmp_path / "out/adapter/when/run_facts.json").read_text())
+    assert outcome.before["accuracy"] == pytest.approx(facts["metrics"][0]["accuracy"])
+    assert PTuneConfig.from_pretrained(outcome.folder).prompt_tuning_init == "ADAPTER"
+
+
+def test_both_tasks_learn(content: dict[str, Any], tmp_path: Path) -> None:
+    content["tasks"][0]["data"]["test_source"] = "SEQ_CLS.jsonl"
+    found = run(make_multitask_recipe(content, folder=tmp_path))
+    assert found["when"]["test_accuracy"] > 0.7 and "test_loss" not in found["letters"]
+    assert set(found) == {"when", "letters"} and found["when"]["accuracy"] > 0.7 and found["letters"]["loss"] < 0.7
+
+
+def test_a_run_goes_on_from_its_checkpoint(content: dict[str, Any], tmp_path: Path) -> None:
+    content["training"] |= {"save_strategy": "steps", "save_steps": 5, "max_steps": 10, "warmup_steps": 0}
+    ends = []
+    for resume in (False, True):
+        recipe = make_multitask_recipe(content, folder=tmp_path)
+        torch.manual_seed(0)
+        tokenizer = load_tokenizer(recipe.shared.base)
+        model, parts = build(recipe, tokenizer)
+        trainer = MultiTaskTrainer(model, make_arguments(recipe.shared), parts, tokenizer)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-5") if resume else None)
+        ends.append({n: p.detach() for n, p in model.named_parameters()})
+    assert all(torch.allclose(t, ends[1][n], atol=1e-6) for n, t in ends[0].items())
+    assert TASKS["TOKEN_CLS"].from_pretrained(tmp_path / "out/checkpoint-10/letters").config.num_virtual_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": {}}, "tasks holds no list"),
+        ({"tasks": []}, "tasks holds no list"),
+        ({"tasks": [{"task": "SEQ_CLS"}]}, "a task has the name None"),
+        (
+            {"tasks": [{"name": "a", "task": "SEQ_CLS", "data": {"source": "a.csv"}}] * 2},
+            "the name 'a'; expected one of",
+        ),
+        ({"tasks": [{"name": "a", "training": {}}]}, "unknown key training of task a"),
+        ({"tasks": [{"name": "a", "task": "CLS", "data": {"source": "a.csv"}}]}, "x.yaml, task a: task is 'CLS'"),
+        ({"temperature": 0}, "temperature is 0; expected a number above 0"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, Any], message: str, content: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=message):
+        make_multitask_recipe(content | change, "x.yaml")
+    with pytest.raises(RecipeError, match=r"names several tasks; .* hf_ptune\.train_multitask"):
+        make_recipe(content)
