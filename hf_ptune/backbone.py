@@ -169,7 +169,9 @@ def head_names(backbone: PreTrainedModel, task: str, further: list[str] | None =
     return chosen
 
 
-def adapter_names(backbone: PreTrainedModel, method: str, task: str, further: list[str] | None = None) -> set[str]:
+def adapter_names(
+    backbone: PreTrainedModel, method: str, task: str, further: list[str] | None = None, whole: bool = False
+) -> set[str]:
     """The one predicate: names under the backbone that are trained, counted, saved and reported.
 
     Args:
@@ -177,11 +179,14 @@ def adapter_names(backbone: PreTrainedModel, method: str, task: str, further: li
         method: name of the method; BitFit trains the backbone's bias terms.
         task: a key of `TASKS`.
         further: names of further modules.
+        whole: whether the backbone trains as a whole, as `train_backbone`.
 
     Raises:
         BackboneError: BitFit on a backbone without bias terms.
     """
     chosen = head_names(backbone, task, further)
+    if whole:
+        chosen |= {n for n, p in backbone.named_parameters() if p.is_floating_point()}
     if method == "bitfit":
         biases = set(bias_names(backbone))
         if not biases:

@@ -14,6 +14,7 @@ from hf_ptune.adapter_file import shorten
 from hf_ptune.errors import AdapterFileError, ConfigError, PTuneError
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import EncoderSpec, PromptEncoder, SiteShape, direct_prompt
+from hf_ptune.templates import Template
 
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO", "ADAPTER")
 SITES = ("encoder", "decoder", "cross")
@@ -30,6 +31,9 @@ STRUCTURE = (
     "flattened",
     "task",
     "modules_to_save",
+    "train_backbone",
+    "template",
+    "virtual_token_ids",
     "position_shift",
 )
 # more than anybody has trained, and little enough that nothing runs out of memory before it is compared with the file
@@ -73,7 +77,12 @@ class PTuneConfig(PreTrainedConfig):
 
     Args:
         method: "prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2" or "bitfit".
-        num_virtual_tokens: P, number of virtual tokens, at least 1; BitFit ignores it.
+        num_virtual_tokens: P, number of virtual tokens, at least 1; BitFit ignores it, and a template that places
+            them sets it.
+        template: text that a row is read through, e.g. "[P3] {sentence} [P3] [MASK] [P2]": `[Pn]` places n of the
+            virtual tokens of prompt_tuning and p_tuning (P-Tuning, Liu et al. 2021, section 3.1), `{field}` a field
+            of the row, `[MASK]` the word to predict. One without `[Pn]` is words alone, for every method.
+        verbalizer: label to the word, or words, that stand for it at the mask.
         prompt_tuning_init: "RANDOM" (with the deviation of the backbone's own embeddings, or of its own keys
             and values), "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO" or "ADAPTER" (where another adapter of the
             same base ended; Vu et al. 2022, SPoT). A prefix takes the backbone's keys and values of the named tokens.
@@ -92,7 +101,10 @@ class PTuneConfig(PreTrainedConfig):
         loss_at_labels: whether language models compute logits only where a label counts while they train; loss
             and gradients stay the same. Logits that somebody asks for all the same cost a second forward pass.
         modules_to_save: further modules of the backbone that are trained and saved; a task's head always is.
+        train_backbone: whether the whole backbone trains along, as in the paper's SuperGLUE runs (P-Tuning, Liu et
+            al. 2021, section 4.2). It is part of the adapter then, and saved with it.
         flattened: whether the reparameterisation has been folded into the prompt.
+        virtual_token_ids: ids of the template's virtual tokens in the tokenizer; `get_ptune_model` sets them.
     """
 
     model_type: ClassVar[str] = "ptune"
@@ -114,6 +126,10 @@ class PTuneConfig(PreTrainedConfig):
     position_shift: bool | None = None
     loss_at_labels: bool = True
     modules_to_save: list[str] | None = None
+    train_backbone: bool = False
+    template: str | None = None
+    verbalizer: dict[str, Any] | None = None
+    virtual_token_ids: list[int] | None = None
     flattened: bool = False
     task: str | None = None
     base_model_name_or_path: str | None = None
@@ -126,6 +142,10 @@ class PTuneConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.prompt_tuning_init = str(self.prompt_tuning_init).upper()
         self.encoder_reparameterization_type = str(self.encoder_reparameterization_type).upper()
+        if self.verbalizer is not None:
+            self.verbalizer = {k: [v] if isinstance(v, str) else v for k, v in self.verbalizer.items()}
+        if self.places_tokens and self.num_virtual_tokens == type(self).num_virtual_tokens:
+            self.num_virtual_tokens = Template.parse(str(self.template)).num_virtual_tokens
         self._check()
         self._mirror_base()
 
@@ -157,8 +177,48 @@ class PTuneConfig(PreTrainedConfig):
             )
         if method.kind is PromptKind.EMBEDDINGS and self.layers is not None:
             raise ConfigError(f"layers is for prefixes; {self.method} puts its prompt into the input only.")
+        self._check_template(method.kind)
         if self.geometry:
             _check_geometry(self.geometry)
+
+    def _check_template(self, kind: PromptKind | None) -> None:
+        if self.verbalizer is not None:
+            if self.template is None or not Template.parse(self.template).has_mask:
+                raise ConfigError(
+                    "verbalizer needs a template with [MASK], where its words stand; add one, such as '{text} [MASK]'."
+                )
+            wrong = [k for k, v in self.verbalizer.items() if not _are_words(v)]
+            if wrong or len(self.verbalizer) < 2:
+                raise ConfigError(
+                    f"verbalizer={self.verbalizer}; expected two labels or more, each with a word or a list of words."
+                )
+        ids = self.virtual_token_ids
+        if not self.places_tokens:
+            if ids is not None:
+                raise ConfigError(
+                    "virtual_token_ids is for a template that places virtual tokens, such as '[P3] {text}'."
+                )
+            return
+        count = Template.parse(str(self.template)).num_virtual_tokens
+        if kind is not PromptKind.EMBEDDINGS:
+            raise ConfigError(
+                f"the template {self.template!r} places virtual tokens, but {self.method} has none among the inputs. "
+                "Methods that have: prompt_tuning, p_tuning; for others take a template of words and fields alone."
+            )
+        if count != self.num_virtual_tokens:
+            raise ConfigError(
+                f"the template {self.template!r} has {count} virtual tokens, but num_virtual_tokens="
+                f"{self.num_virtual_tokens}; leave it unset, or make them agree."
+            )
+        if self.position_shift:
+            raise ConfigError("position_shift=True, but a template's virtual tokens are counted as tokens are.")
+        if ids is not None and (len(set(ids)) != count or len(ids) != count or min(ids) < 0):
+            raise ConfigError(f"virtual_token_ids={shorten(ids)}; expected {count} different ids, each 0 or more.")
+
+    @property
+    def places_tokens(self) -> bool:
+        """Whether virtual tokens stand where the template has them."""
+        return self.template is not None and Template.parse(self.template).num_virtual_tokens > 0
 
     def _mirror_base(self) -> None:
         # the base's own object, made anew from its dictionary: sharing a live one unsets its attention
@@ -338,6 +398,10 @@ class PTuneConfig(PreTrainedConfig):
         settings: dict[str, Any] = super().to_diff_dict()
         settings.pop("_base", None)
         return settings
+
+
+def _are_words(words: Any) -> bool:
+    return isinstance(words, list) and bool(words) and all(isinstance(w, str) and w.strip() for w in words)
 
 
 def _without(settings: Any, names: set[str]) -> Any:

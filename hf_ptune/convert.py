@@ -10,6 +10,7 @@ from hf_ptune.errors import PTuneError
 from hf_ptune.interop import load_peft, save_peft, save_prompt_embeds
 from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel
 from hf_ptune.publishing import tokenizer_of
+from hf_ptune.templates import name_virtual_tokens
 
 FilePath = str | os.PathLike[str]
 
@@ -36,6 +37,7 @@ def convert(source: FilePath, target: FilePath, form: str, **kwargs: Any) -> Non
     else:
         model.save_pretrained(target, flatten=True)
         if (tokenizer := tokenizer_of(model.config.base_model_name_or_path)) is not None:
+            name_virtual_tokens(model.config, tokenizer)
             tokenizer.save_pretrained(target)
 
 

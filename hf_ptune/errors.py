@@ -31,3 +31,7 @@ class RecipeError(PTuneError, ValueError):
 
 class InjectionError(PTuneError):
     """Raised when a prompt cannot be put into the computation that was asked for."""
+
+
+class TemplateError(PTuneError, ValueError):
+    """Raised when a row and a template, or a word and a tokenizer, do not fit together."""

@@ -179,6 +179,8 @@ def prompt_embeds(model: PTunePreTrainedModel) -> Tensor:
     Raises:
         ConfigError: the method has no prompt among the inputs.
     """
+    if model.config.places_tokens:
+        raise ConfigError(f"the prompt stands among the tokens ({model.config.template!r}), not before them.")
     if get_method(model.config.method).kind is not PromptKind.EMBEDDINGS or model.prompt is None:
         raise ConfigError(
             f"{model.config.method} puts nothing among the inputs, so that it has no prompt embeddings. "
@@ -398,6 +400,8 @@ def _exportable(model: PTunePreTrainedModel) -> Injector:
     config, injector = model.config, model._injector
     if config.method not in _PEFT_TYPES:
         raise ConfigError(f"PEFT has no {config.method}; it has {', '.join(_PEFT_TYPES)}.")
+    if config.places_tokens or config.train_backbone:
+        raise ConfigError("PEFT puts a prompt before the text, beside a base that has not changed; this is neither.")
     if model.task not in _PEFT_TASKS:
         raise ConfigError(f"PEFT has no prompts for {model.task}; it has them for {', '.join(_PEFT_TASKS)}.")
     if injector is None:

@@ -36,6 +36,7 @@ from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import check_base, choose_sites, shifts_positions
 from hf_ptune.publishing import publish
+from hf_ptune.templates import name_virtual_tokens
 
 logger = hf_logging.get_logger(__name__)
 _OWNER = "_ptune_owner"
@@ -108,6 +109,11 @@ class PTunePreTrainedModel(PreTrainedModel):
 
     def _build_prompt(self, kind: PromptKind) -> None:
         config, geometry = self.config, self.config.geometry
+        if config.places_tokens and config.virtual_token_ids is None:
+            raise ConfigError(
+                "the template places virtual tokens, but virtual_token_ids are not set; wrap the backbone by "
+                "get_ptune_model(backbone, config, tokenizer)."
+            )
         chosen = choose_sites(config, kind, self.task)
         embed = word_embeddings(self.backbone)
         owner = self.backbone if embed is None else embed
@@ -123,6 +129,7 @@ class PTunePreTrainedModel(PreTrainedModel):
             config.num_virtual_tokens,
             chosen,
             shifts_positions(self.backbone, config),
+            config.virtual_token_ids,
         )
 
     def _encode(self) -> Tensor:
@@ -136,7 +143,10 @@ class PTunePreTrainedModel(PreTrainedModel):
 
     def adapter_parameter_names(self) -> set[str]:
         """Names, as in `named_parameters()`, of all that is trained, counted and saved."""
-        names = adapter_names(self.backbone, self.config.method, self.task, self.config.modules_to_save)
+        config = self.config
+        names = adapter_names(
+            self.backbone, config.method, self.task, config.modules_to_save, whole=config.train_backbone
+        )
         prompt = [] if self.prompt is None else [f"prompt.{n}" for n, _ in self.prompt.named_parameters()]
         return {f"backbone.{n}" for n in names} | set(prompt)
 
@@ -508,7 +518,8 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
     Args:
         backbone: the whole task model; it is frozen, and changed only by hooks until `unwrap()`.
         config: method and options; a copy is kept.
-        tokenizer: reads the text of prompt_tuning_init "TEXT" and "CLASS_LABELS"; the base's own when unset.
+        tokenizer: reads the text of prompt_tuning_init "TEXT" and "CLASS_LABELS"; the base's own when unset. Where a
+            template places virtual tokens, they are added to it, as special tokens.
 
     Returns:
         The model of the task, with its prompt initialised.
@@ -528,8 +539,18 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
     config.set_base(backbone.config)
     config.base_model_name_or_path = config.base_model_name_or_path or backbone.name_or_path or None
     config.base_model_revision = config.base_model_revision or cached_commit(config.base_model_name_or_path)
+    if config.places_tokens and (tokenizer is not None or config.virtual_token_ids is None):
+        tokenizer = tokenizer if tokenizer is not None else prompt_start.base_tokenizer(config)
+        name_virtual_tokens(config, tokenizer)
     model = CLASSES[config.task](config, backbone)
     injector = model._injector
+    places = None if injector is None else injector.placeholders
+    if injector is not None and places is not None and not places.agrees(injector.body, config.num_virtual_tokens):
+        model.unwrap()
+        raise BackboneError(
+            f"{type(backbone).__name__} reads token ids in more places than its word embeddings, so that a template "
+            "cannot place virtual tokens there. A template of words and fields alone works, with any method."
+        )
     shared = injector is not None and injector.kind is PromptKind.EMBEDDINGS and injector.in_attention
     if injector is not None and shared and not injector.prompts_agree():
         model.unwrap()

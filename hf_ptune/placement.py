@@ -39,6 +39,8 @@ def choose_sites(config: PTuneConfig, kind: PromptKind, task: str) -> list[dict[
     """
     geometry = config.geometry
     name = config.base_class or "the base"
+    if config.places_tokens:
+        return []  # they stand among the tokens
     if not geometry["sites"]:
         raise BackboneError(
             f"{name} has no attention that a prompt could enter (found {describe(geometry)}). "
@@ -97,6 +99,8 @@ def shifts_positions(backbone: PreTrainedModel, config: PTuneConfig) -> bool:
         ConfigError: asked for where the backbone takes no `position_ids`, or where the prompt stands among the
             inputs of an encoder.
     """
+    if config.places_tokens:
+        return False
     body = body_of(backbone)
     accepted = parameters_of(text_of(body, [s["name"] for s in config.geometry["sites"]]))
     causal, takes = bool(config.geometry["causal"]), "position_ids" in accepted

@@ -85,7 +85,7 @@ def _token_rows(model: Any, start: str, virtual: int, tokenizer: Any) -> list[li
     size = vocabulary_size(model.backbone)
     if start == "SAMPLE_VOCAB":
         return [[i] for i in sample_vocabulary(size, virtual)]
-    tokenizer = tokenizer or _base_tokenizer(model.config)
+    tokenizer = tokenizer or base_tokenizer(model.config)
     if start == "TEXT":
         ids = tokenizer(model.config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
         return [[i] for i in fit_length(ids, virtual)]
@@ -98,9 +98,16 @@ def _token_rows(model: Any, start: str, virtual: int, tokenizer: Any) -> list[li
     return rows + [[i] for i in sample_vocabulary(size, virtual)][: virtual - len(rows)]
 
 
-def _base_tokenizer(config: Any) -> Any:
+def base_tokenizer(config: Any) -> Any:
+    """The tokenizer of the base that a configuration names.
+
+    Raises:
+        ConfigError: it names none, or none is there.
+    """
     if config.base_model_name_or_path is None:
-        raise ConfigError("a start from text or labels needs tokenizer=…: the backbone does not name its base.")
+        raise ConfigError(
+            "a start from text or labels, and a template, need tokenizer=…: the backbone does not name its base."
+        )
     try:
         return AutoTokenizer.from_pretrained(resolve(config.base_model_name_or_path))
     except (OSError, ValueError) as error:

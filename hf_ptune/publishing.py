@@ -16,6 +16,7 @@ from hf_ptune.backbone import TASKS, is_hub_id, resolve
 from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, make_card, merge_seeds
 from hf_ptune.hub import commit_of, license_of, push_folder
 from hf_ptune.methods import get_method
+from hf_ptune.templates import name_virtual_tokens
 
 logger = logging.get_logger(__name__)
 SHIM = "modeling_hf_ptune"
@@ -46,6 +47,7 @@ def write_repository(
     folder = Path(folder)
     tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model.config.base_model_name_or_path)
     if tokenizer is not None:
+        name_virtual_tokens(model.config, tokenizer)
         tokenizer.save_pretrained(folder)
     return finish_folder(model, folder, repo_id, keep_encoder=keep_encoder, facts=facts)
 
@@ -148,6 +150,9 @@ def method_options(config: Any) -> dict[str, Any]:
         "layers",
         "sites",
         "modules_to_save",
+        "train_backbone",
+        "template",
+        "verbalizer",
     ]
     found = {name: getattr(config, name) for name in names}
     return {k: v for k, v in found.items() if k == "num_virtual_tokens" or v != getattr(unset, k)}

@@ -71,6 +71,8 @@ def _why_untrainable(parameter: nn.Parameter, fp16: bool) -> str | None:
 class FreezeBackboneCallback(TrainerCallback):
     """Freeze everything but the adapter before the optimizer exists; unfreeze modules on a schedule.
 
+    With `train_backbone` the backbone is part of the adapter, and stays trainable.
+
     Modules of the schedule become part of the adapter (`modules_to_save`), so that they are saved and
     counted. The optimizer holds them from the start, with the learning rate and weight decay that the
     Trainer gives them; they have no gradient, and so no update and no decay, until they are due. So
@@ -140,7 +142,9 @@ class FreezeBackboneCallback(TrainerCallback):
         config = model.config
         everything = {name for name, _ in model.named_parameters()}
         core = {n for n in everything if not n.startswith(_BACKBONE)}
-        core |= {_BACKBONE + n for n in adapter_names(model.backbone, config.method, model.task)}
+        core |= {
+            _BACKBONE + n for n in adapter_names(model.backbone, config.method, model.task, whole=config.train_backbone)
+        }
         plan: dict[float, set[str]] = {}
         modules: list[str] = []
         for when, patterns in self.unfreeze_schedule.items():

@@ -81,11 +81,27 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
     inner = unwrap_ptune_model(model, "the guard", GuardError)
     device = inner.get_input_embeddings().weight.device
     inputs: dict[str, Any] = send_to_device(dict(batch), device)
+    _check_places(inner, inputs)
     _check_positions(inner, inputs)
     _check_labels(inner, inputs)
     with kept_random_state(inner), kept_model_state(inner):
         _check_prompt_moves(inner, inputs)
         _check_gradients(inner, inputs)
+
+
+def _check_places(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> None:
+    """Refuse rows without the virtual tokens of the template."""
+    ids, virtual = inputs.get("input_ids"), model.config.virtual_token_ids
+    if virtual is None or not isinstance(ids, Tensor):
+        return
+    there = (ids[..., None] == torch.tensor(virtual, device=ids.device)).any(-2).all(-1)  # [B]
+    if not bool(there.all()):
+        raise GuardError(
+            f"{int((~there).sum())} of {there.numel()} rows of the first batch lack virtual tokens of the template "
+            f"{model.config.template!r}, expected all {len(virtual)} in each. Encode rows by "
+            "hf_ptune.templates.Template, or write their names (<|prompt_0|> …) into the text, and let no truncation "
+            "cut them off."
+        )
 
 
 def _check_prompt_moves(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> None:
@@ -150,6 +166,8 @@ def _check_adapter_gradients(model: PTunePreTrainedModel) -> None:
         )
     due = {n: named[n].grad for n in adapter - held_back(model)}
     absent = {n for n, g in due.items() if g is None}
+    if model.config.train_backbone:  # what the task does not use, such as a pooler, is the backbone's own affair
+        absent = {n for n in absent if n.startswith("prompt.")}
     if absent:
         cause = "the forward pass does not use them; check gradient checkpointing and modules_to_save"
         if any(not named[n].requires_grad for n in absent):

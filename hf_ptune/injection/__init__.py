@@ -2,8 +2,8 @@
 
 from hf_ptune.injection.calls import bind, parameters_of
 from hf_ptune.injection.embeddings import word_embeddings
-from hf_ptune.injection.injector import Injector, evaluating
-from hf_ptune.injection.probe import PROBE_TOKENS, body_of, find_geometry, text_of
+from hf_ptune.injection.injector import Injector
+from hf_ptune.injection.probe import PROBE_TOKENS, body_of, evaluating, find_geometry, text_of
 
 __all__ = [
     "PROBE_TOKENS",

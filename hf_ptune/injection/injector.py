@@ -14,7 +14,8 @@ from hf_ptune.injection import attention, embeddings, joint, own_attention, posi
 from hf_ptune.injection.bridge import bridge
 from hf_ptune.injection.calls import bind, parameters_of
 from hf_ptune.injection.embeddings import InputPrompt
-from hf_ptune.injection.probe import body_of, text_of, vocabulary_of
+from hf_ptune.injection.placeholders import Placeholders
+from hf_ptune.injection.probe import body_of, close, evaluating, text_of, vocabulary_of
 from hf_ptune.injection.sites import Site
 from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_prefix
 
@@ -32,6 +33,7 @@ class Injector:
         num_virtual_tokens: P.
         chosen: the sites that take a prefix.
         shift: whether own tokens stand P positions later.
+        virtual_token_ids: where the sequence itself has a place for every virtual token: their ids, in order.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Injector:
         num_virtual_tokens: int,
         chosen: list[dict[str, Any]],
         shift: bool,
+        virtual_token_ids: list[int] | None = None,
     ) -> None:
         self.backbone = backbone
         self.body = body_of(backbone)
@@ -63,12 +66,16 @@ class Injector:
         self.busy = False  # while the prompt itself runs through the backbone
         self.layout: joint.Layout | None = None  # while prompt and rows run as one sequence
         self.joins: bool | None = None  # whether they may; tried when the first batch trains
-        self.cached: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
+        self.cached: tuple[Any, Any] | None = None  # version and value of what the prompt has become
         self.crossing: Callable[[Tensor], Tensor] | None = None
         self.handles: list[Any] = []
-        self.sites = [self._site(c) for c in chosen]
+        self.sites = [] if virtual_token_ids is not None else [self._site(c) for c in chosen]
         self.inputs: InputPrompt | None = None
-        if kind is PromptKind.EMBEDDINGS and not self.causal:
+        self.placeholders: Placeholders | None = None
+        if virtual_token_ids is not None:
+            reader = self.body.get_encoder() if backbone.config.is_encoder_decoder else self.body
+            self.placeholders = Placeholders(reader, self.words(), virtual_token_ids, self._current_rows)
+        elif kind is PromptKind.EMBEDDINGS and not self.causal:
             self.inputs = self._input_prompt()
         self._attach()
 
@@ -80,7 +87,7 @@ class Injector:
 
     @property
     def in_attention(self) -> bool:
-        return self.inputs is None
+        return self.inputs is None and self.placeholders is None
 
     def _input_prompt(self) -> InputPrompt:
         embed = self.words()
@@ -100,6 +107,9 @@ class Injector:
 
     def _attach(self) -> None:
         add = self.handles.append
+        if self.placeholders is not None:
+            self.handles += self.placeholders.handles
+            return
         if self.in_attention:
             for site in self.sites:
                 module = self.body.get_submodule(site.name)
@@ -159,7 +169,7 @@ class Injector:
             joint.begin(self.layout)
             self.fill(None)
             return (), named
-        pairs = self._pairs() if torch.compiler.is_compiling() else self._current_pairs()
+        pairs = self._current_pairs()
         if torch.is_grad_enabled() and self._reentrant():
             pairs = self._bridged(pairs, named)
         self.fill(pairs)
@@ -198,14 +208,24 @@ class Injector:
             site.fill(None if pairs is None else pairs[number])
 
     def _current_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """The prefix of every site; encoded anew while it trains, once and kept otherwise."""
-        version = None if torch.is_grad_enabled() else self._version()
+        """The prefix of every site."""
+        dtype = self.backbone.dtype
+        return self._once(self._pairs, lambda pairs: [(key.to(dtype), value.to(dtype)) for key, value in pairs])
+
+    def _current_rows(self) -> Tensor | None:
+        """The prompt `[P, H]`, or `None` while it is turned off."""
+        if not self.enabled:
+            return None
+        return self._once(self.encode, lambda rows: rows.to(self.backbone.dtype))
+
+    def _once(self, make: Callable[[], Any], settle: Callable[[Any], Any]) -> Any:
+        """What the prompt becomes; made anew while it trains, once and kept otherwise."""
+        version = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self._version()
         if version is None:
             self.cached = None
-            return self._pairs()
+            return make()
         if self.cached is None or self.cached[0] != version:
-            dtype = self.backbone.dtype
-            self.cached = (version, [(key.to(dtype), value.to(dtype)) for key, value in self._pairs()])
+            self.cached = (version, settle(make()))
         return self.cached[1]
 
     def _version(self) -> Any:
@@ -213,6 +233,8 @@ class Injector:
         if self.prompt.training:
             return None
         tensors = [*self.prompt.parameters(), *self.prompt.buffers()]
+        if self.kind is PromptKind.EMBEDDINGS and self.in_attention:  # it has run through the body, which may train
+            tensors += [p for p in self.body.parameters() if p.requires_grad]
         return (self.backbone.dtype, *((t.data_ptr(), t._version, t.device) for t in tensors))
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -273,7 +295,7 @@ class Injector:
         finally:
             self.busy, self.cached = False, None
             self.encode, self.num_virtual_tokens = kept
-        return _close(found, expected, self.backbone.dtype)
+        return close(found, expected, self.backbone.dtype)
 
     def _may_join(self, named: dict[str, Any]) -> bool:
         if self.kind is not PromptKind.EMBEDDINGS or not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -304,7 +326,7 @@ class Injector:
             return False  # layers that look into their mask, or that mix tokens by themselves
         finally:
             self.encode, self.inside = encode, True
-        return _close(answers[0], answers[1], self.backbone.dtype)
+        return close(answers[0], answers[1], self.backbone.dtype)
 
     def _reentrant(self) -> bool:
         if not self.backbone.training:
@@ -370,23 +392,6 @@ class Injector:
         return embeddings.cut_encoder_fields(
             output, at, self.num_virtual_tokens, states.shape[1] - self.num_virtual_tokens
         )
-
-
-def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode for a while."""
-    training = [m for m in module.modules() if m.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 @contextmanager

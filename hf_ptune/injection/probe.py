@@ -224,3 +224,21 @@ def _layers_without(body: PreTrainedModel, found: list[str]) -> list[str]:
             if not any(f == layer or f.startswith(layer + ".") for f in found):
                 skipped.append(layer)
     return skipped
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two answers of a backbone of a precision are the same."""
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put every module into eval mode for a while."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
