@@ -84,6 +84,10 @@ def _read(recipe: Recipe, task: Task, source: str, split: str) -> tuple[list[Row
         named = read_label_names(recipe.folder / recipe.data.labels)
     elif recipe.data.labels is not None:
         named = recipe.data.labels
+    if wanted := recipe.data.where:
+        found = [row for row in found if all(str(_value(row, column)) == str(v) for column, v in wanted.items())]
+        if not found:
+            raise RecipeError(f"{place}: no row has {wanted}, as data.where asks.")
     rows = [
         task.check_row(_by_role(row, task, columns, f"{place}, row {n}"), f"{place}, row {n}")
         for n, row in enumerate(found, 1)

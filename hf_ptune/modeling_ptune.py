@@ -28,8 +28,9 @@ from hf_ptune.adapter_file import (
 from hf_ptune.backbone import TASKS, adapter_names, cached_commit, count_parameter, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
-from hf_ptune.injection import Injector, find_geometry, word_embeddings
+from hf_ptune.injection import Injector, bind, find_geometry, word_embeddings
 from hf_ptune.loading import HUB_KEYS, check_prompt, load_base, settle_geometry
+from hf_ptune.logits_at import run_with_logits_at
 from hf_ptune.loss_at_labels import LossAtLabels
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import PromptEncoder
@@ -184,6 +185,8 @@ class PTunePreTrainedModel(PreTrainedModel):
             raise PTuneError("torch.nn.DataParallel is not supported; start one process per device: accelerate launch.")
         if self.prompt is not None and self._injector is None:
             raise PTuneError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
+        if (places := kwargs.pop("logits_at", None)) is not None:
+            return run_with_logits_at(self.backbone, self.task, places, bind(self.backbone, args, kwargs))
         if self._loss_at_labels is not None and (output := self._loss_at_labels(args, kwargs)) is not None:
             return output
         return self.backbone(*args, **kwargs)

@@ -23,6 +23,8 @@ Column = str | list[str]
 _NOT_OPTIONS = {"model_type", "sub_configs", "method", "flattened", "task", "geometry"} | {
     f"base_{name}" for name in ("model_name_or_path", "model_revision", "class", "config")
 }
+# what a task reads its rows through, and so writes itself
+_NOT_OPTIONS |= {"template", "verbalizer", "virtual_token_ids"}
 # keys of the recipe's own
 _NOT_TRAINING = ("output_dir", "seed")
 
@@ -38,6 +40,7 @@ class DataRecipe:
         revision: its commit or branch; "refs/convert/parquet" has the rows of those that are a script.
         split: its split to train on.
         eval_source: source of the held-out rows; unset, a part of the training rows is held out.
+        where: column to value; of all sources only rows that have it are taken.
         eval_split: split of the held-out rows, of the same dataset where `eval_source` is unset.
         eval_fraction: the part that is held out, more than 0 and less than 1; stratified by label.
         test_source: source of rows that are evaluated once, at the end.
@@ -57,6 +60,7 @@ class DataRecipe:
     config: str | None = None
     revision: str | None = None
     split: str = "train"
+    where: dict[str, Any] = field(default_factory=dict)
     eval_source: str | None = None
     eval_split: str | None = None
     eval_fraction: float = 0.25
@@ -102,6 +106,8 @@ class Recipe:
         task_options: fields of the task.
         options: further fields of PTuneConfig.
         training: fields of TrainingArguments.
+        backbone_learning_rate: that of a backbone that trains along (`options.train_backbone`); the same as the
+            adapter's when unset.
         seed: seed of the prompt, the head and the training.
         card: what the card should say besides.
         folder: where the recipe stands; paths of data start there.
@@ -115,6 +121,7 @@ class Recipe:
     task_options: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    backbone_learning_rate: float | None = None
     seed: int = 0
     card: CardRecipe = field(default_factory=CardRecipe)
     folder: Path = Path(".")
@@ -194,6 +201,11 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
     card = _section(given.get("card", {}), typing.get_type_hints(CardRecipe), where, "card.")
     own = {"data": DataRecipe(**data), "card": CardRecipe(**card), "folder": folder}
     recipe = Recipe(**(given | sections | own))
+    rate = recipe.backbone_learning_rate
+    if rate is not None and (rate <= 0 or not recipe.options.get("train_backbone")):
+        raise RecipeError(
+            f"{where}: backbone_learning_rate is {rate}; expected more than 0, and options.train_backbone: true."
+        )
     try:
         recipe.build_task()
     except RecipeError as error:

@@ -11,7 +11,7 @@ from hf_ptune.errors import ConfigError, TemplateError
 
 _TOKEN = "<|prompt_{}|>"
 _PART = re.compile(r"\[P(?P<count>\d+)\]|(?P<mask>\[MASK\])|\{(?P<field>\w+)\}|(?P<brace>\{\{|\}\})")
-_BROKEN = re.compile(r"\[P\d*\]?|\[mask\]|[{}]")
+_BROKEN = re.compile(r"\[P\d*\]?|\[MASK|\[mask|[{}]")
 
 
 def virtual_tokens(count: int) -> list[str]:

@@ -36,6 +36,7 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.errors import BackboneError, PTuneError, RecipeError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
+from hf_ptune.optimizer import make_optimizer
 from hf_ptune.presets import defaults_of
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, read_recipe
@@ -101,9 +102,10 @@ def run(recipe: Recipe) -> Outcome:
 
 def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> PTunePreTrainedModel:
     """Load a recipe's base and wrap it; the method's defaults fill the options that the recipe leaves out."""
-    options = defaults_of(recipe.method).options | recipe.options
+    task = recipe.build_task()
+    options = defaults_of(recipe.method).options | recipe.options | task.config_options()
     config = PTuneConfig(method=recipe.method, base_model_name_or_path=recipe.base, **options)
-    base = load_base(recipe.base, recipe.build_task().model_task, rows.labels, tokenizer)
+    base = load_base(recipe.base, task.model_task, rows.labels, tokenizer)
     return get_ptune_model(base, config, tokenizer)
 
 
@@ -181,6 +183,7 @@ def make_trainer(
 ) -> TaskTrainer:
     """Put a Trainer around a model, watched by the callbacks."""
     task = recipe.build_task()
+    scorer = task.scorer(tokenizer, rows.labels)
     return TaskTrainer(
         task=task,
         labels=rows.labels,
@@ -189,9 +192,10 @@ def make_trainer(
         train_dataset=task.encode(rows.train, tokenizer, rows.labels),
         eval_dataset=task.encode(rows.held_out, tokenizer, rows.labels, held_out=True),
         processing_class=tokenizer,
+        optimizer_cls_and_kwargs=make_optimizer(arguments, model, recipe.backbone_learning_rate),
         callbacks=[
             FreezeBackboneCallback(),
-            GuardCallback(),
+            GuardCallback(None if scorer is None else scorer.loss),
             LearningCallback(),
             MemoryCallback(),
             ModelCardCallback(**card_facts(recipe, rows)),

@@ -1,8 +1,9 @@
 """Try one batch before training starts, so that a run that cannot learn stops with its reason."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -19,6 +20,7 @@ from hf_ptune.modeling_ptune import PTunePreTrainedModel
 
 logger = logging.get_logger(__name__)
 
+LossFunction = Callable[..., Tensor]
 _LOGITS = ("logits", "start_logits", "last_hidden_state")
 _POSITION_TABLES = ("wpe", "position_embeddings", "position_embedding", "embed_positions", "pos_emb")
 
@@ -66,12 +68,13 @@ def kept_model_state(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(copy)
 
 
-def check_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
+def check_batch(model: nn.Module, batch: Mapping[str, Any], compute_loss_func: LossFunction | None = None) -> None:
     """Check that a model can learn from a batch; leave model and random states as they were.
 
     Args:
         model: a model of `get_ptune_model`, in whatever container accelerate put it.
         batch: what the model's forward takes, labels included; `input_ids` is `[B, T]`.
+        compute_loss_func: the Trainer's, where it does not take the model's own loss.
 
     Raises:
         GuardError: the prompt does not move the logits, a parameter of the adapter gets no gradient or one
@@ -85,8 +88,19 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
     _check_positions(inner, inputs)
     _check_labels(inner, inputs)
     with kept_random_state(inner), kept_model_state(inner):
+        loss_of: Callable[[Any], Any] = _own_loss
+        if compute_loss_func is not None:
+            loss_of = partial(_given_loss, compute_loss_func, inputs.pop("labels", None))
         _check_prompt_moves(inner, inputs)
-        _check_gradients(inner, inputs)
+        _check_gradients(inner, inputs, loss_of)
+
+
+def _own_loss(output: Any) -> Any:
+    return getattr(output, "loss", None)
+
+
+def _given_loss(function: LossFunction, labels: Any, output: Any) -> Any:
+    return function(output, labels)
 
 
 def _check_places(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> None:
@@ -130,9 +144,9 @@ def _logits(output: Any) -> Tensor:
     )
 
 
-def _check_gradients(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> None:
+def _check_gradients(model: PTunePreTrainedModel, inputs: dict[str, Any], loss_of: Callable[[Any], Any]) -> None:
     model.train()  # gradient checkpointing works in this mode only
-    loss = getattr(model(**inputs), "loss", None)
+    loss = loss_of(model(**inputs))
     if not isinstance(loss, Tensor):
         raise GuardError(
             f"the model returned no loss for the inputs {some(inputs)}; expected labels that its forward "
@@ -253,7 +267,13 @@ class GuardCallback(TrainerCallback):
     data, random states and parameters stay as they are without the guard. It is not run where parameters
     are sharded over ranks (FSDP, DeepSpeed), nor on a stream of samples that cannot be started anew; both
     are logged.
+
+    Args:
+        compute_loss_func: the Trainer's, where it has one.
     """
+
+    def __init__(self, compute_loss_func: LossFunction | None = None) -> None:
+        self.compute_loss_func = compute_loss_func
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -270,7 +290,7 @@ class GuardCallback(TrainerCallback):
         with kept_random_state(model):
             batch = self._batch(kwargs["train_dataloader"], state.train_batch_size or args.train_batch_size)
         if batch is not None:
-            check_batch(model, batch)
+            check_batch(model, batch, self.compute_loss_func)
 
     def _batch(self, loader: Any, size: int) -> Mapping[str, Any] | None:
         dataset = loader.dataset

@@ -2,7 +2,7 @@
 
 # the order of registration is the order in messages
 from hf_ptune.tasks import sequence_classification, token_classification, multiple_choice  # isort: skip
-from hf_ptune.tasks import question_answering, causal_lm, seq2seq_lm, masked_lm  # isort: skip
+from hf_ptune.tasks import question_answering, causal_lm, seq2seq_lm, masked_lm, cloze  # isort: skip
 from hf_ptune.tasks.base import IGNORED, Answer, Collator, Feature, Row, Task
 from hf_ptune.tasks.registry import get_task, register_task, task_names
 from hf_ptune.tasks.trainer import TaskTrainer
@@ -16,6 +16,7 @@ __all__ = [
     "Task",
     "TaskTrainer",
     "causal_lm",
+    "cloze",
     "get_task",
     "masked_lm",
     "multiple_choice",

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
+from hf_ptune.cloze import Scorer
 from hf_ptune.errors import RecipeError
 
 Row = dict[str, Any]
@@ -77,10 +78,13 @@ class Task:
         """Name of the number to show before and after training, as the options have it."""
         return self.main_metric
 
-    @classmethod
-    def roles(cls) -> list[str]:
+    def roles(self) -> list[str]:
         """All roles, in order."""
-        return list(dict.fromkeys([role for form in cls.forms for role in form] + list(cls.possible)))
+        return list(dict.fromkeys([role for form in self.forms for role in form] + list(self.possible)))
+
+    def config_options(self) -> dict[str, Any]:
+        """Fields of PTuneConfig that the task decides, such as a template."""
+        return {}
 
     def check_row(self, row: Row, where: str) -> Row:
         """Check one row and bring it in order; `where` names its place for messages.
@@ -125,6 +129,15 @@ class Task:
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         """What pads features to a batch `[B, T]`."""
         raise NotImplementedError
+
+    def scorer(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Scorer | None:
+        """What makes loss and classes of the logits, where it is not the model itself.
+
+        Args:
+            tokenizer: the base's.
+            labels: names of the labels.
+        """
+        return None
 
     def preprocess_logits(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Any:
         """What is kept of the logits of a held-out batch: the best class, `[B]` or `[B, T]`."""

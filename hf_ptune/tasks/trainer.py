@@ -23,11 +23,13 @@ class TaskTrainer(Trainer):
     def __init__(
         self, *, task: Task, labels: Sequence[str], processing_class: PreTrainedTokenizerBase, **kwargs: Any
     ) -> None:
+        scorer = task.scorer(processing_class, labels)
         super().__init__(
             processing_class=processing_class,
             data_collator=task.collator(processing_class),
             compute_metrics=self._measure,
-            preprocess_logits_for_metrics=task.preprocess_logits,
+            compute_loss_func=None if scorer is None else scorer.loss,
+            preprocess_logits_for_metrics=task.preprocess_logits if scorer is None else scorer.choose,
             **kwargs,
         )
         self.task = task
