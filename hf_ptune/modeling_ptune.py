@@ -27,7 +27,7 @@ from hf_ptune.adapter_file import (
 )
 from hf_ptune.backbone import TASKS, adapter_names, cached_commit, count_parameter, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import BackboneError, ConfigError, PTuneError
+from hf_ptune.errors import BackboneError, ConfigError, InjectionError, PTuneError
 from hf_ptune.injection import Injector, bind, find_geometry, word_embeddings
 from hf_ptune.loading import HUB_KEYS, check_prompt, load_base, settle_geometry
 from hf_ptune.logits_at import run_with_logits_at
@@ -448,6 +448,14 @@ class _Generating(PTunePreTrainedModel, GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.backbone.generation_config = self.generation_config
+        if self.config.places_tokens and not self.config.is_encoder_decoder:
+            settings = kwargs.get("generation_config") or self.generation_config
+            for name in ("repetition_penalty", "no_repeat_ngram_size"):
+                if (value := kwargs.get(name, getattr(settings, name, None))) not in (None, 0, 1):
+                    raise InjectionError(
+                        f"{name}={value} looks the text's tokens up in the logits, which know no virtual tokens; leave "
+                        "it unset with a template that places some."
+                    )
         return self.backbone.generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:

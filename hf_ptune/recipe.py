@@ -261,12 +261,12 @@ def _need(given: Mapping[str, Any], cls: Any, where: str, prefix: str) -> None:
 
 
 def _nearest(key: str, valid: Iterable[str], prefix: str) -> str:
-    if found := difflib.get_close_matches(key, valid, 1, 0.5):
-        return f"did you mean {prefix}{found[0]}?"
     if not prefix:
         for section, types in (("training", _training_types()), ("options", _option_types())):
             if key in types:
                 return f"did you mean {section}.{key}?"
+    if found := difflib.get_close_matches(key, valid, 1, 0.5):
+        return f"did you mean {prefix}{found[0]}?"
     names = sorted(valid)
     return f"expected one of {', '.join(names[:20])}{', …' if len(names) > 20 else ''}."
 

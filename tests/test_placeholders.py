@@ -234,6 +234,8 @@ def test_refusals(tmp_path: Path) -> None:
         model(inputs_embeds=embeds)
     with model.disable_adapter():
         model(inputs_embeds=embeds)
+    with pytest.raises(InjectionError, match="repetition_penalty=1.5"):
+        model.generate(input_ids=IDS, repetition_penalty=1.5, max_new_tokens=2)
     with pytest.raises(ConfigError, match="before the text"):
         save_peft(model, tmp_path / "peft")
     with pytest.raises(ConfigError, match="among the tokens"):

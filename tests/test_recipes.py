@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from test_train import ROWS, write_base
+from tokenizers_of import tokenizer_of
 
 from hf_ptune.backbone import TASKS
 from hf_ptune.recipe import DataRecipe, make_recipe, read_recipe
@@ -16,7 +17,7 @@ from hf_ptune.train import run
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 PATHS = sorted(p for p in FOLDER.glob("*.yaml") if p.stem != "quickstart")
-FAMILIES = {"CAUSAL_LM": "gpt2", "SEQ_2_SEQ_LM": "t5"}
+FAMILIES = {"CAUSAL_LM": "gpt2", "CLOZE_CAUSAL_LM": "gpt2", "SEQ_2_SEQ_LM": "t5"}
 every_recipe = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
 
 
@@ -45,6 +46,11 @@ def rows_for(task: Task, data: DataRecipe, held_out: bool) -> list[dict[str, Any
         kind = "instructions"
     rows = []
     for n in range(12):
+        if kind.startswith("CLOZE"):
+            told = {"label": n % len(data.labels or "a"), "answer": ["Paris", "Rome"][n % 2]}
+            row = {role: told.get(role, "hello world") for role in task.roles()} | data.where
+            rows.append({data.columns.get(role, role): value for role, value in row.items()})
+            continue
         row = ROWS[kind](n) | ({"text_pair": "c"} if "text_pair" in data.columns else {})
         if kind == "TOKEN_CLS" and data.labels:
             row["tags"] = [n % len(data.labels) for _ in row["tags"]]
@@ -76,11 +82,17 @@ def test_a_recipe_trains(path: Path, tmp_path: Path) -> None:
     for part in ("train", "held_out"):
         rows = rows_for(recipe.build_task(), recipe.data, part == "held_out")
         (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    virtual = {"num_virtual_tokens": 4}
+    base = write_base(tmp_path / "base", FAMILIES.get(recipe.task, "bert"), get_task(recipe.task).model_task)
+    if recipe.task.startswith("CLOZE"):
+        virtual = {}  # the template has them
+        mask = recipe.task == "CLOZE_MASKED_LM"
+        tokenizer_of("wordpiece", mask, "true false neither").save_pretrained(base)
     named = {k: v for k, v in content["data"].items() if k not in ("config", "revision", "eval_split", "test_split")}
     files = {"source": "train.jsonl", "eval_source": "held_out.jsonl", "test_source": "held_out.jsonl"}
     content |= {
-        "base": write_base(tmp_path / "base", FAMILIES.get(recipe.task, "bert"), recipe.task),
-        "options": content["options"] | {"num_virtual_tokens": 4},
+        "base": base,
+        "options": content["options"] | virtual,
         "data": named | files | {"max_length": 32},
         "training": content["training"] | {"max_steps": 2, "use_cpu": True},
         "output_dir": str(tmp_path / "out"),

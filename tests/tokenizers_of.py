@@ -7,16 +7,17 @@ WORDS = "a b c it was good bad great , . ? x y z hello world yes no maybe terrib
 KINDS = ["wordpiece", "bytes", "metaspace"]
 
 
-def tokenizer_of(kind: str, mask: bool = True) -> PreTrainedTokenizerFast:
+def tokenizer_of(kind: str, mask: bool = True, further: str = "") -> PreTrainedTokenizerFast:
     """A tokenizer whose vocabulary holds the words whole, and others in pieces.
 
     Args:
         kind: "wordpiece" (BERT), "bytes" (GPT-2, RoBERTa) or "metaspace" (ALBERT, Llama).
+        further: words that "wordpiece" holds besides.
         mask: whether it has a mask token, and closing tokens, as those of encoders do.
     """
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     if kind == "wordpiece":
-        pieces = [*WORDS.replace("terrible", "").split(), "##s", "##o", "t", "##errible"]
+        pieces = [*WORDS.replace("terrible", "").split(), *further.split(), "##s", "##o", "t", "##errible"]
         inner = Tokenizer(models.WordPiece({w: n for n, w in enumerate([*special, *pieces])}, unk_token="[UNK]"))
         inner.normalizer = normalizers.BertNormalizer(lowercase=False)
         inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

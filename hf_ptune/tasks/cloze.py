@@ -1,6 +1,6 @@
 """CLOZE_MASKED_LM and CLOZE_CAUSAL_LM: a template with a gap, and the word that fills it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers.utils import logging
 from hf_ptune.cloze import ClozeCollator, Verbalizer, Vocabulary, classify, last_labels, predict_words
 from hf_ptune.errors import ConfigError, RecipeError, TemplateError
 from hf_ptune.metrics import Accuracy, MacroF1
-from hf_ptune.tasks.base import Answer, Feature, Row, Task
+from hf_ptune.tasks.base import Answer, Collator, Feature, Row, Task, make_collator
 from hf_ptune.tasks.registry import register_task
 from hf_ptune.templates import Template
 
@@ -127,8 +127,8 @@ class _Cloze(Task):
             raise RecipeError("no row has an answer of one token; take other rows, or another base.")
         return features
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Feature]], Any]:
-        return ClozeCollator(tokenizer, self._causal)
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
+        return make_collator(tokenizer, ClozeCollator(tokenizer, self._causal))
 
     def compute_metrics(
         self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]
