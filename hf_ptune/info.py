@@ -56,6 +56,8 @@ def describe_adapter(source: str, **hub: Any) -> str:
             "flattened" if config.flattened else "with its reparameterisation" if method.reparameterised else "direct"
         )
         lines.append(f"virtual tokens: {config.num_virtual_tokens}, {state}")
+    if config.template is not None:
+        lines.append(f"template: {config.template}")
     lines += [f"{name}: {value:.4f}" for name, (value, _) in summarise(_metrics(source, hub)).items()]
     prompt = tensors.get("prompt.weight")
     if method.kind is PromptKind.EMBEDDINGS and prompt is not None:

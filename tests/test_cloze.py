@@ -17,6 +17,7 @@ from hf_ptune.backbone import TASKS
 from hf_ptune.callbacks.guard import check_batch
 from hf_ptune.cloze import ClozeCollator, Verbalizer, Vocabulary, classify, predict_words
 from hf_ptune.errors import ConfigError, GuardError, PTuneError, RecipeError, TemplateError
+from hf_ptune.info import describe_adapter
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.recipe import make_recipe
 from hf_ptune.templates import Template
@@ -124,12 +125,14 @@ def test_classification_from_a_folder(family: str, task: str, tmp_path: Path) ->
     base = build(family, task)
     base.save_pretrained(tmp_path / "base")
     tokenizer = tokenizer_of("wordpiece", mask=task == "MASKED_LM")
+    tokenizer.save_pretrained(tmp_path / "base")
     base = type(base).from_pretrained(tmp_path / "base").double()
     config = PTuneConfig(method="p_tuning", template=TEXTS[task], verbalizer=VERBALIZER)
     model = get_ptune_model(base, config, tokenizer)
     before = classify(model, tokenizer, ROWS, batch_size=2)
     model.save_pretrained(tmp_path / "a", flatten=True)
     tokenizer.save_pretrained(tmp_path / "a")
+    assert f"template: {TEXTS[task]}" in describe_adapter(str(tmp_path / "a"))
     loaded = TASKS[task].from_pretrained(tmp_path / "a")
     reader = AutoTokenizer.from_pretrained(tmp_path / "a")
     after = classify(loaded, reader, ROWS, batch_size=3)
