@@ -27,7 +27,7 @@ from hf_ptune.adapter_file import (
 )
 from hf_ptune.backbone import TASKS, adapter_names, cached_commit, count_parameter, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import BackboneError, ConfigError, InjectionError, PTuneError
+from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, InjectionError, PTuneError
 from hf_ptune.injection import Injector, bind, find_geometry, word_embeddings
 from hf_ptune.loading import HUB_KEYS, check_prompt, load_base, settle_geometry
 from hf_ptune.logits_at import run_with_logits_at
@@ -37,6 +37,7 @@ from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import check_base, choose_sites, shifts_positions
 from hf_ptune.publishing import publish
+from hf_ptune.sharding import running, whole, write
 from hf_ptune.templates import name_virtual_tokens
 
 logger = hf_logging.get_logger(__name__)
@@ -152,14 +153,39 @@ class PTunePreTrainedModel(PreTrainedModel):
         return {f"backbone.{n}" for n in names} | set(prompt)
 
     def adapter_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The adapter's tensors by name, buffers of the prompt included.
+        """The adapter's tensors by name, buffers of the prompt included; whole ones, where ranks hold parts.
 
         Args:
-            state_dict: a gathered state dict of the whole wrapper, where parameters are sharded.
+            state_dict: a gathered state dict of the wrapper, or of its adapter. Unset, and with parameters in parts,
+                all ranks have to come.
         """
-        whole = self.state_dict() if state_dict is None else state_dict
+        if state_dict is None:
+            return {n: whole(t) for n, t in self._adapter_tensors().items()}
         wanted = self.adapter_parameter_names()
-        return {n: t for n, t in whole.items() if n in wanted or n.startswith("prompt.")}
+        return {n: t for n, t in state_dict.items() if n in wanted or n.startswith("prompt.")}
+
+    def load_adapter_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Write the adapter's tensors, whole ones, whatever ranks hold of them; where in parts, all ranks come.
+
+        Args:
+            tensors: by name, as `adapter_state_dict` gives them; the same on all ranks.
+
+        Raises:
+            AdapterFileError: one of the adapter's is missing, or another one is there.
+        """
+        targets = self._adapter_tensors()
+        if missing := set(targets) ^ set(tensors):
+            raise AdapterFileError(f"expected the tensors of the adapter; {sorted(missing)[:5]} are not in both.")
+        for name, target in targets.items():
+            write(target, tensors[name])
+        if self._injector is not None:
+            self._injector.cached = None
+
+    def _adapter_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers themselves, in parts where ranks hold parts."""
+        wanted = self.adapter_parameter_names()
+        everything = self.state_dict(keep_vars=True)
+        return {n: t for n, t in everything.items() if n in wanted or n.startswith("prompt.")}
 
     def freeze_backbone(self) -> None:
         """Let gradients reach the adapter's parameters and no others."""
@@ -296,14 +322,10 @@ class PTunePreTrainedModel(PreTrainedModel):
         tensors = self.adapter_state_dict(state_dict)
         config = self.config
         if flatten and self.prompt is not None and not config.flattened:
-            folded = fold(self.prompt)
-            tensors = {n: t for n, t in tensors.items() if not n.startswith("prompt.")} | {
-                "prompt.weight": folded.weight
-            }
+            tensors = self._folded(tensors)
             config = type(config).from_dict(config.to_dict() | {"flattened": True})
         if is_main_process:
-            task_class = next(c for c in type(self).__mro__ if "backbone_class" not in c.__dict__)
-            config.architectures = [task_class.__name__]
+            config.architectures = [CLASSES[type(self).task].__name__]
             type(config)._auto_class = None  # loaded by a repository's shim, transformers would copy our source
             with staged(save_directory) as aside:
                 config.save_pretrained(aside)
@@ -313,6 +335,16 @@ class PTunePreTrainedModel(PreTrainedModel):
                 write_tensors(aside, tensors, structure)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
+
+    def _folded(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's tensors with the prompt encoded once, on the CPU: the model's own encoder may be in parts."""
+        assert self.prompt is not None
+        prompt = {n.removeprefix("prompt."): t.cpu() for n, t in tensors.items() if n.startswith("prompt.")}
+        with torch.random.fork_rng(devices=[]):
+            encoder = self.config.make_encoder(choose_sites(self.config, self.prompt.kind, type(self).task))
+        encoder.to(next(iter(prompt.values())).dtype).load_state_dict(prompt)
+        rest = {n: t for n, t in tensors.items() if not n.startswith("prompt.")}
+        return rest | {"prompt.weight": fold(encoder).weight}
 
     def push_to_hub(
         self,
@@ -409,7 +441,8 @@ class PTunePreTrainedModel(PreTrainedModel):
         else:
             check_base(backbone, config)
             absent = set()
-        settle_geometry(config, backbone, structure.get("geometry"))
+        with running(backbone):
+            settle_geometry(config, backbone, structure.get("geometry"))
         check_prompt(config, cls.task, found, source)
         model = cls(config, backbone)
         expected = model.adapter_state_dict()
@@ -417,9 +450,7 @@ class PTunePreTrainedModel(PreTrainedModel):
         if unknown := sorted(n for n in absent if f"backbone.{n}" not in expected):
             base = config.base_model_name_or_path
             raise BackboneError(f"the base {base!r} has no weights for {unknown[:5]}: it is not the adapter's own.")
-        with torch.no_grad():
-            for name, tensor in (prompt | read_tensors(path, set(found) - set(prompt))).items():
-                expected[name].copy_(tensor)
+        model.load_adapter_state_dict(prompt | read_tensors(path, set(found) - set(prompt)))
         model.eval()
         info: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
         info["error_msgs"] = []
@@ -553,6 +584,15 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
     if config.places_tokens and (tokenizer is not None or config.virtual_token_ids is None):
         tokenizer = tokenizer if tokenizer is not None else prompt_start.base_tokenizer(config)
         name_virtual_tokens(config, tokenizer)
+    with running(backbone):
+        model = _wrap(backbone, config, tokenizer)
+    if model.prompt is not None and config.geometry["skipped"]:
+        logger.warning(f"layers without attention take no prefix: {', '.join(config.geometry['skipped'])}")
+    return model
+
+
+def _wrap(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: Any) -> PTunePreTrainedModel:
+    """Wrap, and let the backbone run: to see whether it shares a prompt rightly, and to start the prompt from it."""
     model = CLASSES[config.task](config, backbone)
     injector = model._injector
     places = None if injector is None else injector.placeholders
@@ -571,8 +611,6 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
             "Methods that work there: p_tuning_v2, prefix_tuning, bitfit."
         )
     prompt_start.initialise(model, tokenizer)
-    if model.prompt is not None and config.geometry["skipped"]:
-        logger.warning(f"layers without attention take no prefix: {', '.join(config.geometry['skipped'])}")
     return model
 
 

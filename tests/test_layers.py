@@ -7,7 +7,7 @@ import hf_ptune
 
 ROOT = Path(hf_ptune.__file__).parent
 LAYERS = [
-    {"errors", "shapes", "cross_entropy", "auto", "templates"},
+    {"errors", "shapes", "cross_entropy", "auto", "sharding", "templates"},
     {"methods"},
     {"adapter_file"},
     {"configuration_ptune", "injection", "backbone"},
@@ -15,6 +15,7 @@ LAYERS = [
     {"hub", "loading", "prompt_transfer", "prompt_start"},
     {"publishing"},
     {"modeling_ptune"},
+    {"engines"},
     {"multitask", "presets"},
     {"metrics", "cloze", "optimizer"},
     {"tasks"},

@@ -1,5 +1,6 @@
 """Callbacks of the Trainer: freeze the backbone, guard the first batch, watch learning, report memory and speed."""
 
+import hf_ptune.engines  # noqa: F401  # the Trainer comes there
 from hf_ptune.callbacks.freeze import FreezeBackboneCallback
 from hf_ptune.callbacks.guard import GuardCallback, check_batch
 from hf_ptune.callbacks.learning import LearningCallback

@@ -1,0 +1,112 @@
+"""Parameters that ranks hold in parts, by FSDP2 or ZeRO: read whole, written whole, and run before an engine runs them.
+
+Everything here that meets such a parameter talks to the other ranks: all of them have to come.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def _in_zero3(tensor: Any) -> bool:
+    return hasattr(tensor, "ds_id")
+
+
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether any of them is in parts, or has its master copy in parts."""
+    return any(isinstance(t, DTensor) or _in_zero3(t) or hasattr(t, "_hp_mapping") for t in tensors)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a parameter, from its master copy where the engine trains one; itself where nobody has split it.
+
+    Args:
+        tensor: a parameter or buffer of a module's `state_dict(keep_vars=True)`.
+    """
+    with torch.no_grad():
+        if isinstance(tensor, DTensor):
+            return tensor.detach().full_tensor()
+        master: Tensor | None = None
+        if hasattr(tensor, "_z3_optimizer") and tensor.requires_grad:
+            master = tensor._z3_optimizer.get_full_hp_param(tensor)
+        elif _in_zero3(tensor):
+            with _gathered([tensor]):
+                return tensor.detach().clone()
+        elif hasattr(tensor, "get_full_hp_param"):
+            master = tensor.get_full_hp_param()
+        return tensor.detach() if master is None else master
+
+
+def write(target: Tensor, value: Tensor) -> None:
+    """Write a whole tensor into a parameter, and into its master copy.
+
+    Args:
+        target: a parameter or buffer of a module's `state_dict(keep_vars=True)`.
+        value: of its whole shape; the same on all ranks.
+    """
+    with torch.no_grad():
+        if isinstance(target, DTensor):
+            target.to_local().copy_(scatter(value, target))
+        elif _in_zero3(target):
+            with _gathered([target], write=True):
+                target.data.copy_(value)
+            if hasattr(target, "_z3_optimizer") and target.requires_grad:
+                target._z3_optimizer.set_full_hp_param(value.to(target.device, torch.float32), target)
+        else:
+            target.copy_(value)
+            if hasattr(target, "set_full_hp_param"):
+                target.set_full_hp_param(value.to(target.device, torch.float32))
+
+
+def scatter(value: Tensor, like: DTensor) -> Tensor:
+    """This rank's part of a whole tensor.
+
+    Args:
+        value: the same on all ranks.
+        like: has its shape and is split as it should be.
+    """
+    whole = value.to(like.device, like.dtype)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+@contextmanager
+def _gathered(parameters: list[Tensor], write: bool = False) -> Iterator[None]:
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
+        yield
+
+
+@contextmanager
+def running(module: nn.Module) -> Iterator[None]:
+    """Let a module be called that ZeRO-3 has split when it was loaded, and that no engine runs yet.
+
+    A layer is whole while it runs, and no longer; other modules are left as they are.
+    """
+    layers = [m for m in module.modules() if any(map(_in_zero3, m.parameters(recurse=False)))]
+    if not layers or type(layers[0]._parameters).__name__ == "ZeROOrderedDict":  # the engine's own
+        yield
+        return
+    open_now: list[Any] = []
+
+    def enter(layer: nn.Module, args: Any) -> None:
+        opened = _gathered([p for p in layer.parameters(recurse=False) if _in_zero3(p)])
+        opened.__enter__()
+        open_now.append(opened)
+
+    def leave(layer: nn.Module, args: Any, output: Any) -> None:
+        open_now.pop().__exit__(None, None, None)
+
+    handles: list[Any] = []
+    for layer in layers:
+        handles.append(layer.register_forward_pre_hook(enter, prepend=True))
+        handles.append(layer.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
