@@ -87,7 +87,9 @@ def gather_optimizer(trainer: Trainer) -> dict[str, Any]:
         found: dict[str, Any] = trainer.optimizer.state_dict()
         state = {n: {k: _full(v) for k, v in s.items()} for n, s in found["state"].items()}
         return {"state": state, "param_groups": found["param_groups"]}
-    base = _zero(trainer).optimizer
+    zero = _zero(trainer)
+    base = zero.optimizer
+    _link(zero)
     state, numbered, groups = {}, 0, []
     for group, parameters in zip(base.param_groups, _groups(trainer), strict=True):
         numbers = range(numbered, numbered := numbered + len(parameters))
@@ -118,8 +120,7 @@ def scatter_optimizer(trainer: Trainer, saved: dict[str, Any]) -> None:
         zero.optimizer.state[flat] = {
             k: torch.zeros_like(flat) if _is_split(v) else _copy(v) for k, v in first.items() if flat.numel()
         }
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()
+    _link(zero)
     numbered = 0
     for group, kept, parameters in zip(
         zero.optimizer.param_groups, saved["param_groups"], _groups(trainer), strict=True
@@ -156,6 +157,13 @@ def _copy(value: Any) -> Any:
 
 def _zero(trainer: Trainer) -> Any:
     return trainer.deepspeed.optimizer
+
+
+def _link(zero: Any) -> None:
+    """Let ZeRO-2 find its moments: it looks once, after the first group's first step, when others have none yet."""
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _flats(trainer: Trainer) -> list[Tensor]:

@@ -169,7 +169,10 @@ def _with_logits(output: Any, compute: Callable[[], Tensor]) -> Any:
     del output.__dict__["logits"]
     kind = type(output)
     if kind not in _on_demand:
-        _on_demand[kind] = type(kind.__name__, (_LogitsOnDemand, kind), {"__module__": kind.__module__})
+        # FSDP2 walks the fields for tensors with gradients, which must not count as asking
+        shown = {n: f for n, f in vars(kind)["__dataclass_fields__"].items() if n != "logits"}
+        names = {"__module__": kind.__module__, "__dataclass_fields__": shown}
+        _on_demand[kind] = type(kind.__name__, (_LogitsOnDemand, kind), names)
     output.__class__ = _on_demand[kind]
     output.__dict__["_compute"] = compute
     return output
