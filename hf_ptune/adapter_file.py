@@ -112,7 +112,20 @@ def write_tensors(
     target = Path(folder) / WEIGHTS_NAME
     metadata = {"format": "pt"} | ({} if structure is None else {_STRUCTURE: json.dumps(structure, sort_keys=True)})
     save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, target, metadata=metadata)
+    _settle_header(target)
     return target
+
+
+def _settle_header(path: Path) -> None:
+    """Put the metadata in order: safetensors writes them in another one every time, and equal adapters are equal files."""
+    with open(path, "r+b") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        line = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(line) <= length:
+            file.seek(8)
+            file.write(line.ljust(length))
 
 
 def find_weights(source: str, **hub: Any) -> str:

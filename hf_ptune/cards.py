@@ -55,9 +55,10 @@ class RunFacts:
         seeds: one a run.
         metrics: final metrics, one dict a seed.
         history: logged losses and metrics, each with step and epoch.
-        memory: MiB by what holds it.
+        memory: MiB by what holds it, the most of all ranks.
+        memory_by_rank: the same for each of several ranks, as far as it differs.
         speed: seconds a step, tokens a second, seconds in all.
-        hardware: device and number of processes.
+        hardware: device, number of processes, engine.
         versions: of the libraries.
         limits: what to know before use.
     """
@@ -80,6 +81,7 @@ class RunFacts:
     metrics: list[dict[str, float]] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     memory: dict[str, float] = field(default_factory=dict)
+    memory_by_rank: dict[str, dict[str, float]] = field(default_factory=dict)
     speed: dict[str, float] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

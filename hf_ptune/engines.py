@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers.trainer as trainer_module
+from accelerate.state import AcceleratorState
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -42,6 +43,17 @@ def ours(model: Any) -> PTunePreTrainedModel | None:
 def splits(trainer: Trainer) -> bool:
     """Whether the engine splits parameters or optimizer state over ranks."""
     return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+
+
+def engine_name() -> str:
+    """What runs the processes of this run: one process, DDP, FSDP2, or DeepSpeed with its stage."""
+    state = AcceleratorState() if AcceleratorState._shared_state else None
+    kind = "NO" if state is None else state.distributed_type.value
+    if kind == "DEEPSPEED":
+        return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
+    if kind == "FSDP":
+        return f"FSDP{state.fsdp_plugin.fsdp_version}"
+    return "one process" if kind == "NO" else "DDP" if kind.startswith("MULTI_") else kind
 
 
 # what a checkpoint is ------------------------------------------------------------------------------------------------
@@ -244,6 +256,11 @@ def _create_accelerator(trainer: Any, original: Any) -> None:
         original()
     finally:
         args.save_only_model = alone
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise PTuneError(
+            "FSDP1 flattens trained and frozen parameters together. Set fsdp_version: 2 in the launch configuration, "
+            "as in recipes/accelerate/fsdp2.yaml."
+        )
     handler = trainer.accelerator.ddp_handler
     if handler is None:
         return
@@ -276,6 +293,15 @@ def _train(trainer: Any, original: Any, resume_from_checkpoint: Any = None, *arg
             "be read. " + (f"Resume from {other}." if other else "Start anew.")
         )
     return original(resume_from_checkpoint, *args, **kwargs)
+
+
+@_replaces(Trainer, "evaluation_loop", only_split=False)
+def _evaluate(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Count each sample once; Seq2SeqTrainer keeps those that were repeated to give all ranks as many."""
+    trainer.gather_function = functools.partial(
+        trainer.accelerator.gather_for_metrics, use_gather_object=trainer.args.eval_use_gather_object
+    )
+    return original(*args, **kwargs)
 
 
 @_replaces(Trainer, "save_model")

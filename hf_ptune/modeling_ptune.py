@@ -204,6 +204,11 @@ class PTunePreTrainedModel(PreTrainedModel):
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total}")
 
+    def train(self, mode: bool = True) -> "PTunePreTrainedModel":
+        if self._injector is not None:
+            self._injector.cached = None  # engines write parameters unseen by torch's count of changes
+        return super().train(mode)
+
     # the backbone answers ----------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

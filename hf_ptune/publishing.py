@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -30,6 +31,7 @@ def write_repository(
     tokenizer: Any = None,
     keep_encoder: bool = False,
     facts: RunFacts | None = None,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write everything that a repository of an adapter holds.
 
@@ -40,6 +42,7 @@ def write_repository(
         tokenizer: the base's own when unset, where it has one.
         keep_encoder: keep the reparameterisation, so that training can go on; else the prompt is flattened.
         facts: of the run; what the model itself tells when unset.
+        state_dict: see `finish_folder`.
 
     Returns:
         The folder.
@@ -49,11 +52,17 @@ def write_repository(
     if tokenizer is not None:
         name_virtual_tokens(model.config, tokenizer)
         tokenizer.save_pretrained(folder)
-    return finish_folder(model, folder, repo_id, keep_encoder=keep_encoder, facts=facts)
+    return finish_folder(model, folder, repo_id, keep_encoder=keep_encoder, facts=facts, state_dict=state_dict)
 
 
 def finish_folder(
-    model: Any, folder: Path, repo_id: str, *, keep_encoder: bool = False, facts: RunFacts | None = None
+    model: Any,
+    folder: Path,
+    repo_id: str,
+    *,
+    keep_encoder: bool = False,
+    facts: RunFacts | None = None,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write adapter, shim, facts and card into a folder that may hold a tokenizer already.
 
@@ -63,11 +72,12 @@ def finish_folder(
         repo_id: where it will be.
         keep_encoder: see `write_repository`.
         facts: see `write_repository`.
+        state_dict: the adapter's tensors, where ranks hold parts of them and this rank alone writes.
 
     Returns:
         The folder.
     """
-    model.save_pretrained(folder, flatten=not keep_encoder)
+    model.save_pretrained(folder, flatten=not keep_encoder, state_dict=state_dict)
     add_shim(folder, type(model).task)
     facts = facts or facts_of(model, folder)
     facts.adapter_bytes = (folder / WEIGHTS_NAME).stat().st_size
@@ -132,7 +142,7 @@ def facts_of(model: Any, folder: str | os.PathLike[str] | None = None) -> RunFac
         options=method_options(config),
         parameters=trained,
         all_parameters=everything,
-        base_bytes=sum(p.numel() * p.element_size() for p in model.backbone.parameters()),
+        base_bytes=sum((p.numel() or getattr(p, "ds_numel", 0)) * p.element_size() for p in model.backbone.parameters()),
     )
 
 
@@ -174,6 +184,7 @@ def publish(model: Any, repo_id: str, *, tokenizer: Any = None, keep_encoder: bo
     Raises:
         HubError: the push failed; the folder is kept, and named.
     """
+    tensors = model.adapter_state_dict()  # where ranks hold parts, all of them come here
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return None
     base = model.config.base_model_name_or_path
@@ -186,7 +197,9 @@ def publish(model: Any, repo_id: str, *, tokenizer: Any = None, keep_encoder: bo
         model.config.base_model_revision = commit_of(base, token=push.get("token"))
     folder = Path(tempfile.mkdtemp(prefix="hf_ptune-"))
     facts = inherit_license(facts_of(model), push.get("token"))
-    write_repository(model, folder, repo_id, tokenizer=tokenizer, keep_encoder=keep_encoder, facts=facts)
+    write_repository(
+        model, folder, repo_id, tokenizer=tokenizer, keep_encoder=keep_encoder, facts=facts, state_dict=tensors
+    )
     url = push_folder(folder, repo_id, **push)
     shutil.rmtree(folder)
     return url

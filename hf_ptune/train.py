@@ -4,12 +4,14 @@ Launch: `accelerate launch -m hf_ptune.train recipes/quickstart.yaml [--section.
 """
 
 import argparse
+import atexit
+import os
 import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -34,6 +36,7 @@ from hf_ptune.callbacks import (
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, load_rows
+from hf_ptune.engines import last_checkpoint
 from hf_ptune.errors import BackboneError, PTuneError, RecipeError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
 from hf_ptune.optimizer import make_optimizer
@@ -81,8 +84,11 @@ def run(recipe: Recipe) -> Outcome:
     if first:
         print(f"{len(rows.train)} rows to train on, {len(rows.held_out)} held out, {len(rows.labels)} labels")
         model.print_trainable_parameters()
-    before = evaluate(trainer)
-    trainer.train()
+    # before the first step, but not before training: engines that split have none to evaluate with until then
+    arguments.eval_on_start = True
+    resume = arguments.resume_from_checkpoint
+    trainer.train(last_checkpoint(arguments.output_dir) if resume in (True, "true") else resume)
+    before = numbers(next(e for e in trainer.state.log_history if any(k.startswith("eval_") for k in e)), "eval")
     after = evaluate(trainer)
     test = evaluate(trainer, task.encode(rows.test, tokenizer, rows.labels, held_out=True)) if rows.test else {}
     if arguments.push_to_hub:
@@ -90,10 +96,11 @@ def run(recipe: Recipe) -> Outcome:
 
     folder = Path(recipe.output_dir) / ADAPTER_FOLDER
     answers: list[Answer] = []
+    tensors = model.adapter_state_dict()  # where ranks hold parts, all of them come here
     if first:
         tokenizer.save_pretrained(folder)
         facts = gather_facts(arguments, trainer.state, model, card_facts(recipe, rows))
-        finish_folder(model, folder, Path(recipe.output_dir).name, facts=facts)
+        finish_folder(model, folder, Path(recipe.output_dir).name, facts=facts, state_dict=tensors)
         answers = ask(folder, task, rows.held_out, recipe.seed)
         report(Outcome(before, after, folder, answers, test), task.metric)
     trainer.accelerator.wait_for_everyone()
@@ -206,8 +213,13 @@ def make_trainer(
 def evaluate(trainer: TaskTrainer, test: list[Feature] | None = None) -> dict[str, float]:
     """Metrics of the held-out features, or of test features, by their plain names."""
     prefix = "eval" if test is None else "test"
-    found = trainer.evaluate(test, metric_key_prefix=prefix)
-    return {k.removeprefix(f"{prefix}_"): v for k, v in found.items() if isinstance(v, float)}
+    return numbers(trainer.evaluate(test, metric_key_prefix=prefix), prefix)
+
+
+def numbers(log: dict[str, Any], prefix: str) -> dict[str, float]:
+    """The measurements of an evaluation's log, by their plain names."""
+    start = f"{prefix}_"
+    return {k.removeprefix(start): v for k, v in log.items() if k.startswith(start) and isinstance(v, float)}
 
 
 def ask(folder: Path, task: Task, rows: Sequence[Row], seed: int) -> list[Answer]:
@@ -256,11 +268,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PTuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 
+def leave(code: int) -> NoReturn:
+    """End the process; of several processes, without the interpreter's end, in which threads of gloo may abort."""
+    if dist.is_available() and dist.is_initialized():
+        if code == 0:
+            dist.barrier()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

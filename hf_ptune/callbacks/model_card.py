@@ -13,7 +13,9 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import hf_ptune
+from hf_ptune.adapter_file import WEIGHTS_NAME, read_tensors
 from hf_ptune.cards import RunFacts
+from hf_ptune.engines import engine_name, splits
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.publishing import facts_of, finish_folder, inherit_license
 
@@ -34,7 +36,7 @@ _HYPERPARAMETERS = (
     "gradient_checkpointing",
 )
 _LIBRARIES = ("transformers", "torch", "accelerate", "datasets")
-_MEMORY = re.compile("mem_([a-z_]+)_mib")
+_MEMORY = re.compile("mem_([a-z_]+)_mib(?:_rank([0-9]+))?")
 _SPEED = ("step_time_s", "tokens_per_second", "train_runtime")
 _TIMES = ("runtime", "per_second", "epoch", "flos", "preparation_time")
 
@@ -126,15 +128,12 @@ def gather_facts(
     for entry in state.log_history:
         for key, value in entry.items():
             if found := _MEMORY.fullmatch(key):
-                facts.memory[found[1]] = max(facts.memory.get(found[1], 0.0), value)
+                kept = facts.memory_by_rank.setdefault(found[2], {}) if found[2] else facts.memory
+                kept[found[1]] = max(kept.get(found[1], 0.0), value)
             elif key in _SPEED:
                 facts.speed[key] = value  # the last log of a training is about all of it
     device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine() + " CPU"
-    facts.hardware = {
-        "device": device,
-        "processes": args.world_size,
-        "engine": args.distributed_state.distributed_type.value if args.distributed_state is not None else "NO",
-    }
+    facts.hardware = {"device": device, "processes": args.world_size, "engine": engine_name()}
     facts.versions = {"hf_ptune": hf_ptune.__version__} | {name: _version(name) for name in _LIBRARIES}
     return facts
 
@@ -157,12 +156,14 @@ def _give_way(original: Any) -> Any:
             return
         if not self.is_world_process_zero():
             return
+        # the Trainer has just gathered it into that file, and calls this rank alone
+        tensors = read_tensors(Path(self.args.output_dir) / WEIGHTS_NAME) if splits(self) else None
         callbacks = self.callback_handler.callbacks
         ours = next((c for c in callbacks if isinstance(c, ModelCardCallback)), None)
         facts = gather_facts(self.args, self.state, model, None if ours is None else ours.given)
         repo_id = self.hub_model_id or Path(self.args.output_dir).name
         inherit_license(facts, self.args.hub_token)
-        finish_folder(model, Path(self.args.output_dir), repo_id, facts=facts)
+        finish_folder(model, Path(self.args.output_dir), repo_id, facts=facts, state_dict=tensors)
 
     vars(create_model_card)["_ptune"] = True
     return create_model_card

@@ -1,0 +1,90 @@
+"""Models, rows and Trainers that are the same in one process and on every engine."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from families import batch, build, main_task
+from torch import Tensor
+from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+
+from hf_ptune import FreezeBackboneCallback, PTuneConfig, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.backbone import TASKS
+from hf_ptune.engines import ours
+
+ROWS = 16
+ODD = 7  # rows of an evaluation, which two ranks cannot share evenly
+
+
+def save_bases(folder: Path, families: Sequence[str]) -> None:
+    for family in families:
+        build(family).float().save_pretrained(folder / family)
+
+
+def load(folder: Path, family: str, method: str, **options: Any) -> PTunePreTrainedModel:
+    """Load a base, which ZeRO-3 splits at this very moment, and wrap it."""
+    backbone: PreTrainedModel = TASKS[main_task(family)].from_pretrained(folder / family)
+    torch.manual_seed(2)
+    return get_ptune_model(backbone, PTuneConfig(method=method, num_virtual_tokens=4, **options))
+
+
+def rows(family: str) -> list[dict[str, Tensor]]:
+    whole = batch(family, rows=ROWS)
+    return [{k: v[n] for k, v in whole.items()} for n in range(ROWS)]
+
+
+def trainer(
+    bases: Path,
+    family: str,
+    method: str,
+    folder: Path,
+    world: int,
+    callbacks: Sequence[TrainerCallback] = (),
+    rows_: Sequence[Any] | None = None,
+    compute_metrics: Callable[..., Any] | None = None,
+    **settings: Any,
+) -> Seq2SeqTrainer:
+    """A Trainer that sees eight rows in every update, on however many ranks.
+
+    The base is loaded after the arguments have been made, so that ZeRO-3 splits it as it comes.
+    """
+    AcceleratorState._reset_state()  # DeepSpeed would keep the settings of the last Trainer of this process
+    chosen: dict[str, Any] = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 4 // world,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.02,
+        "optim": "adamw_torch",
+        "adam_epsilon": 1e-3,  # Adam divides noise of the last bit by epsilon where a gradient is almost zero
+        "weight_decay": 0.1,
+        "activation_checkpointing": True,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "save_strategy": "steps",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 5,
+    }
+    data = rows(family)
+    arguments = Seq2SeqTrainingArguments(output_dir=str(folder), **(chosen | settings))
+    return Seq2SeqTrainer(
+        model=load(bases, family, method),
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data[:ODD] if rows_ is None else rows_,
+        compute_metrics=compute_metrics,
+        callbacks=[FreezeBackboneCallback(), *callbacks],
+    )
+
+
+
+
+def adapter(run: Trainer) -> dict[str, list[float]]:
+    """The values of the adapter that a Trainer has trained, whole; all ranks have to come."""
+    model = ours(run.model)
+    assert model is not None
+    return {n: t.double().flatten().tolist() for n, t in model.adapter_state_dict().items()}

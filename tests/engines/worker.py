@@ -1,0 +1,92 @@
+"""Train, save, resume, evaluate and generate on an engine; each rank writes what it found."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import on_cpu
+
+on_cpu.prepare()
+
+import torch
+from setup_engines import ODD, adapter, rows, trainer
+
+from hf_ptune import GuardCallback, MemoryCallback
+from hf_ptune.engines import engine_name
+
+# an engine has to be there before it can predict, and only training makes one
+GENERATING: dict[str, Any] = {
+    "predict_with_generate": True,
+    "max_steps": 1,
+    "learning_rate": 0.0,
+    "save_strategy": "no",
+}
+FAMILY, METHOD = "llama", "prefix_tuning"
+
+
+def counts(output: Any) -> dict[str, float]:
+    """What reaches the metrics, so that a row that is counted twice is seen."""
+    return {"rows": len(output.label_ids), "sum": float(output.label_ids.sum())}
+
+
+def main(folder: Path) -> None:
+    settings = {} if "DS_ACCELERATOR" in os.environ else {"use_cpu": True, "ddp_backend": "gloo"}
+    bases = (folder / "bases").resolve()
+    found: dict[str, Any] = {}
+
+    def make(name: str, family: str = FAMILY, method: str = METHOD, **further: Any) -> Any:
+        watching = [GuardCallback(), MemoryCallback()] if name == "whole" else []
+        return trainer(bases, family, method, folder / name, 2, watching, **(settings | further))
+
+    run = make("whole", compute_metrics=counts)
+    model = run.model
+    found["split_when_loaded"] = sum(p.numel() for p in model.backbone.parameters()) == 0
+    print("CFG", run.accelerator.state.deepspeed_plugin and run.accelerator.state.deepspeed_plugin.deepspeed_config, run.args.gradient_accumulation_steps, flush=True)
+    run.train()
+    found["wrapper"] = [c.__name__ for c in type(run.model_wrapped).__mro__]
+    found["world"], found["engine"] = run.args.world_size, engine_name()
+    found["local"] = sum(
+        (p.ds_tensor if hasattr(p, "ds_id") else p.to_local() if hasattr(p, "to_local") else p).numel()
+        for p in model.backbone.state_dict(keep_vars=True).values()
+    )
+    found["whole"] = adapter(run)
+    found["log"] = run.state.log_history
+    found["evaluation"] = run.evaluate()
+
+    run = make("resumed")
+    run.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
+    found["resumed"] = adapter(run)
+
+    run = make("from_one")
+    run.train(resume_from_checkpoint=str(folder / "alone" / "checkpoint-2"))
+    found["from_one"] = adapter(run)
+
+    run = make(
+        "best",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        save_only_model=True,
+        learning_rate=3.0,
+        rows_=rows(FAMILY)[:4],
+    )
+    run.train()
+    found["best_step"] = run.state.best_global_step
+    found["best"] = adapter(run)
+    found["best_loss"] = [run.state.best_metric, run.evaluate()["eval_loss"]]
+
+    # FSDP2 of torch 2.13 refuses T5, whose embeddings are tied three ways, with or without a prompt
+    family = "llama" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "t5"
+    run = make("generated", family, "p_tuning", **GENERATING)
+    run.train()
+    found["generated"] = run.predict(rows(family)[:ODD], max_new_tokens=6).predictions.tolist()
+    (folder / f"rank{run.args.process_index}.json").write_text(json.dumps(found))
+    on_cpu.leave()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))
