@@ -50,7 +50,8 @@ def trainer(
 
     The base is loaded after the arguments have been made, so that ZeRO-3 splits it as it comes.
     """
-    AcceleratorState._reset_state()  # DeepSpeed would keep the settings of the last Trainer of this process
+    if AcceleratorState._shared_state:  # DeepSpeed would keep the settings of the last Trainer of this process
+        AcceleratorState._reset_state()
     chosen: dict[str, Any] = {
         "max_steps": 4,
         "per_device_train_batch_size": 4 // world,

@@ -32,7 +32,7 @@ def counts(output: Any) -> dict[str, float]:
 
 
 def main(folder: Path) -> None:
-    settings = {} if "DS_ACCELERATOR" in os.environ else {"use_cpu": True, "ddp_backend": "gloo"}
+    settings = {"ddp_backend": "gloo", "use_cpu": "DS_ACCELERATOR" not in os.environ}
     bases = (folder / "bases").resolve()
     found: dict[str, Any] = {}
 
@@ -43,7 +43,6 @@ def main(folder: Path) -> None:
     run = make("whole", compute_metrics=counts)
     model = run.model
     found["split_when_loaded"] = sum(p.numel() for p in model.backbone.parameters()) == 0
-    print("CFG", run.accelerator.state.deepspeed_plugin and run.accelerator.state.deepspeed_plugin.deepspeed_config, run.args.gradient_accumulation_steps, flush=True)
     run.train()
     found["wrapper"] = [c.__name__ for c in type(run.model_wrapped).__mro__]
     found["world"], found["engine"] = run.args.world_size, engine_name()
