@@ -117,7 +117,7 @@ def write_tensors(
 
 
 def _settle_header(path: Path) -> None:
-    """Put the metadata in order: safetensors writes them in another one every time, and equal adapters are equal files."""
+    """Sort the metadata, which safetensors writes in another order every time: equal adapters are equal files."""
     with open(path, "r+b") as file:
         length = struct.unpack("<Q", file.read(8))[0]
         header = json.loads(file.read(length))

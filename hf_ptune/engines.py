@@ -9,8 +9,7 @@ Importing this module lets the Trainer come here for models of ours; others do n
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,7 @@ def gather_optimizer(trainer: Trainer) -> dict[str, Any]:
         for number, parameter in zip(numbers, parameters, strict=True):
             kept = _state_of(trainer, parameter)
             if kept:
-                state[number] = {k: _read(parameter, k) if _is_split(v) else v for k, v in kept.items()}
+                state[number] = {k: _read(parameter, k) if _is_split(v) else _copy(v) for k, v in kept.items()}
     return {"state": state, "param_groups": groups}
 
 

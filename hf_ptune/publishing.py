@@ -142,7 +142,9 @@ def facts_of(model: Any, folder: str | os.PathLike[str] | None = None) -> RunFac
         options=method_options(config),
         parameters=trained,
         all_parameters=everything,
-        base_bytes=sum((p.numel() or getattr(p, "ds_numel", 0)) * p.element_size() for p in model.backbone.parameters()),
+        base_bytes=sum(
+            (p.numel() or getattr(p, "ds_numel", 0)) * p.element_size() for p in model.backbone.parameters()
+        ),
     )
 
 

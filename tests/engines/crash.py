@@ -3,14 +3,13 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import on_cpu
-
-on_cpu.prepare()
-
 from setup_engines import trainer
+from torch import distributed
 from transformers import TrainerCallback
 
 FATAL = 3  # the step
@@ -23,6 +22,7 @@ class Killing(TrainerCallback):
 
 
 def main(folder: Path, what: str) -> None:
+    on_cpu.prepare()
     run = trainer(
         (folder / "bases").resolve(),
         "llama",
@@ -40,7 +40,10 @@ def main(folder: Path, what: str) -> None:
         def killing(output_dir: str) -> None:
             save(output_dir)
             if run.state.global_step == FATAL:
-                os.killpg(0, signal.SIGKILL)
+                distributed.barrier()
+                with suppress(ProcessLookupError):
+                    os.kill(os.getppid(), signal.SIGKILL)  # the launcher
+                os.kill(os.getpid(), signal.SIGKILL)
 
         run._save_optimizer_and_scheduler = killing
     run.train()

@@ -82,8 +82,6 @@ def trainer(
     )
 
 
-
-
 def adapter(run: Trainer) -> dict[str, list[float]]:
     """The values of the adapter that a Trainer has trained, whole; all ranks have to come."""
     model = ours(run.model)

@@ -7,10 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import on_cpu
-
-on_cpu.prepare()
-
-import torch
 from setup_engines import ODD, adapter, rows, trainer
 
 from hf_ptune import GuardCallback, MemoryCallback
@@ -32,6 +28,7 @@ def counts(output: Any) -> dict[str, float]:
 
 
 def main(folder: Path) -> None:
+    on_cpu.prepare()
     settings = {"ddp_backend": "gloo", "use_cpu": "DS_ACCELERATOR" not in os.environ}
     bases = (folder / "bases").resolve()
     found: dict[str, Any] = {}
@@ -87,5 +84,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main(Path(sys.argv[1]))
