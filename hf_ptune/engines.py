@@ -46,8 +46,10 @@ def splits(trainer: Trainer) -> bool:
 
 def engine_name() -> str:
     """What runs the processes of this run: one process, DDP, FSDP2, or DeepSpeed with its stage."""
-    state = AcceleratorState() if AcceleratorState._shared_state else None
-    kind = "NO" if state is None else state.distributed_type.value
+    if not AcceleratorState._shared_state:
+        return "one process"
+    state: Any = AcceleratorState()
+    kind: str = state.distributed_type.value
     if kind == "DEEPSPEED":
         return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
     if kind == "FSDP":

@@ -598,7 +598,7 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
 
 def _wrap(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: Any) -> PTunePreTrainedModel:
     """Wrap, and let the backbone run: to see whether it shares a prompt rightly, and to start the prompt from it."""
-    model = CLASSES[config.task](config, backbone)
+    model = CLASSES[task_of(backbone)](config, backbone)
     injector = model._injector
     places = None if injector is None else injector.placeholders
     if injector is not None and places is not None and not places.agrees(injector.body, config.num_virtual_tokens):

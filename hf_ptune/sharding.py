@@ -5,7 +5,7 @@ Everything here that meets such a parameter talks to the other ranks: all of the
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def whole(tensor: Tensor) -> Tensor:
     """
     with torch.no_grad():
         if isinstance(tensor, DTensor):
-            return tensor.detach().full_tensor()
+            return cast(DTensor, tensor.detach()).full_tensor()
         master: Tensor | None = None
         if hasattr(tensor, "_z3_optimizer") and tensor.requires_grad:
             master = tensor._z3_optimizer.get_full_hp_param(tensor)

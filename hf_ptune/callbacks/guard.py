@@ -264,8 +264,8 @@ class GuardCallback(TrainerCallback):
     """Try one batch before training starts and stop with a `GuardError` where training could not work.
 
     The batch is collated from the first rows of the training data, beside the data loader: order of the
-    data, random states and parameters stay as they are without the guard. It is not run where parameters
-    are sharded over ranks (FSDP, DeepSpeed), nor on a stream of samples that cannot be started anew; both
+    data, random states and parameters stay as they are without the guard. It is not run where DeepSpeed
+    runs the model, nor on a stream of samples that cannot be started anew; both
     are logged.
 
     Args:
