@@ -266,8 +266,9 @@ def _create_accelerator(trainer: Any, original: Any) -> None:
     if handler is None:
         return
     config = trainer.model.config
-    if args.ddp_find_unused_parameters is None and get_method(config.method).kind is not None:
-        handler.find_unused_parameters = bool(config.modules_to_save)
+    prompt_alone = get_method(config.method).kind is not None and not (config.modules_to_save or config.train_backbone)
+    if args.ddp_find_unused_parameters is None and prompt_alone:
+        handler.find_unused_parameters = False
     if args.ddp_broadcast_buffers is None:
         handler.broadcast_buffers = False
 
