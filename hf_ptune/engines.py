@@ -46,15 +46,17 @@ def splits(trainer: Trainer) -> bool:
 
 def engine_name() -> str:
     """What runs the processes of this run: one process, DDP, FSDP2, or DeepSpeed with its stage."""
-    if not AcceleratorState._shared_state:
+    # read, not made: making another one lets accelerate forget that it runs FSDP2
+    state: dict[str, Any] = AcceleratorState._shared_state
+    if not state or state["num_processes"] == 1 and not state.get("deepspeed_plugins"):
         return "one process"
-    state: Any = AcceleratorState()
-    kind: str = state.distributed_type.value
-    if kind == "DEEPSPEED":
-        return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
-    if kind == "FSDP":
-        return f"FSDP{state.fsdp_plugin.fsdp_version}"
-    return "one process" if kind == "NO" else "DDP" if kind.startswith("MULTI_") else kind
+    if state.get("deepspeed_plugins"):
+        plugins = state["deepspeed_plugins"]
+        plugin = next(iter(plugins.values())) if isinstance(plugins, dict) else plugins
+        return f"DeepSpeed ZeRO-{plugin.zero_stage}"
+    if state.get("fsdp_plugin"):
+        return f"FSDP{state['fsdp_plugin'].fsdp_version}"
+    return "DDP"
 
 
 # what a checkpoint is ------------------------------------------------------------------------------------------------

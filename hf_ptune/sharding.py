@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -79,6 +80,24 @@ def _gathered(parameters: list[Tensor], write: bool = False) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
         yield
+
+
+def whole_for_backward(root: nn.Module, name: str, inner: tuple[Tensor, Tensor]) -> None:
+    """Let FSDP2 gather a layer before gradients enter it by tensors that leave it other than as its output.
+
+    Args:
+        root: holds the layer, perhaps without being split itself.
+        name: of a module inside the layer, in `root`.
+        inner: tensors that were taken out of that module.
+    """
+    parts = name.split(".")
+    around = [root.get_submodule(".".join(parts[:count])) for count in range(1, len(parts) + 1)]
+    layer = next((m for m in reversed(around) if isinstance(m, FSDPModule)), None)
+    if layer is None:
+        return
+    for tensor in inner:
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: (layer.unshard(), gradient)[1])
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from hf_ptune.injection.placeholders import Placeholders
 from hf_ptune.injection.probe import body_of, close, evaluating, text_of, vocabulary_of
 from hf_ptune.injection.sites import Site
 from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_prefix
+from hf_ptune.sharding import whole_for_backward
 
 _ROTATES = re.compile("rotary|rope|sinusoidal", re.IGNORECASE)
 
@@ -266,6 +267,8 @@ class Injector:
                 self.body(**inputs)
             for site in self.sites:
                 site.check_recorded()
+                if site.recorded is not None:
+                    whole_for_backward(self.body, site.name, site.recorded)
             return [s.recorded for s in self.sites if s.recorded is not None]
         finally:
             self.busy = False
