@@ -48,7 +48,7 @@ def engine_name() -> str:
     """What runs the processes of this run: one process, DDP, FSDP2, or DeepSpeed with its stage."""
     # read, not made: making another one lets accelerate forget that it runs FSDP2
     state: dict[str, Any] = AcceleratorState._shared_state
-    if not state or state["num_processes"] == 1 and not state.get("deepspeed_plugins"):
+    if not state or (state["num_processes"] == 1 and not state.get("deepspeed_plugins")):
         return "one process"
     if state.get("deepspeed_plugins"):
         plugins = state["deepspeed_plugins"]
