@@ -613,7 +613,9 @@ def test_a_killed_process_leaves_one_adapter_or_the_other(pair: Any, tmp_path: P
         model.save_pretrained(tmp_path / str(number))
     expected = [wanted for _, wanted in pair]
     folder, draw = tmp_path / "adapter", random.Random(3)
+    started = time.perf_counter()
     pair[0][0].save_pretrained(folder)
+    once = time.perf_counter() - started
     command = [sys.executable, "-W", "ignore", "-c", SAVES, *(str(f) for f in (folder, tmp_path / "0", tmp_path / "1"))]
     found = []
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
@@ -621,7 +623,7 @@ def test_a_killed_process_leaves_one_adapter_or_the_other(pair: Any, tmp_path: P
         for _ in range(20):
             process.stdin.write("save\n")
             child = int(process.stdout.readline())
-            time.sleep(draw.uniform(0.01, 0.1))
+            time.sleep(once * draw.uniform(0.1, 4))  # in the first save, or in one of the next
             os.kill(child, signal.SIGKILL)
             assert process.stdout.readline() == "ended\n"
             found.append(which(folder, expected))

@@ -41,6 +41,8 @@ def test_names() -> None:
         "CAUSAL_LM",
         "SEQ_2_SEQ_LM",
         "MASKED_LM",
+        "CLOZE_MASKED_LM",
+        "CLOZE_CAUSAL_LM",
     ]
     assert get_task("SEQ_CLS") is SequenceClassification
     with pytest.raises(ConfigError, match="'CLS' is not known; choose one of SEQ_CLS"):

