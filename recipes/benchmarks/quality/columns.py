@@ -8,7 +8,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
-sys.path.insert(0, str(Path(__file__).parents[1] / "speed"))
+sys.path.append(str(Path(__file__).parents[1] / "speed"))
 
 import bases
 import torch
@@ -47,7 +47,7 @@ class Column:
 
 
 # one grid of learning rates for every kind, whatever the library
-_PROMPT, _NETWORK, _PREFIX = (3e-2, 1e-1, 3e-1), (1e-3, 3e-3, 1e-2), (5e-3, 1e-2, 2e-2, 4e-2)
+_PROMPT, _NETWORK, _PREFIX = (3e-2, 1e-1, 3e-1), (1e-3, 3e-3, 1e-2), (2e-2, 4e-2, 8e-2)
 COLUMNS: dict[str, Column] = {
     "head_cls": Column("head on [CLS]", "head", "cls", (3e-3, 1e-2, 3e-2, 1e-1)),
     "head_mean": Column("head on mean", "head", "mean", (3e-3, 1e-2, 3e-2, 1e-1)),

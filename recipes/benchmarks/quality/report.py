@@ -146,8 +146,9 @@ def _costs(chosen: dict[Any, list[Record]], tasks: Sequence[str], columns: Seque
     lines = [
         "## Chosen settings and what they cost",
         "",
-        "Medians over seeds. CPU seconds of all threads include a pass over validation after every epoch, and for heads "
-        "the features only where they were not cached; peak resident memory is of the whole process, base included.",
+        "Medians over seeds. CPU seconds of all threads include a pass over validation after every epoch, and for "
+        "heads the features only where they were not cached; peak resident memory is of the whole process, base "
+        "included.",
         "",
         "| task | column | setting | validation | trained | steps | CPU s | peak RSS, MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -171,9 +172,9 @@ def _settings(records: dict[str, Record]) -> list[str]:
     lines = [
         "# Settings tried",
         "",
-        "Validation figure after the last epoch, mean over the seeds that ran (their number in brackets where it is not "
-        "one). Gap: how far a setting is below the best of its column on a task, in points, mean and largest over the "
-        "tasks where it ran.",
+        "Validation figure after the last epoch, mean over the seeds that ran (their number in brackets where it is "
+        "not one). Gap: how far a setting is below the best of its column on a task, in points, mean and largest over "
+        "the tasks where it ran.",
         "",
     ]
     found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))

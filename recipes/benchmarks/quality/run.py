@@ -134,6 +134,7 @@ class Runner:
         def after(epoch: int, loss: float) -> None:
             figures.append(evaluate(model, task, splits["validation"], data, padding))
             losses.append(loss)
+            print(f"  epoch {epoch}: loss {loss:.3f}, validation {figures[-1]:.3f}", flush=True)
 
         fit(model, task, splits["train"], setting, seed, padding, after)
         record: Record = {

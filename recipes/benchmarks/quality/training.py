@@ -118,7 +118,7 @@ def evaluate(model: Any, task: Task, rows: Sequence[Row], data: Data, padding_id
     """The task's score on rows."""
     model.eval()
     predictions: list[Any] = [None] * len(rows)
-    for numbers in batches(rows, 64 if task.kind != "CAUSAL_LM" else 8):
+    for numbers in batches(rows, 128 if task.kind != "CAUSAL_LM" else 8):
         chosen = [rows[n] for n in numbers]
         batch = pad(chosen, padding_id)
         labels = batch["labels"] if task.kind == "CAUSAL_LM" else None
