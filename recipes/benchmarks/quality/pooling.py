@@ -1,0 +1,105 @@
+"""What a prompt among the inputs of MiniLM gains where the pooled position is trained too (TREC, lr 0.3, 10 tokens).
+
+python recipes/benchmarks/quality/pooling.py [--data FOLDER] [--epochs 1] [--only PART]
+
+Variants in plain torch, without either library: where the virtual tokens stand, how large they start, whether their
+positions are counted (as PEFT does, which moves the own tokens on) or all that of [CLS] (as hf_ptune does), and
+whether [CLS] bears a trained offset. The schedule is that of five epochs; training stops after `--epochs` of them.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parents[2])]
+
+import columns
+import torch
+import transformers
+from tasks import TASKS, load
+from torch import Tensor, nn
+from training import evaluate, fit
+
+# first: virtual tokens before [CLS], the first of them pooled; spread: deviation of their start;
+# offset: deviation of what is added to [CLS], or none
+VARIANTS: dict[str, dict[str, Any]] = {
+    "virtual first, 0.056": {"first": True, "spread": 0.056},
+    "virtual first, 1": {"first": True, "spread": 1.0},
+    "virtual first, 1, counted (PEFT)": {"first": True, "spread": 1.0, "counted": True},
+    "after [CLS], 1": {"spread": 1.0},
+    "after [CLS], 1, counted": {"spread": 1.0, "counted": True},
+    "after [CLS], 0.056, offset 0": {"spread": 0.056, "offset": 0.0},
+    "after [CLS], 1, counted, offset 1": {"spread": 1.0, "counted": True, "offset": 1.0},
+    "after [CLS], 1, offset 1": {"spread": 1.0, "offset": 1.0},
+}
+
+
+class Prompted(nn.Module):
+    """A frozen MiniLM with a head, a prompt, and an offset on [CLS]."""
+
+    def __init__(
+        self, labels: list[str], spread: float, first: bool = False, counted: bool = False, offset: float | None = None
+    ) -> None:
+        super().__init__()
+        self.model = columns.base_of(TASKS["trec"], labels).requires_grad_(False)
+        self.model.classifier.requires_grad_(True)
+        width = self.model.config.hidden_size
+        self.prompt = nn.Parameter(torch.randn(10, width) * spread)
+        self.offset = None if offset is None else nn.Parameter(torch.randn(width) * offset)
+        self.before, self.counted = 0 if first else 1, counted
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None, **rest: Any) -> Any:
+        embeds = self.model.base_model.embeddings.word_embeddings(input_ids)
+        rows, own = input_ids.shape
+        virtual, at = len(self.prompt), self.before
+        if self.offset is not None:
+            embeds = torch.cat([embeds[:, :1] + self.offset, embeds[:, 1:]], 1)
+        embeds = torch.cat([embeds[:, :at], self.prompt[None].expand(rows, -1, -1), embeds[:, at:]], 1)
+        mask = torch.cat([attention_mask.new_ones(rows, virtual), attention_mask], 1)
+        positions = torch.arange(own + virtual)
+        if not self.counted:
+            positions = torch.cat([torch.arange(at), torch.zeros(virtual, dtype=torch.long), torch.arange(at, own)])
+        return self.model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions[None].expand(rows, -1), labels=labels
+        )
+
+
+class _EnoughError(Exception):
+    pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=os.environ.get("PTUNE_DATA", str(HERE.parents[3] / "shared" / "data")))
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--only", default="", help="part of a variant's name")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    task = TASKS["trec"]
+    data = load(task, Path(options.data), columns.tokenizer_of(task))
+    for name, variant in VARIANTS.items():
+        if options.only not in name:
+            continue
+        torch.manual_seed(0)
+        model = Prompted(data.labels, **variant)
+
+        def after(epoch: int, loss: float, name: str = name, model: Prompted = model) -> None:
+            figure = evaluate(model, task, data.validation, data, 0)
+            print(f"{name}: epoch {epoch}, loss {loss:.3f}, validation {figure:.4f}", flush=True)
+            if epoch == options.epochs:
+                raise _EnoughError
+
+        try:
+            fit(model, task, data.train, {"lr": 0.3}, 0, 0, after)
+        except _EnoughError:
+            continue
+
+
+if __name__ == "__main__":
+    main()
