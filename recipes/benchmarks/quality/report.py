@@ -244,6 +244,6 @@ def _plot(chosen: dict[Any, list[Record]], tasks: Sequence[str], path: Path) -> 
     for place in axes.flat:
         handles |= {label: handle for handle, label in zip(*place.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=4, fontsize=7)
-    figure.tight_layout(rect=(0, 0.04 + 0.06 / tall, 1, 1))
+    figure.tight_layout(rect=(0, 0.04 + 0.2 / tall, 1, 1))
     figure.savefig(path, dpi=100)
     plt.close(figure)
