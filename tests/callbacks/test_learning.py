@@ -58,6 +58,11 @@ def warnings() -> Iterator[list[str]]:
     log.setLevel(level)
 
 
+def usual(method: str) -> str:
+    """The method's own learning rate, as a message says it."""
+    return f"{defaults_of(method).training['learning_rate']:.2g}"
+
+
 def watched(folder: Path, method: str = "p_tuning_v2", **settings: Any) -> tuple[LearningCallback, Trainer]:
     callback = LearningCallback()
     model = settings.pop("model", None) or wrap(bert(), method)
@@ -88,7 +93,9 @@ def test_too_high(rate: float, tmp_path: Path, warnings: list[str]) -> None:
     callback, run = watched(tmp_path, learning_rate=rate)
     assert list(callback.found) == ["too_high"] and len(warnings) == 1
     assert (
-        "Lower the learning rate" in warnings[0] and "about 0.02" in warnings[0] and f"of {STEPS}: the l" in warnings[0]
+        "Lower the learning rate" in warnings[0]
+        and f"about {usual('p_tuning_v2')}" in warnings[0]
+        and f"of {STEPS}: the l" in warnings[0]
     )
     assert run.state.log_history[-1]["learning_too_high"] == callback.summary["learning_too_high"] > 0
 
@@ -97,7 +104,7 @@ def test_too_high(rate: float, tmp_path: Path, warnings: list[str]) -> None:
 def test_too_low(rate: float, tmp_path: Path, warnings: list[str]) -> None:
     callback, run = watched(tmp_path, learning_rate=rate)
     assert list(callback.found) == ["too_low"] and len(warnings) == 1
-    assert f"Raise the learning rate from {rate:.2g} to about 0.02" in warnings[0]
+    assert f"Raise the learning rate from {rate:.2g} to about {usual('p_tuning_v2')}" in warnings[0]
     assert "too_high" not in str(run.state.log_history) and run.state.log_history[-1]["learning_too_low"] >= 20
 
 
@@ -123,7 +130,7 @@ def test_a_network_hides_a_rate_that_is_too_low(tmp_path: Path, warnings: list[s
     """Behind an MLP the prompt moves all the same: the flat loss tells, and the cure is a higher rate."""
     callback, _ = watched(tmp_path, "p_tuning", learning_rate=1e-5)
     assert list(callback.found) == ["flat"] and callback.summary["prompt_change"] > 3e-3
-    assert "Raise the learning rate from 1e-05 to about 0.001" in warnings[0]
+    assert f"Raise the learning rate from 1e-05 to about {usual('p_tuning')}" in warnings[0]
 
 
 def test_a_start_at_zero_is_measured_too(tmp_path: Path) -> None:
