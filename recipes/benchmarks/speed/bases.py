@@ -135,7 +135,7 @@ def batch(model: Any, rows: int, length: int, labelled: int | None = None) -> di
     if labelled is not None:
         labels[:, :-labelled] = -100
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    if "SequenceClassification" in str(config.architectures):
+    if "SequenceClassification" in type(model).__name__:
         inputs["labels"] = torch.arange(rows, device=ids.device) % 2
     return inputs
 
