@@ -248,10 +248,10 @@ def _replaces(where: Any, name: str, only_split: bool = True) -> Callable[[Any],
 
 @_replaces(Trainer, "create_accelerator_and_postprocess", only_split=False)
 def _create_accelerator(trainer: Any, original: Any) -> None:
-    """Let DistributedDataParallel look neither for unused parameters nor at buffers, and any engine find its best.
+    """Let DistributedDataParallel not look at buffers, which do not change, and any engine find its best.
 
-    A prompt is used in every step, and no buffer changes. The Trainer refuses `save_only_model` together with
-    `load_best_model_at_end` on engines whose checkpoints are not the model's; ours are.
+    The Trainer refuses `save_only_model` together with `load_best_model_at_end` on engines whose checkpoints are not
+    the model's; ours are.
     """
     args = trainer.args
     alone, args.save_only_model = args.save_only_model, False
@@ -265,13 +265,7 @@ def _create_accelerator(trainer: Any, original: Any) -> None:
             "as in recipes/accelerate/fsdp2.yaml."
         )
     handler = trainer.accelerator.ddp_handler
-    if handler is None:
-        return
-    config = trainer.model.config
-    prompt_alone = get_method(config.method).kind is not None and not (config.modules_to_save or config.train_backbone)
-    if args.ddp_find_unused_parameters is None and prompt_alone:
-        handler.find_unused_parameters = False
-    if args.ddp_broadcast_buffers is None:
+    if handler is not None and args.ddp_broadcast_buffers is None:
         handler.broadcast_buffers = False
 
 
@@ -287,7 +281,14 @@ def _create_optimizer(trainer: Any, original: Any, *args: Any, **kwargs: Any) ->
 
 @_replaces(Trainer, "train", only_split=False)
 def _train(trainer: Any, original: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Resume from whole checkpoints only."""
+    """Resume from whole checkpoints only, and let DistributedDataParallel not look for unused parameters.
+
+    A prompt is used in every step; what a callback has made part of the adapter by now may not be.
+    """
+    config, handler = trainer.model.config, trainer.accelerator.ddp_handler
+    prompt_alone = get_method(config.method).kind is not None and not (config.modules_to_save or config.train_backbone)
+    if handler is not None and trainer.args.ddp_find_unused_parameters is None and prompt_alone:
+        handler.find_unused_parameters = False
     if resume_from_checkpoint is True:
         resume_from_checkpoint = last_checkpoint(trainer.args.output_dir) or True
     elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):

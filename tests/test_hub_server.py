@@ -254,7 +254,7 @@ def test_a_model_is_pushed_and_loaded(tmp_path: Path, storage: str) -> None:
         command = [sys.executable, "-c", ROUND_TRIP, str(tmp_path / "other")]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == ["RepositoryNotFoundError"]
+        assert done.stdout.split()[-1:] == ["RepositoryNotFoundError"]  # deepspeed logs there too
         repo = hub.repos["alice/tiny"]
         assert repo.private and len(repo.commits) == 2
         assert repo.at("main").files["model.safetensors"].lfs is (storage == "lfs")
