@@ -243,9 +243,10 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w./-]+", "-", name).strip("-").lower() or "held-out"
 
 
-def _by_epoch(history: list[dict[str, float]]) -> list[dict[str, float]]:
+def _by_epoch(history: list[dict[str, float]]) -> list[dict[str, Any]]:
     """Evaluations, each with the last training loss before it."""
-    rows, loss = [], math.nan
+    rows: list[dict[str, Any]] = []
+    loss: float | None = None  # nothing has been trained before the first one
     for entry in history:
         loss = entry.get("loss", loss)
         measured = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
