@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import ConfigError, TemplateError
 from hf_ptune.injection import evaluating
 from hf_ptune.templates import Template
-
-IGNORED = -100
 
 
 def word_ids(word: str, tokenizer: PreTrainedTokenizerBase, spaced: bool) -> list[int]:

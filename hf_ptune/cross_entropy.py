@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+IGNORED = -100  # label of a position that has no loss
 _PIECE = 2**22  # logits that are exponentiated at a time
 
 
@@ -16,7 +17,7 @@ def causal_lm_loss(
     labels: Tensor,
     vocab_size: int,
     num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
     **kwargs: Any,
 ) -> Tensor:
     """What transformers' `ForCausalLMLoss` gives: mean, or sum over a given count, of shifted labels.
@@ -41,7 +42,7 @@ def masked_lm_loss(
     labels: Tensor,
     vocab_size: int,
     num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
     **kwargs: Any,
 ) -> Tensor:
     """What transformers' `ForMaskedLMLoss` gives; arguments and result are those of `causal_lm_loss`."""

@@ -28,7 +28,7 @@ from hf_ptune.adapter_file import WEIGHTS_NAME, read_tensors
 from hf_ptune.errors import PTuneError
 from hf_ptune.methods import get_method
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
-from hf_ptune.sharding import scatter
+from hf_ptune.sharding import read_master, scatter, write_master
 
 logger = logging.get_logger(__name__)
 
@@ -112,7 +112,9 @@ def gather_optimizer(trainer: Trainer) -> dict[str, Any]:
         for number, parameter in zip(numbers, parameters, strict=True):
             kept = _state_of(trainer, parameter)
             if kept:
-                state[number] = {k: _read(parameter, k) if _is_split(v) else _copy(v) for k, v in kept.items()}
+                state[number] = {
+                    k: read_master(parameter, k).cpu().clone() if _is_split(v) else _copy(v) for k, v in kept.items()
+                }
     return {"state": state, "param_groups": groups}
 
 
@@ -144,7 +146,7 @@ def scatter_optimizer(trainer: Trainer, saved: dict[str, Any]) -> None:
         for parameter in parameters:
             for key, value in saved["state"].get(numbered, {}).items():
                 if _is_split(value):
-                    _write(parameter, key, value.to(parameter.device, torch.float32))
+                    write_master(parameter, value, key)
             numbered += 1
 
 
@@ -201,19 +203,6 @@ def _state_of(trainer: Trainer, parameter: Any) -> dict[str, Any]:
     """What the optimizer keeps, of any of its parts: keys and counts are the same for all."""
     states = _zero(trainer).optimizer.state
     return next((states[f] for f in _flats(trainer) if f.numel() and states.get(f)), {})
-
-
-def _read(parameter: Any, key: str) -> Tensor:
-    if hasattr(parameter, "ds_id"):
-        return parameter._z3_optimizer.get_full_hp_param(parameter, key).cpu().clone()
-    return parameter.get_full_hp_param(key).cpu().clone()
-
-
-def _write(parameter: Any, key: str, value: Tensor) -> None:
-    if hasattr(parameter, "ds_id"):
-        parameter._z3_optimizer.set_full_hp_param(value, parameter, key)
-    else:
-        parameter.set_full_hp_param(value, key)
 
 
 # where the Trainer comes here ----------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
-from hf_ptune.adapter_file import find_weights, read_header, read_tensors
+from hf_ptune.adapter_file import read_tensors
 from hf_ptune.backbone import describe, resolve
 from hf_ptune.cards import FACTS_NAME, RunFacts, human_bytes, summarise
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, PTuneError
+from hf_ptune.loading import find_adapter
 from hf_ptune.methods import PromptKind, get_method
 
 _NEAREST = 3
@@ -40,8 +41,7 @@ def describe_adapter(source: str, **hub: Any) -> str:
     config = AutoConfig.from_pretrained(source, **hub)
     if not isinstance(config, PTuneConfig):
         raise AdapterFileError(f"{source} holds a {config.model_type}, not an adapter of this package.")
-    path = find_weights(source, **hub)
-    config = config.with_structure(read_header(path)[1])
+    path, _, _, config = find_adapter(source, config, **hub)
     tensors = read_tensors(path)
     method = get_method(config.method)
     count = sum(t.numel() for t in tensors.values())

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hf_ptune.adapter_file import check_tensors, digest_of, shorten
+from hf_ptune.adapter_file import check_tensors, digest_of, find_weights, read_header, shorten
 from hf_ptune.backbone import load_backbone, resolve
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
@@ -23,6 +23,28 @@ logger = logging.get_logger(__name__)
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 _SIZES = re.compile("size|dim|layer|head|expert|embd|width|depth|inner|rank|state|kernel|proj|ff|position")
 _NO_SIZES = ("id2label", "label2id", "task_specific_params", "vocab_size")
+
+
+def find_adapter(
+    source: str, config: PTuneConfig, **hub: Any
+) -> tuple[str, dict[str, Tensor], dict[str, Any], PTuneConfig]:
+    """Find an adapter's weights, and let what is kept beside them settle its configuration.
+
+    Args:
+        source: folder or Hub id.
+        config: what its config.json says.
+        hub: revision, token, cache_dir and the like.
+
+    Returns:
+        Path of the weights, their tensors by name without memory, their structure, and the configuration with it.
+
+    Raises:
+        AdapterFileError: there are no weights, or damaged ones.
+        ConfigError: the structure describes no adapter.
+    """
+    path = find_weights(source, **hub)
+    found, structure = read_header(path)
+    return path, found, structure, config.with_structure(structure)
 
 
 def check_prompt(config: PTuneConfig, task: str, found: dict[str, Tensor], source: str) -> None:

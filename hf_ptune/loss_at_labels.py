@@ -12,11 +12,10 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.utils import logging
 
-from hf_ptune.cross_entropy import causal_lm_loss, masked_lm_loss
+from hf_ptune.cross_entropy import IGNORED, causal_lm_loss, masked_lm_loss
 from hf_ptune.injection import bind, evaluating
 
 logger = logging.get_logger(__name__)
-_IGNORED = -100
 _SHIFTED = "CAUSAL_LM"
 TASKS = (_SHIFTED, "SEQ_2_SEQ_LM", "MASKED_LM")
 _LOSSES: dict[Any, Any] = {ForCausalLMLoss: causal_lm_loss, ForMaskedLMLoss: masked_lm_loss}
@@ -78,13 +77,13 @@ class LossAtLabels:
 
     def _run(self, named: dict[str, Any]) -> Any:
         labels: Tensor = named["labels"]
-        flat = (F.pad(labels, (0, 1), value=_IGNORED)[:, 1:] if self.shifted else labels).flatten()
-        rows = (flat != _IGNORED).nonzero()[:, 0]
+        flat = (F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if self.shifted else labels).flatten()
+        rows = (flat != IGNORED).nonzero()[:, 0]
         if not len(rows):
             return None
         kept = flat[rows]
         if self.shifted:  # the backbone shifts by itself: the first label and the last state meet nothing
-            rows, kept = torch.cat([rows, rows[-1:]]), torch.cat([kept.new_full((1,), _IGNORED), kept])
+            rows, kept = torch.cat([rows, rows[-1:]]), torch.cat([kept.new_full((1,), IGNORED), kept])
         self.now = rows, labels.shape
         try:
             with self._own_loss():
@@ -117,7 +116,7 @@ class LossAtLabels:
             return False
         ids = torch.tensor([[5, 9, 13, 4, 7], [11, 3, 8, 6, 12]], device=device) % size
         labels = ids.clone()
-        labels[0, :2] = labels[1, 3:] = _IGNORED
+        labels[0, :2] = labels[1, 3:] = IGNORED
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         try:
             with evaluating(self.wrapper), torch.no_grad():

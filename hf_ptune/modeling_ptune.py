@@ -18,9 +18,7 @@ from hf_ptune import prompt_start
 from hf_ptune.adapter_file import (
     check_tensors,
     digest_of,
-    find_weights,
     is_foreign,
-    read_header,
     read_tensors,
     staged,
     write_tensors,
@@ -29,7 +27,7 @@ from hf_ptune.backbone import TASKS, adapter_names, cached_commit, count_paramet
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, InjectionError, PTuneError
 from hf_ptune.injection import Injector, bind, find_geometry, word_embeddings
-from hf_ptune.loading import HUB_KEYS, check_prompt, load_base, settle_geometry
+from hf_ptune.loading import HUB_KEYS, check_prompt, find_adapter, load_base, settle_geometry
 from hf_ptune.logits_at import run_with_logits_at
 from hf_ptune.loss_at_labels import LossAtLabels
 from hf_ptune.methods import PromptKind, get_method
@@ -161,8 +159,7 @@ class PTunePreTrainedModel(PreTrainedModel):
         """
         if state_dict is None:
             return {n: whole(t) for n, t in self._adapter_tensors().items()}
-        wanted = self.adapter_parameter_names()
-        return {n: t for n, t in state_dict.items() if n in wanted or n.startswith("prompt.")}
+        return self._of_the_adapter(state_dict)
 
     def load_adapter_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Write the adapter's tensors, whole ones, whatever ranks hold of them; where in parts, all ranks come.
@@ -183,9 +180,11 @@ class PTunePreTrainedModel(PreTrainedModel):
 
     def _adapter_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers themselves, in parts where ranks hold parts."""
+        return self._of_the_adapter(self.state_dict(keep_vars=True))
+
+    def _of_the_adapter(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         wanted = self.adapter_parameter_names()
-        everything = self.state_dict(keep_vars=True)
-        return {n: t for n, t in everything.items() if n in wanted or n.startswith("prompt.")}
+        return {n: t for n, t in tensors.items() if n in wanted or n.startswith("prompt.")}
 
     def freeze_backbone(self) -> None:
         """Let gradients reach the adapter's parameters and no others."""
@@ -436,9 +435,7 @@ class PTunePreTrainedModel(PreTrainedModel):
         if not isinstance(config, PTuneConfig):
             config, rest = PTuneConfig.from_pretrained(source, return_unused_kwargs=True, **own, **kwargs)
             kwargs = {k: v for k, v in kwargs.items() if k in rest or k not in config.__dict__}
-        path = find_weights(source, **own)
-        found, structure = read_header(path)
-        config = config.with_structure(structure)
+        path, found, structure, config = find_adapter(source, config, **own)
         check_prompt(config, cls.task, found, source)
         prompt = read_tensors(path, [n for n in found if n.startswith("prompt.")])
         if backbone is None:

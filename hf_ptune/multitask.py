@@ -87,11 +87,9 @@ class MultiTaskPrompt(nn.Module):
         """
         for task in self.tasks:
             source = str(Path(folder) / task)
-            expected, found = self.model_of(task).adapter_state_dict(), read_tensors(find_weights(source))
-            check_tensors(found, expected, source)
-            with torch.no_grad():
-                for name, tensor in found.items():
-                    expected[name].copy_(tensor)
+            model, found = self.model_of(task), read_tensors(find_weights(source))
+            check_tensors(found, model.adapter_state_dict(), source)
+            model.load_adapter_state_dict(found)
 
 
 def get_multitask_model(

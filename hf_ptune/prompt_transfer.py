@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_ptune.adapter_file import find_weights, is_foreign, read_header, read_tensors
+from hf_ptune.adapter_file import is_foreign, read_tensors
 from hf_ptune.backbone import resolve
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError
-from hf_ptune.loading import check_prompt
+from hf_ptune.loading import check_prompt, find_adapter
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.placement import choose_sites
@@ -40,15 +40,12 @@ def transfer(model: Any, source: str) -> None:
         raise ConfigError(
             f"{source} was saved by another library; write it in our form first: hf-ptune convert {source} FOLDER."
         )
-    config = PTuneConfig.from_pretrained(source)
-    path = find_weights(source)
-    found, structure = read_header(path)
-    config = config.with_structure(structure)
+    path, found, _, config = find_adapter(source, PTuneConfig.from_pretrained(source))
     if not config.geometry:
         config.geometry = model.config.geometry
     _check_same_base(config, model.config, source)
     chosen = _check_same_prompt(config, model, source)
-    check_prompt(config, config.task, found, source)
+    check_prompt(config, config.task or model.task, found, source)
     tensors = read_tensors(path)
     encoder = config.make_encoder(chosen).to(next(model.prompt.parameters()))
     encoder.load_state_dict({n.removeprefix(_PROMPT): t for n, t in tensors.items() if n.startswith(_PROMPT)})

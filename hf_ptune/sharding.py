@@ -31,14 +31,10 @@ def whole(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         if isinstance(tensor, DTensor):
             return cast(DTensor, tensor.detach()).full_tensor()
-        master: Tensor | None = None
-        if hasattr(tensor, "_z3_optimizer") and tensor.requires_grad:
-            master = tensor._z3_optimizer.get_full_hp_param(tensor)
-        elif _in_zero3(tensor):
+        master = read_master(tensor) if _has_master(tensor) else None
+        if master is None and _in_zero3(tensor):
             with _gathered([tensor]):
                 return tensor.detach().clone()
-        elif hasattr(tensor, "get_full_hp_param"):
-            master = tensor.get_full_hp_param()
         return tensor.detach() if master is None else master
 
 
@@ -55,12 +51,38 @@ def write(target: Tensor, value: Tensor) -> None:
         elif _in_zero3(target):
             with _gathered([target], write=True):
                 target.data.copy_(value)
-            if hasattr(target, "_z3_optimizer") and target.requires_grad:
-                target._z3_optimizer.set_full_hp_param(value.to(target.device, torch.float32), target)
         else:
             target.copy_(value)
-            if hasattr(target, "set_full_hp_param"):
-                target.set_full_hp_param(value.to(target.device, torch.float32))
+        if _has_master(target):
+            write_master(target, value)
+
+
+def _has_master(tensor: Any) -> bool:
+    """Whether DeepSpeed trains a copy of it in float32."""
+    if _in_zero3(tensor):
+        return hasattr(tensor, "_z3_optimizer") and tensor.requires_grad
+    return hasattr(tensor, "get_full_hp_param")
+
+
+def read_master(parameter: Any, key: str | None = None) -> Any:
+    """All of the copy that DeepSpeed trains, or of one of its moments; `None` where it keeps none.
+
+    Args:
+        parameter: the model's own.
+        key: name of the moment in the optimizer's state.
+    """
+    if _in_zero3(parameter):
+        return parameter._z3_optimizer.get_full_hp_param(parameter, key)
+    return parameter.get_full_hp_param(key)
+
+
+def write_master(parameter: Any, value: Tensor, key: str | None = None) -> None:
+    """Write all of the copy that DeepSpeed trains, or of one of its moments; see `read_master`."""
+    full = value.to(parameter.device, torch.float32)
+    if _in_zero3(parameter):
+        parameter._z3_optimizer.set_full_hp_param(full, parameter, key)
+    else:
+        parameter.set_full_hp_param(full, key)
 
 
 def scatter(value: Tensor, like: DTensor) -> Tensor:

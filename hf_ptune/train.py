@@ -8,7 +8,7 @@ import atexit
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -110,10 +110,14 @@ def run(recipe: Recipe) -> Outcome:
 def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> PTunePreTrainedModel:
     """Load a recipe's base and wrap it; the method's defaults fill the options that the recipe leaves out."""
     task = recipe.build_task()
-    options = defaults_of(recipe.method).options | recipe.options | task.config_options()
-    config = PTuneConfig(method=recipe.method, base_model_name_or_path=recipe.base, **options)
     base = load_base(recipe.base, task.model_task, rows.labels, tokenizer)
-    return get_ptune_model(base, config, tokenizer)
+    return get_ptune_model(base, make_config(recipe, task.config_options()), tokenizer)
+
+
+def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None) -> PTuneConfig:
+    """The configuration of a recipe's adapter; the method's defaults fill the options that the recipe leaves out."""
+    options = defaults_of(recipe.method).options | recipe.options | dict(further or {})
+    return PTuneConfig(method=recipe.method, base_model_name_or_path=recipe.base, **options)
 
 
 def card_facts(recipe: Recipe, rows: Rows) -> dict[str, Any]:
@@ -260,11 +264,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error that has been printed.
     """
-    parser = argparse.ArgumentParser(prog="python -m hf_ptune.train", description="Train an adapter by a recipe.")
+    return command(
+        "hf_ptune.train", "Train an adapter by a recipe.", lambda *given: run(read_recipe(*given)), arguments
+    )
+
+
+def command(
+    module: str, purpose: str, train: Callable[[str, list[str]], Any], arguments: Sequence[str] | None = None
+) -> int:
+    """Train by the recipe that a command line names, and print what errors say.
+
+    Args:
+        module: what is launched.
+        purpose: what it does.
+        train: takes the recipe's path and the overrides.
+        arguments: see `main`.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=purpose)
     parser.add_argument("recipe", help="a YAML file")
     known, overrides = parser.parse_known_args(arguments)
     try:
-        run(read_recipe(known.recipe, overrides))
+        train(known.recipe, overrides)
     except PTuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,15 +3,12 @@
 Launch: `accelerate launch -m hf_ptune.train_multitask recipe.yaml [--section.key=value …]`
 """
 
-import argparse
 import copy
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
@@ -25,9 +22,8 @@ from transformers import (
 
 from hf_ptune.callbacks import LearningCallback, check_batch
 from hf_ptune.callbacks.model_card import gather_facts
-from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, load_rows
-from hf_ptune.errors import PTuneError, RecipeError
+from hf_ptune.errors import RecipeError
 from hf_ptune.multitask import (
     MultiTaskDataset,
     MultiTaskPrompt,
@@ -36,11 +32,20 @@ from hf_ptune.multitask import (
     get_multitask_model,
     share_base,
 )
-from hf_ptune.presets import defaults_of
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, make_recipe, read_content
 from hf_ptune.tasks import Feature, Task, TaskTrainer
-from hf_ptune.train import card_facts, evaluate, load_base, load_tokenizer, make_arguments
+from hf_ptune.train import (
+    ADAPTER_FOLDER,
+    card_facts,
+    command,
+    evaluate,
+    leave,
+    load_base,
+    load_tokenizer,
+    make_arguments,
+    make_config,
+)
 
 _OWN = ("task", "data", "task_options", "card")  # what each task says by itself
 _GUARDED_ROWS = 8
@@ -217,7 +222,7 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
-    folder = Path(recipe.shared.output_dir) / "adapter"
+    folder = Path(recipe.shared.output_dir) / ADAPTER_FOLDER
     found: dict[str, dict[str, float]] = {}
     for name, part in parts.items():
         start = f"eval_{name}_"
@@ -259,10 +264,7 @@ def build(recipe: MultiTaskRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[
         parts[name] = Part(task, rows.labels, rows, train, held_out)
         backbones[name] = load_base(one.base, task.model_task, rows.labels, tokenizer)
         share_base(next(iter(backbones.values())), backbones[name], name)  # before the next one takes memory
-    shared = recipe.shared
-    options = defaults_of(shared.method).options | shared.options
-    config = PTuneConfig(method=shared.method, base_model_name_or_path=shared.base, **options)
-    return get_multitask_model(backbones, config, tokenizer), parts
+    return get_multitask_model(backbones, make_config(recipe.shared), tokenizer), parts
 
 
 def names_tasks(recipe: str | Path) -> bool:
@@ -282,20 +284,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error that has been printed.
     """
-    parser = argparse.ArgumentParser(prog="python -m hf_ptune.train_multitask", description="Train several tasks.")
-    parser.add_argument("recipe", help="a YAML file with tasks")
-    known, overrides = parser.parse_known_args(arguments)
-    try:
-        content = read_content(known.recipe, overrides)
-        run(make_multitask_recipe(content, known.recipe, Path(known.recipe).parent))
-    except PTuneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+
+    def train(recipe: str, overrides: list[str]) -> None:
+        run(make_multitask_recipe(read_content(recipe, overrides), recipe, Path(recipe).parent))
+
+    return command("hf_ptune.train_multitask", "Train several tasks.", train, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -7,7 +7,7 @@ import hf_ptune
 
 ROOT = Path(hf_ptune.__file__).parent
 LAYERS = [
-    {"errors", "shapes", "cross_entropy", "auto", "sharding", "templates"},
+    {"errors", "shapes", "cross_entropy", "auto", "sharding", "templates", "registry"},
     {"methods"},
     {"adapter_file"},
     {"configuration_ptune", "injection", "backbone"},

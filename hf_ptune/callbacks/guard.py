@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from hf_ptune.callbacks.freeze import SHARDING, held_back, some, unwrap_ptune_model
+from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import GuardError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 
@@ -206,7 +207,7 @@ def _check_adapter_gradients(model: PTunePreTrainedModel) -> None:
 
 def _all_ignored(inputs: dict[str, Any]) -> bool:
     labels = inputs.get("labels")
-    return isinstance(labels, Tensor) and bool((labels == -100).all())
+    return isinstance(labels, Tensor) and bool((labels == IGNORED).all())
 
 
 def _check_positions(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> None:
@@ -252,7 +253,7 @@ def _check_labels(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> None:
         cure = "Use the backbone's own tokenizer, or resize its embeddings"
     else:
         return
-    counted = labels[labels != -100]
+    counted = labels[labels != IGNORED]
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < limit:
         raise GuardError(
             f"labels run from {int(counted.min())} to {int(counted.max())}, expected 0 to {limit - 1} "

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hf_ptune.errors import ConfigError
 from hf_ptune.methods.base import EncoderSpec, PromptEncoder, PromptKind
+from hf_ptune.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Method:
     reparameterised: bool = False
 
 
-_METHODS: dict[str, Method] = {}
+_METHODS = Registry[Method]("method")
 
 
 def register_method(method: Method) -> Method:
@@ -37,8 +37,7 @@ def register_method(method: Method) -> Method:
     Raises:
         ConfigError: the name is taken by another method.
     """
-    if _METHODS.setdefault(method.name, method) is not method:
-        raise ConfigError(f"a method named {method.name!r} is registered already; choose another name.")
+    _METHODS.add(method.name, method)
     return method
 
 
@@ -48,11 +47,9 @@ def get_method(name: str) -> Method:
     Raises:
         ConfigError: no such method.
     """
-    if name not in _METHODS:
-        raise ConfigError(f"method={name!r} is not known; choose one of {', '.join(method_names())}.")
-    return _METHODS[name]
+    return _METHODS.get(name)
 
 
 def method_names() -> list[str]:
     """Names of all registered methods, in order of registration."""
-    return list(_METHODS)
+    return list(_METHODS.things)

@@ -1,29 +1,20 @@
 """Metrics of classes: accuracy, macro F1, and the F1 of entities."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
 
 from hf_ptune.errors import PTuneError
-
-
-def describe(description: str, citation: str, feature: Any) -> evaluate.MetricInfo:
-    return evaluate.MetricInfo(
-        description=description,
-        citation=citation,
-        inputs_description="predictions and references, as many of each",
-        features=datasets.Features({"predictions": feature, "references": feature}),
-    )
+from hf_ptune.metrics.inputs import same_kind
 
 
 class Accuracy(evaluate.Metric):
     """Count the part of predictions that equal their references."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return describe("Part of predictions that are right.", "", datasets.Value("int64"))
+        return same_kind("Part of predictions that are right.", "", datasets.Value("int64"))
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
@@ -33,7 +24,7 @@ class MacroF1(evaluate.Metric):
     """Average the F1 of every class, each class alike."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return describe("Mean over classes of F1.", "", datasets.Value("int64"))
+        return same_kind("Mean over classes of F1.", "", datasets.Value("int64"))
 
     def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         try:
@@ -48,7 +39,7 @@ class Seqeval(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         citation = "Nakayama 2018, seqeval: a Python framework for sequence labeling evaluation"
-        return describe("F1 of whole entities.", citation, datasets.Sequence(datasets.Value("string")))
+        return same_kind("F1 of whole entities.", citation, datasets.Sequence(datasets.Value("string")))
 
     def _compute(self, predictions: Sequence[list[str]], references: Sequence[list[str]]) -> dict[str, float]:
         try:

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
 
+from hf_ptune.metrics.inputs import EAST_ASIAN, texts_with_references
+
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_EAST_ASIAN = re.compile(r"([\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])")
+_EAST_ASIAN = re.compile(f"([{EAST_ASIAN}])")
 _PUNCTUATION = set(string.punctuation)
 
 
@@ -30,13 +31,8 @@ class SpanMatch(evaluate.Metric):
         super().__init__(**kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description="Exact match and F1 of extracted answers.",
-            citation="Rajpurkar et al. 2016, SQuAD: 100,000+ Questions for Machine Comprehension of Text",
-            inputs_description="predictions: texts; references: a list of texts for each",
-            features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-        )
+        citation = "Rajpurkar et al. 2016, SQuAD: 100,000+ Questions for Machine Comprehension of Text"
+        return texts_with_references("Exact match and F1 of extracted answers.", citation)
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         # a reference of articles and punctuation alone does not count

@@ -4,22 +4,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
 
 from hf_ptune.errors import PTuneError
+from hf_ptune.metrics.inputs import EAST_ASIAN, texts_with_references
 
-_WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
-
-
-def _info(description: str, citation: str) -> evaluate.MetricInfo:
-    text = datasets.Value("string")
-    return evaluate.MetricInfo(
-        description=description,
-        citation=citation,
-        inputs_description="predictions: texts; references: a list of texts for each",
-        features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-    )
+_WORDS = re.compile(rf"[{EAST_ASIAN}]|[^\W_{EAST_ASIAN}]+")
 
 
 class Bleu(evaluate.Metric):
@@ -34,7 +24,9 @@ class Bleu(evaluate.Metric):
         super().__init__(**kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
-        return _info("BLEU of a corpus.", "Papineni et al. 2002, BLEU; Post 2018, A Call for Clarity in Reporting BLEU")
+        return texts_with_references(
+            "BLEU of a corpus.", "Papineni et al. 2002, BLEU; Post 2018, A Call for Clarity in Reporting BLEU"
+        )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         try:
@@ -55,7 +47,9 @@ class RougeL(evaluate.Metric):
     """
 
     def _info(self) -> evaluate.MetricInfo:
-        return _info("F1 of longest common subsequences.", "Lin 2004, ROUGE: A Package for Automatic Evaluation")
+        return texts_with_references(
+            "F1 of longest common subsequences.", "Lin 2004, ROUGE: A Package for Automatic Evaluation"
+        )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         scores = [

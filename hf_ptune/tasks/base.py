@@ -11,11 +11,11 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from hf_ptune.cloze import Scorer
+from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import RecipeError
 
 Row = dict[str, Any]
 Feature = dict[str, Any]
-IGNORED = -100  # label of a position that has no loss
 
 
 @dataclass(frozen=True)

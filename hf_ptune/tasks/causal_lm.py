@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
 
+from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Accuracy
-from hf_ptune.tasks.base import IGNORED, Answer, Collator, Feature, Row, kept_pairs, make_collator
+from hf_ptune.tasks.base import Answer, Collator, Feature, Row, kept_pairs, make_collator
 from hf_ptune.tasks.generation import GenerationTask
 from hf_ptune.tasks.registry import register_task
 

@@ -2,10 +2,10 @@
 
 from typing import TypeVar
 
-from hf_ptune.errors import ConfigError
+from hf_ptune.registry import Registry
 from hf_ptune.tasks.base import Task
 
-_TASKS: dict[str, type[Task]] = {}
+_TASKS = Registry[type[Task]]("task")
 AnyTask = TypeVar("AnyTask", bound=type[Task])
 
 
@@ -15,8 +15,7 @@ def register_task(task: AnyTask) -> AnyTask:
     Raises:
         ConfigError: the name is taken by another task.
     """
-    if _TASKS.setdefault(task.name, task) is not task:
-        raise ConfigError(f"a task named {task.name!r} is registered already; choose another name.")
+    _TASKS.add(task.name, task)
     return task
 
 
@@ -26,11 +25,9 @@ def get_task(name: str) -> type[Task]:
     Raises:
         ConfigError: no such task.
     """
-    if name not in _TASKS:
-        raise ConfigError(f"task={name!r} is not known; choose one of {', '.join(task_names())}.")
-    return _TASKS[name]
+    return _TASKS.get(name)
 
 
 def task_names() -> list[str]:
     """Names of all registered tasks, in order of registration."""
-    return list(_TASKS)
+    return list(_TASKS.things)

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import numpy as np
 from transformers import EvalPrediction, PreTrainedTokenizerBase, pipeline
 
+from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Seqeval
 from hf_ptune.tasks.base import (
-    IGNORED,
     Answer,
     Collator,
     Feature,
