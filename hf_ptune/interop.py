@@ -87,6 +87,7 @@ def load_peft(source: FilePath, backbone: PreTrainedModel | None = None, **kwarg
         base_model_name_or_path=backbone.name_or_path or settings.get("base_model_name_or_path"),
         base_model_revision=settings.get("revision"),
         position_shift=_shift_of(backbone, method),
+        first_token_offset=False,
     )
     return _fill(get_ptune_model(backbone, config), {"weight": prompt}, kept, name)
 

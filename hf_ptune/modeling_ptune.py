@@ -33,7 +33,7 @@ from hf_ptune.loss_at_labels import LossAtLabels
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
-from hf_ptune.placement import check_base, choose_sites, shifts_positions
+from hf_ptune.placement import check_base, choose_sites, offsets_first_token, shifts_positions
 from hf_ptune.publishing import publish
 from hf_ptune.sharding import running, whole, write
 from hf_ptune.templates import name_virtual_tokens
@@ -84,6 +84,7 @@ class PTunePreTrainedModel(PreTrainedModel):
         self._adopt(backbone)
         if not config.geometry:
             config.geometry = find_geometry(backbone)
+        config.first_token_offset = offsets_first_token(config, self.task)
         if method.kind is not None:
             self._build_prompt(method.kind)
         self.post_init()
@@ -130,6 +131,7 @@ class PTunePreTrainedModel(PreTrainedModel):
             chosen,
             shifts_positions(self.backbone, config),
             config.virtual_token_ids,
+            bool(config.first_token_offset),
         )
 
     def _encode(self) -> Tensor:
@@ -436,6 +438,7 @@ class PTunePreTrainedModel(PreTrainedModel):
             config, rest = PTuneConfig.from_pretrained(source, return_unused_kwargs=True, **own, **kwargs)
             kwargs = {k: v for k, v in kwargs.items() if k in rest or k not in config.__dict__}
         path, found, structure, config = find_adapter(source, config, **own)
+        config.first_token_offset = bool(config.first_token_offset)  # unset, it is decided for new prompts alone
         check_prompt(config, cls.task, found, source)
         prompt = read_tensors(path, [n for n in found if n.startswith("prompt.")])
         if backbone is None:

@@ -92,6 +92,27 @@ def check_base(backbone: PreTrainedModel, config: PTuneConfig) -> None:
         raise BackboneError(f"the backbone has another shape than the adapter's base: {listed}.")
 
 
+def offsets_first_token(config: PTuneConfig, task: str) -> bool:
+    """Whether the prompt brings a vector for the first own token, which a pooled head reads.
+
+    The head of an encoder reads the state at that token alone; PEFT's reads a virtual token there.
+
+    Args:
+        config: with its geometry.
+        task: a key of `TASKS`.
+
+    Raises:
+        ConfigError: asked for where virtual tokens do not stand beside that token.
+    """
+    beside = get_method(config.method).kind is PromptKind.EMBEDDINGS and not config.places_tokens
+    beside = beside and not config.geometry["causal"] and not config.base.is_encoder_decoder
+    if config.first_token_offset and not beside:
+        raise ConfigError(
+            f"first_token_offset=True is for prompts among the inputs of an encoder, not {config.base_class}."
+        )
+    return beside and task in _POOLED if config.first_token_offset is None else config.first_token_offset
+
+
 def shifts_positions(backbone: PreTrainedModel, config: PTuneConfig) -> bool:
     """Whether own tokens stand after the virtual ones in the position count.
 

@@ -119,7 +119,11 @@ def _start(prompt: PromptEncoder, source: PromptEncoder) -> None:
     was_training = prompt.training
     source.eval(), prompt.eval()  # without dropout inside the reparameterisation
     with torch.no_grad():
-        prompt.start_from(source() - (prompt() - prompt.origin))
+        network = prompt() - prompt.origin
+        encoded = source()[: len(network)]
+        # a row for the first own token that the source does not have starts at nothing
+        encoded = torch.cat([encoded, encoded.new_zeros(len(network) - len(encoded), encoded.shape[1])])
+        prompt.start_from(encoded - network)
     prompt.train(was_training)
 
 

@@ -25,6 +25,7 @@ _NOT_OPTIONS = {"model_type", "sub_configs", "method", "flattened", "task", "geo
 }
 # what a task reads its rows through, and so writes itself
 _NOT_OPTIONS |= {"template", "verbalizer", "virtual_token_ids"}
+_VARIANT = "--variant="
 # keys of the recipe's own
 _NOT_TRAINING = ("output_dir", "seed")
 
@@ -136,7 +137,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the YAML file.
-        overrides: `--key=value` or `--section.key=value`; the value is YAML.
+        overrides: `--key=value` or `--section.key=value`; the value is YAML. `--variant=name` takes the changes that
+            the file has under `variants`, before all others.
 
     Raises:
         RecipeError: the file is missing or no YAML; a key is unknown, missing or of the wrong type.
@@ -155,9 +157,30 @@ def read_content(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
         raise RecipeError(f"{path}: is no YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: holds {_name(content)}, expected keys such as base, task and method.")
+    variants = content.pop("variants", {})
+    if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
+        raise RecipeError(f"{path}: variants holds {_name(variants)}; expected names, each with keys and values.")
+    for name in (o.removeprefix(_VARIANT) for o in overrides if o.startswith(_VARIANT)):
+        if name not in variants:
+            there = ", ".join(variants) or "none"
+            raise RecipeError(f"{path}: there is no variant {name!r}; expected one of those it has: {there}.")
+        content = _changed(content, variants[name])
     for override in overrides:
-        _override(content, override, str(path))
+        if not override.startswith(_VARIANT):
+            _override(content, override, str(path))
     return content
+
+
+def _changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A section with other values, key by key; a key that is changed to nothing is left out."""
+    merged = {k: v for k, v in content.items() if changes.get(k, v) is not None}
+    for key, value in changes.items():
+        own = content.get(key)
+        if isinstance(own, dict) and isinstance(value, dict):
+            merged[key] = _changed(own, value)
+        elif value is not None:
+            merged[key] = value
+    return merged
 
 
 def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path = Path(".")) -> Recipe:

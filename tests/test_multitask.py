@@ -56,7 +56,8 @@ def alone(model: MultiTaskPrompt, method: str, family: str) -> dict[str, PTunePr
     """The same tasks as wrapped models that share nothing."""
     made = {}
     for task, backbone in backbones(family).items():
-        single = get_ptune_model(backbone, PTuneConfig(method=method, num_virtual_tokens=4)).double().eval()
+        config = PTuneConfig(method=method, num_virtual_tokens=4, first_token_offset=False)
+        single = get_ptune_model(backbone, config).double().eval()
         single.prompt.load_state_dict(model.prompt.state_dict())
         made[task] = single
     return made
@@ -128,7 +129,7 @@ def test_each_saved_adapter_is_a_normal_one(method: str, flatten: bool, tmp_path
     start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path / "out" / "ner")}
     fresh = PTuneConfig(method=method, num_virtual_tokens=4, base_model_name_or_path=str(tmp_path / "base"), **start)
     adapted = get_ptune_model(backbones()["topic"], fresh).double().eval()
-    assert torch.allclose(adapted.prompt(), model.prompt(), atol=1e-6)
+    assert torch.allclose(adapted.prompt()[:4], model.prompt(), atol=1e-6)
 
 
 def test_adapters_are_loaded_back(tmp_path: Path) -> None:

@@ -81,6 +81,25 @@ def test_overrides(tmp_path: Path) -> None:
             read_recipe(path, [wrong])
 
 
+def test_a_variant_changes_values_key_by_key(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    content = GOOD | {
+        "data": GOOD["data"] | {"eval_split": "validation", "limit": 7},
+        "variants": {"small": {"base": "tiny", "data": {"limit": 3, "eval_split": None}, "task_options": None}},
+    }
+    path.write_text(yaml.safe_dump(content))
+    plain, small = read_recipe(path), read_recipe(path, ["--seed=4", "--variant=small"])
+    assert (plain.base, plain.data.limit, plain.data.eval_split) == (GOOD["base"], 7, "validation")
+    assert (small.base, small.data.limit, small.data.eval_split, small.seed) == ("tiny", 3, None, 4)
+    assert small.data.source == plain.data.source
+    assert read_recipe(path, ["--data.limit=5", "--variant=small"]).data.limit == 5
+    with pytest.raises(RecipeError, match="no variant 'smal'; expected one of those it has: small"):
+        read_recipe(path, ["--variant=smal"])
+    path.write_text(yaml.safe_dump(GOOD | {"variants": ["small"]}))
+    with pytest.raises(RecipeError, match="variants holds list"):
+        read_recipe(path)
+
+
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
         read_recipe(tmp_path / "none.yaml")

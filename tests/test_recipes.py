@@ -7,18 +7,26 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from test_train import ROWS, write_base
 from tokenizers_of import tokenizer_of
 
 from hf_ptune.backbone import TASKS
-from hf_ptune.recipe import DataRecipe, make_recipe, read_recipe
+from hf_ptune.cards import CARD_NAME
+from hf_ptune.recipe import DataRecipe, make_recipe, read_content, read_recipe
 from hf_ptune.tasks import Task, get_task, task_names
 from hf_ptune.train import run
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 PATHS = sorted(p for p in FOLDER.glob("*.yaml") if p.stem != "quickstart")
 FAMILIES = {"CAUSAL_LM": "gpt2", "CLOZE_CAUSAL_LM": "gpt2", "SEQ_2_SEQ_LM": "t5"}
+LARGE = [p for p in PATHS if "variants" not in yaml.safe_load(p.read_text())]  # none that runs on a CPU
 every_recipe = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+
+
+def test_one_recipe_has_no_small_variant() -> None:
+    """COPA's rows are in no package, and no other rows are like them."""
+    assert [p.stem for p in LARGE] == ["copa_p_tuning_v2"]
 
 
 def test_every_recipe_is_told_of() -> None:
@@ -72,10 +80,13 @@ def rows_for(task: Task, data: DataRecipe, held_out: bool) -> list[dict[str, Any
     return rows
 
 
-@every_recipe
-def test_a_recipe_trains(path: Path, tmp_path: Path) -> None:
-    content = yaml.safe_load(path.read_text())
-    recipe = read_recipe(path)
+RUNS = [(path, variant) for path in PATHS for variant in ([], ["--variant=small"]) if not variant or path not in LARGE]
+
+
+@pytest.mark.parametrize(("path", "variant"), RUNS, ids=lambda v: v.stem if isinstance(v, Path) else "".join(v)[10:])
+def test_a_recipe_trains(path: Path, variant: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a tiny base; and the snippet of the card of its small variant runs with what came out."""
+    content, recipe = read_content(path, variant), read_recipe(path, variant)
     if content.get("task_options", {}).get("generate"):
         pytest.importorskip("sacrebleu", reason="BLEU needs sacrebleu")
         content["task_options"] |= {"max_new_tokens": 3, "num_beams": 2}
@@ -103,3 +114,9 @@ def test_a_recipe_trains(path: Path, tmp_path: Path) -> None:
         assert {"loss", recipe.build_task().metric} <= set(metrics)
     TASKS[task.model_task].from_pretrained(outcome.folder)
     assert outcome.answers
+    if variant:
+        card = ModelCard.load(FOLDER.parent / "model_cards" / path.stem / CARD_NAME).text
+        snippet = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
+        capsys.readouterr()
+        exec(snippet.replace(f"user/{path.stem}", str(outcome.folder)), {})
+        assert capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 from families import CONFIGS, DECODERS, batch, build
 
 from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
-from hf_ptune.injection import joint, kernels, merge, shared_prefix
+from hf_ptune.injection import joint, kernels, merge
 from hf_ptune.injection.kernels import Kernel
 
 Wrap = Callable[..., PTunePreTrainedModel]
@@ -34,14 +34,10 @@ def naive(
     return scores.softmax(-1) @ values
 
 
-@pytest.fixture(params=["laid out", "merged", "merged in pieces", "merged by the kernel"])
+@pytest.fixture(params=["laid out", "merged"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param != "laid out":
         monkeypatch.setattr(merge, "_COPY", 0)
-    if request.param == "merged in pieces":
-        monkeypatch.setattr(shared_prefix, "_SCORES", 200)
-    if request.param == "merged by the kernel":
-        monkeypatch.setattr(shared_prefix, "_by_products", lambda query: False)
     return str(request.param)
 
 

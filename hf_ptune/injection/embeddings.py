@@ -23,12 +23,14 @@ class InputPrompt:
         encoder: the module whose forward takes `input_ids` or `inputs_embeds`.
         embed: the word embeddings.
         index: number of own tokens before the prompt.
+        offset: whether the prompt has one more row, which is added to the last of these: heads pool it.
     """
 
-    def __init__(self, encoder: nn.Module, embed: nn.Module, index: int) -> None:
+    def __init__(self, encoder: nn.Module, embed: nn.Module, index: int, offset: bool = False) -> None:
         self.encoder = encoder
         self.embed = embed
         self.index = index
+        self.offset = offset
         self.accepted = parameters_of(encoder)
 
     def insert(self, prompt: Tensor, named: dict[str, Any]) -> dict[str, Any]:
@@ -39,6 +41,8 @@ class InputPrompt:
                 raise InjectionError("neither input_ids nor inputs_embeds were given; pass one of them.")
             embeds = self.embed(ids)
         batch, length = embeds.shape[:2]
+        prompt = prompt.to(embeds.device, embeds.dtype)
+        prompt, offset = (prompt[:-1], prompt[-1]) if self.offset else (prompt, None)
         virtual = prompt.shape[0]
         mask = named.get("attention_mask")
         if mask is not None and mask.dim() != 2:
@@ -46,7 +50,10 @@ class InputPrompt:
                 f"attention_mask has {mask.dim()} axes; a prompt among the inputs of an encoder needs [B, S]."
             )
         at = self.places(mask, batch, embeds.device)
-        rows = prompt.to(embeds.device, embeds.dtype)[None].expand(batch, -1, -1)
+        if offset is not None:
+            first = torch.arange(length, device=embeds.device)[None] == at[:, None] - 1
+            embeds = embeds + first[..., None] * offset
+        rows = prompt[None].expand(batch, -1, -1)
         positions = self._positions(ids, named, batch, length, embeds.device)
         named["inputs_embeds"] = splice(embeds, rows, at)
         if mask is not None:

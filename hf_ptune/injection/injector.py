@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,22 @@ from hf_ptune.sharding import whole_for_backward
 _ROTATES = re.compile("rotary|rope|sinusoidal", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What a prompt has become.
+
+    Args:
+        version: of all that it depends on.
+        trained: parameters of the body among these. Looking for them at every step of generation would take longer
+            than a layer does.
+        value: embeddings, or keys and values of every site.
+    """
+
+    version: Any
+    trained: list[Tensor]
+    value: Any
+
+
 class Injector:
     """Attach a prompt to a backbone, for as long as `detach` has not been called.
 
@@ -35,6 +52,7 @@ class Injector:
         chosen: the sites that take a prefix.
         shift: whether own tokens stand P positions later.
         virtual_token_ids: where the sequence itself has a place for every virtual token: their ids, in order.
+        offset: whether `encode` gives one more row, for the first own token of an encoder.
     """
 
     def __init__(
@@ -47,6 +65,7 @@ class Injector:
         chosen: list[dict[str, Any]],
         shift: bool,
         virtual_token_ids: list[int] | None = None,
+        offset: bool = False,
     ) -> None:
         self.backbone = backbone
         self.body = body_of(backbone)
@@ -67,7 +86,7 @@ class Injector:
         self.busy = False  # while the prompt itself runs through the backbone
         self.layout: joint.Layout | None = None  # while prompt and rows run as one sequence
         self.joins: bool | None = None  # whether they may; tried when the first batch trains
-        self.cached: tuple[Any, Any] | None = None  # version and value of what the prompt has become
+        self.cached: Encoded | None = None
         self.crossing: Callable[[Tensor], Tensor] | None = None
         self.handles: list[Any] = []
         self.sites = [] if virtual_token_ids is not None else [self._site(c) for c in chosen]
@@ -77,7 +96,7 @@ class Injector:
             reader = self.body.get_encoder() if backbone.config.is_encoder_decoder else self.body
             self.placeholders = Placeholders(reader, self.words(), virtual_token_ids, self._current_rows)
         elif kind is PromptKind.EMBEDDINGS and not self.causal:
-            self.inputs = self._input_prompt()
+            self.inputs = self._input_prompt(offset)
         self._attach()
 
     def _site(self, found: dict[str, Any]) -> Site:
@@ -90,11 +109,11 @@ class Injector:
     def in_attention(self) -> bool:
         return self.inputs is None and self.placeholders is None
 
-    def _input_prompt(self) -> InputPrompt:
+    def _input_prompt(self, offset: bool) -> InputPrompt:
         embed = self.words()
         if self.backbone.config.is_encoder_decoder:
             return InputPrompt(self.body.get_encoder(), embed, index=0)
-        return InputPrompt(self.body, embed, index=1)
+        return InputPrompt(self.body, embed, index=1, offset=offset)
 
     def words(self) -> nn.Module:
         """The word embeddings, among which a prompt stands."""
@@ -221,21 +240,19 @@ class Injector:
 
     def _once(self, make: Callable[[], Any], settle: Callable[[Any], Any]) -> Any:
         """What the prompt becomes; made anew while it trains, once and kept otherwise."""
-        version = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self._version()
-        if version is None:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.prompt.training:  # dropout draws it anew
             self.cached = None
             return make()
-        if self.cached is None or self.cached[0] != version:
-            self.cached = (version, settle(make()))
-        return self.cached[1]
+        if self.cached is None or self.cached.version != self._version(self.cached.trained):
+            trained: list[Tensor] = []
+            if self.kind is PromptKind.EMBEDDINGS and self.in_attention:  # it runs through the body, which may train
+                trained = [p for p in self.body.parameters() if p.requires_grad]
+            self.cached = Encoded(self._version(trained), trained, settle(make()))
+        return self.cached.value
 
-    def _version(self) -> Any:
-        """What the encoded prompt depends on, or `None` while dropout draws it anew."""
-        if self.prompt.training:
-            return None
-        tensors = [*self.prompt.parameters(), *self.prompt.buffers()]
-        if self.kind is PromptKind.EMBEDDINGS and self.in_attention:  # it has run through the body, which may train
-            tensors += [p for p in self.body.parameters() if p.requires_grad]
+    def _version(self, trained: list[Tensor]) -> Any:
+        """What tells whether the encoded prompt is still what it would become."""
+        tensors = [*self.prompt.parameters(), *self.prompt.buffers(), *trained]
         return (self.backbone.dtype, *((t.data_ptr(), t._version, t.device) for t in tensors))
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:

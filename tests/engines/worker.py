@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import on_cpu
-from setup_engines import ODD, adapter, rows, trainer
+from setup_engines import adapter, generated, rows, trainer
 
 from hf_ptune import GuardCallback, MemoryCallback
 from hf_ptune.engines import engine_name
@@ -78,7 +78,7 @@ def main(folder: Path) -> None:
     family = "llama" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "t5"
     run = make("generated", family, "p_tuning", **GENERATING)
     run.train()
-    found["generated"] = run.predict(rows(family)[:ODD], max_new_tokens=6).predictions.tolist()
+    found["generated"] = generated(run, family)
     (folder / f"rank{run.args.process_index}.json").write_text(json.dumps(found))
     on_cpu.leave()
 

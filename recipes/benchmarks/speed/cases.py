@@ -132,7 +132,7 @@ def long_prefix(name: str, rows: int, virtual: int, library: str) -> dict[str, A
     layers = kept["cache"].layers
     held = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
     if library == "hf_ptune":
-        held += sum(t.numel() * t.element_size() for p in model._injector.cached[1] for t in p)
+        held += sum(t.numel() * t.element_size() for p in model._injector.cached.value for t in p)
     return {"keys and values": held, "peak": peak}
 
 
