@@ -35,7 +35,7 @@ from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import check_base, choose_sites, offsets_first_token, shifts_positions
 from hf_ptune.publishing import publish
-from hf_ptune.sharding import running, whole, write
+from hf_ptune.sharding import running, units_of, whole, write
 from hf_ptune.templates import name_virtual_tokens
 
 logger = hf_logging.get_logger(__name__)
@@ -88,6 +88,8 @@ class PTunePreTrainedModel(PreTrainedModel):
         if method.kind is not None:
             self._build_prompt(method.kind)
         self.post_init()
+        layers = getattr(self, "_no_split_modules", None) or ()
+        self._no_split_modules = units_of(self, layers, word_embeddings(backbone))
         self.freeze_backbone()
         self.__class__ = _with_signature(type(self), type(backbone))
 

@@ -54,7 +54,11 @@ def initialise(model: Any, tokenizer: Any = None) -> None:
 
 def _random(model: Any, injector: Injector, kind: PromptKind, virtual: int) -> Tensor:
     if kind is PromptKind.EMBEDDINGS:
-        return random_like(embedding_sample(injector), virtual)
+        sample = embedding_sample(injector)
+        if injector.normalises:
+            # their size is lost there, and a larger start holds its direction at larger learning rates
+            return torch.randn(virtual, sample.shape[1], device=sample.device)
+        return random_like(sample, virtual)
     ids = sample_vocabulary(vocabulary_size(model.backbone), PROBE_TOKENS)
     pairs = _keys_of(injector, ids)
     draws = [

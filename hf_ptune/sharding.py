@@ -122,6 +122,34 @@ def whole_for_backward(root: nn.Module, name: str, inner: tuple[Tensor, Tensor])
             tensor.register_hook(lambda gradient: (layer.unshard(), gradient)[1])
 
 
+def units_of(model: nn.Module, names: Iterable[str], embed: nn.Module | None) -> set[str]:
+    """Classes of layers that FSDP2 splits one by one, less those around the word embeddings.
+
+    accelerate splits these by themselves, after all others, and fails on parameters that are split already, as they
+    are where a family counts its whole embeddings among its layers.
+
+    Args:
+        model: is to be split.
+        names: of the classes that its family counts as layers.
+        embed: its word embeddings.
+    """
+    inside = {type(m).__name__ for m in model.modules() if m is not embed and any(c is embed for c in m.modules())}
+    return set(names) - inside
+
+
+@contextmanager
+def loading_alone() -> Iterator[None]:
+    """Let a rank load a model by itself: under ZeRO-3 all ranks would have to come, to take their parts."""
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
 @contextmanager
 def running(module: nn.Module) -> Iterator[None]:
     """Let a module be called that ZeRO-3 has split when it was loaded, and that no engine runs yet.

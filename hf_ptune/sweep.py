@@ -205,7 +205,7 @@ def sweep(
 def _grid(
     recipe: Recipe, rates: Sequence[float], lengths: Sequence[int], seeds: Sequence[int]
 ) -> list[tuple[float, int | None, int]]:
-    own = defaults_of(recipe.method)
+    own = defaults_of(recipe.method, recipe.build_task().model_task)
     usual = recipe.training.get("learning_rate", own.training.get("learning_rate", 1e-2))
     rates = list(rates) or [float(f"{usual * factor:.1g}") for factor in (0.1, 0.3, 1, 3)]
     tokens: list[int | None] = list(lengths) or [(own.options | recipe.options).get("num_virtual_tokens", 20)]

@@ -43,6 +43,7 @@ from hf_ptune.optimizer import make_optimizer
 from hf_ptune.presets import defaults_of
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, read_recipe
+from hf_ptune.sharding import loading_alone
 from hf_ptune.sources import HUB
 from hf_ptune.tasks import Answer, Feature, Row, Task, TaskTrainer
 
@@ -116,7 +117,7 @@ def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) ->
 
 def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None) -> PTuneConfig:
     """The configuration of a recipe's adapter; the method's defaults fill the options that the recipe leaves out."""
-    options = defaults_of(recipe.method).options | recipe.options | dict(further or {})
+    options = defaults_of(recipe.method, recipe.build_task().model_task).options | recipe.options | dict(further or {})
     return PTuneConfig(method=recipe.method, base_model_name_or_path=recipe.base, **options)
 
 
@@ -137,7 +138,7 @@ def make_arguments(recipe: Recipe) -> TrainingArguments:
         RecipeError: values that transformers refuses.
     """
     settings = {"dataloader_pin_memory": torch.accelerator.is_available()}
-    settings |= defaults_of(recipe.method).training | recipe.training
+    settings |= defaults_of(recipe.method, recipe.build_task().model_task).training | recipe.training
     try:
         return TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **settings)
     except (ValueError, ImportError) as error:
@@ -235,7 +236,8 @@ def ask(folder: Path, task: Task, rows: Sequence[Row], seed: int) -> list[Answer
         rows: held-out ones.
         seed: by which rows are drawn, unlike ones where the task has groups.
     """
-    model = TASKS[task.model_task].from_pretrained(folder).eval()
+    with loading_alone():
+        model = TASKS[task.model_task].from_pretrained(folder).eval()
     drawn = random.Random(seed).sample(rows, len(rows))
     if task.group_role is not None:
         drawn = list({row[task.group_role]: row for row in drawn}.values())  # one of each group

@@ -61,9 +61,15 @@ def test_row_2_grouped_heads_and_wide_ones(wrap: Wrap) -> None:
 
 
 def test_row_3_random_prompts_are_as_large_as_embeddings(wrap: Wrap) -> None:
-    model = wrap("bert", "prompt_tuning", strong=False, num_virtual_tokens=64)
-    spread = model.get_input_embeddings().weight.std()
-    assert 0.7 < model.prompt.weight.std() / spread < 1.4
+    for family in ("llama", "t5"):
+        model = wrap(family, "prompt_tuning", strong=False, num_virtual_tokens=64)
+        spread = model.get_input_embeddings().weight.std()
+        assert 0.7 < model.prompt.weight.std() / spread < 1.4
+    # BERT normalises embeddings, so that there every size is the same one to its layers
+    model = wrap("bert", "prompt_tuning", "FEATURE_EXTRACTION", strong=False, num_virtual_tokens=64)
+    seen = model.backbone.embeddings(inputs_embeds=model.prompt()[None])
+    own = model.backbone.embeddings(batch("bert")["input_ids"])
+    assert 0.9 < model.prompt.weight.std() < 1.1 and 0.9 < seen.std() / own.std() < 1.1
 
 
 @pytest.mark.parametrize("method", ["p_tuning", "prefix_tuning"])

@@ -105,7 +105,13 @@ def test_defaults_fill_a_silent_recipe(tmp_path: Path) -> None:
     content["training"] = short | {"learning_rate": 0.5}
     assert train.make_arguments(make_recipe(content, folder=tmp_path)).learning_rate == 0.5
     outcome = train.run(make_recipe(content, folder=tmp_path))
-    assert PTuneConfig.from_pretrained(outcome.folder).prompt_tuning_init == "SAMPLE_VOCAB"
+    assert PTuneConfig.from_pretrained(outcome.folder).prompt_tuning_init == "RANDOM"
+
+
+def test_language_models_start_otherwise() -> None:
+    assert defaults_of("prompt_tuning", "CAUSAL_LM").options["prompt_tuning_init"] == "SAMPLE_VOCAB"
+    assert defaults_of("prompt_tuning", "SEQ_CLS") == defaults_of("prompt_tuning")
+    assert defaults_of("bitfit", "CAUSAL_LM") == defaults_of("bitfit")
 
 
 def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from hf_ptune.backbone import head_names
 from hf_ptune.callbacks.freeze import SHARDING
+from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.presets import defaults_of
 
 logger = logging.get_logger(__name__)
@@ -92,7 +93,7 @@ class LearningCallback(TrainerCallback):
             self._losses.append(float(logs["loss"]))
             self._steps.append(state.global_step)
             self._rate = max(self._rate, float(logs["learning_rate"]))
-        self._judge(args, state, model.config.method, numbers.get("prompt_change"))
+        self._judge(args, state, model, numbers.get("prompt_change"))
         if last:
             numbers = self.summary = numbers | self.summary
         # infinities are no JSON
@@ -103,9 +104,11 @@ class LearningCallback(TrainerCallback):
 
     # judgement ---------------------------------------------------------------------------------------------
 
-    def _judge(self, args: TrainingArguments, state: TrainerState, method: str, change: float | None) -> None:
+    def _judge(
+        self, args: TrainingArguments, state: TrainerState, model: PTunePreTrainedModel, change: float | None
+    ) -> None:
         if any(not math.isfinite(v) for v in (*self._losses[-1:], *([] if change is None else [change]))):
-            self._report(state, "too_high", f"the loss or the prompt is not finite. {self._lower(method)}")
+            self._report(state, "too_high", f"the loss or the prompt is not finite. {self._lower(model)}")
             return
         warmup = args.get_warmup_steps(state.max_steps)
         gone = state.global_step - warmup
@@ -113,7 +116,7 @@ class LearningCallback(TrainerCallback):
             return
         if change is not None and change < _LEAST_CHANGE:
             measured = f"the prompt has changed by {100 * change:.2g} % of its start, expected more than "
-            self._report(state, "too_low", f"{measured}{100 * _LEAST_CHANGE:g} %. {self._raise(method, change)}")
+            self._report(state, "too_low", f"{measured}{100 * _LEAST_CHANGE:g} %. {self._raise(model, change)}")
         if len(self._losses) < _LEAST_POINTS:
             return
         first, recent = self._losses[0], self._recent()
@@ -121,10 +124,10 @@ class LearningCallback(TrainerCallback):
         # what blows up is noisy too, so that a large rise needs no further test
         if recent - first > min(_CERTAIN_RISE * abs(first), max(_RISE * abs(first), _ERRORS * error)):
             measured = f"the loss is {recent:.4g} on average, above the {first:.4g} of the first step."
-            self._report(state, "too_high", f"{measured} {self._lower(method)}")
+            self._report(state, "too_high", f"{measured} {self._lower(model)}")
         if state.global_step >= state.max_steps / 2 and not self.found and self._is_flat(first, recent, error):
             measured = f"the loss is {recent:.4g} on average, and was {first:.4g} at first: it does not fall."
-            self._report(state, "flat", f"{measured} {self._unstick(method, change)}")
+            self._report(state, "flat", f"{measured} {self._unstick(model, change)}")
 
     def _quarter(self) -> int:
         return max(2, len(self._losses) // 4)
@@ -146,16 +149,16 @@ class LearningCallback(TrainerCallback):
         below_early = early - recent > max(_GAIN * abs(early), _ERRORS * error * math.sqrt(2 / steps))
         return not below_first and not below_early
 
-    def _lower(self, method: str) -> str:
-        usual = defaults_of(method).training.get("learning_rate")
+    def _lower(self, model: PTunePreTrainedModel) -> str:
+        usual = defaults_of(model.config.method, model.task).training.get("learning_rate")
         target = usual if usual is not None and usual < self._rate else self._rate / 10
         return f"Lower the learning rate from {self._rate:.2g} to about {target:.2g}, or warm up for longer."
 
-    def _unstick(self, method: str, change: float | None) -> str:
-        usual = defaults_of(method).training.get("learning_rate", 0.0)
+    def _unstick(self, model: PTunePreTrainedModel, change: float | None) -> str:
+        usual = defaults_of(model.config.method, model.task).training.get("learning_rate", 0.0)
         # behind a network a small rate moves a prompt far: P-Tuning at 1e-5 by 17 %, and learns nothing
         if (change is not None and change < _SMALL_CHANGE) or self._rate < usual / 10:
-            return self._raise(method, change)
+            return self._raise(model, change)
         moved = (
             "" if change is None else f"The prompt has changed by {100 * change:.0f} %, so the rate is not too low. "
         )
@@ -164,8 +167,8 @@ class LearningCallback(TrainerCallback):
             "number of virtual tokens: hf-ptune sweep."
         )
 
-    def _raise(self, method: str, change: float | None) -> str:
-        usual = defaults_of(method).training.get("learning_rate")
+    def _raise(self, model: PTunePreTrainedModel, change: float | None) -> str:
+        usual = defaults_of(model.config.method, model.task).training.get("learning_rate")
         if change == 0 and self._rate > 0 and (usual is None or self._rate >= usual / 1000):
             return (
                 f"It gets no update at learning rate {self._rate:.2g}: let the optimizer hold it (the Trainer's own "
@@ -173,6 +176,7 @@ class LearningCallback(TrainerCallback):
             )
         if usual is None or usual <= self._rate:
             usual = self._rate * 10
+        method = model.config.method
         return f"Raise the learning rate from {self._rate:.2g} to about {usual:.2g} ({method}), or train for longer."
 
     def _report(self, state: TrainerState, name: str, message: str) -> None:

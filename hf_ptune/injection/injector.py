@@ -115,6 +115,12 @@ class Injector:
             return InputPrompt(self.body.get_encoder(), embed, index=0)
         return InputPrompt(self.body, embed, index=1, offset=offset)
 
+    @property
+    def normalises(self) -> bool:
+        """Whether a prompt among the inputs is normalised before the first layer, as BERT and its kin do."""
+        table = getattr(getattr(self.inputs, "encoder", None), "embeddings", None)
+        return table is not None and any("norm" in name.lower() for name, _ in table.named_children())
+
     def words(self) -> nn.Module:
         """The word embeddings, among which a prompt stands."""
         words = embeddings.word_embeddings(self.backbone)

@@ -76,7 +76,7 @@ def tokenizer_of(task: Task) -> Any:
 def base_of(task: Task, labels: list[str]) -> PreTrainedModel:
     """A fresh base with a head for the task; a language model is frozen already."""
     if task.base == "smollm2":
-        return bases.base("smollm2").float()
+        return bases.base("smollm2")
     named: dict[str, Any] = {}
     if labels:
         named = {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
