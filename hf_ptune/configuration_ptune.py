@@ -84,10 +84,10 @@ class PTuneConfig(PreTrainedConfig):
             virtual tokens of prompt_tuning and p_tuning (P-Tuning, Liu et al. 2021, section 3.1), `{field}` a field
             of the row, `[MASK]` the word to predict. One without `[Pn]` is words alone, for every method.
         verbalizer: label to the word, or words, that stand for it at the mask.
-        prompt_tuning_init: "RANDOM" (with the deviation of the backbone's own embeddings, or of its own keys and
-            values; with deviation 1 where an encoder normalises its embeddings), "SAMPLE_VOCAB", "TEXT",
-            "CLASS_LABELS", "ZERO" or "ADAPTER" (where another adapter of the same base ended; Vu et al. 2022, SPoT).
-            A prefix takes the backbone's keys and values of the named tokens.
+        prompt_tuning_init: "RANDOM" (with the deviation of the backbone's own embeddings, or mean and deviation of
+            each channel of its own keys and values; with deviation 1 where an encoder normalises its embeddings),
+            "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO" or "ADAPTER" (where another adapter of the same base ended;
+            Vu et al. 2022, SPoT). A prefix takes the backbone's keys and values of the named tokens.
         prompt_tuning_init_text: the text of "TEXT".
         prompt_tuning_init_adapter: folder or Hub id of "ADAPTER"; read once, when the base is wrapped.
         prompt_tuning_init_head: whether "ADAPTER" brings its head and other modules too; the labels must be the same.

@@ -94,6 +94,11 @@ _DEFAULTS: dict[str, Defaults] = {
 }
 # where language models write text, as far as it differs
 _DEFAULTS_OF_WRITERS: dict[str, Defaults] = {
+    "p_tuning_v2": Defaults(
+        _DEFAULTS["p_tuning_v2"].options | {"prompt_tuning_init": "SAMPLE_VOCAB"},
+        _DEFAULTS["p_tuning_v2"].training | {"learning_rate": 1e-2},
+        "E2E with SmolLM2-135M, one seed, loss after 20 steps: 1.79; RANDOM starts far from text and ends at 2.30",
+    ),
     "prompt_tuning": Defaults(
         _DEFAULTS["prompt_tuning"].options | {"prompt_tuning_init": "SAMPLE_VOCAB"},
         _DEFAULTS["prompt_tuning"].training | {"learning_rate": 3e-2},

@@ -14,6 +14,8 @@ from hf_ptune.methods.base import join_prefix
 from hf_ptune.methods.initializers import fit_length, random_like, sample_vocabulary
 from hf_ptune.prompt_transfer import transfer
 
+_SAMPLE = 64  # tokens whose keys and values say how those of a random prefix are distributed
+
 
 def initialise(model: Any, tokenizer: Any = None) -> None:
     """Set the prompt of a freshly wrapped model as its configuration asks.
@@ -59,10 +61,15 @@ def _random(model: Any, injector: Injector, kind: PromptKind, virtual: int) -> T
             # their size is lost there, and a larger start holds its direction at larger learning rates
             return torch.randn(virtual, sample.shape[1], device=sample.device)
         return random_like(sample, virtual)
-    ids = sample_vocabulary(vocabulary_size(model.backbone), PROBE_TOKENS)
+    longest = getattr(model.backbone.config.get_text_config(), "max_position_embeddings", None) or 2 * _SAMPLE
+    ids = sample_vocabulary(vocabulary_size(model.backbone), max(PROBE_TOKENS, min(_SAMPLE, longest // 2)))
     pairs = _keys_of(injector, ids)
+    # channel by channel: a few are many times larger than all others, and draws as large everywhere drown the tokens
     draws = [
-        torch.randn(t.shape[0], virtual, t.shape[2], device=t.device) * t.float().std() for pair in pairs for t in pair
+        t.float().mean(1, keepdim=True)
+        + t.float().std(1, keepdim=True) * torch.randn(t.shape[0], virtual, t.shape[2], device=t.device)
+        for pair in pairs
+        for t in pair
     ]
     return join_prefix([(draws[i], draws[i + 1]) for i in range(0, len(draws), 2)])
 

@@ -191,6 +191,23 @@ def test_random_prompt_has_the_deviation_of_the_embeddings() -> None:
     assert abs(model.prompt.weight.std() / spread - 1) < 0.1
 
 
+def test_random_prefixes_are_distributed_as_the_backbone_s_own_keys_and_values() -> None:
+    """Channel by channel: where one is a hundred times larger than the others, no other one grows."""
+    backbone = build("llama")
+    large = backbone.model.layers[0].self_attn.k_proj.weight
+    with torch.no_grad():
+        large[3] *= 100
+    model = get_ptune_model(backbone, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=400))
+    keys = model.prompt.weight[:, : large.shape[0]].detach()
+    with torch.no_grad():
+        hidden = backbone.model.layers[0].input_layernorm(backbone.get_input_embeddings().weight)
+    own = hidden @ large.T  # before the rotation, which mixes channels in pairs
+    ratio = keys.std(0) / own.std(0)
+    pairs = [3, 3 + 4]  # channel 3 and the one it rotates with
+    others = [c for c in range(len(ratio)) if c not in pairs]
+    assert ratio[others].min() > 0.3 and ratio[others].max() < 3 and keys.std(0)[3] > 20 * keys.std(0)[others].max()
+
+
 def test_a_text_start_is_the_backbone_s_own_keys_and_values() -> None:
     """A prefix that starts from a text answers as the text before the tokens would."""
 
