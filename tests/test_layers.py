@@ -14,6 +14,7 @@ LAYERS = [
     {"cards", "placement", "loss_at_labels", "logits_at"},
     {"hub", "loading", "prompt_transfer", "prompt_start"},
     {"publishing"},
+    {"saving"},
     {"modeling_ptune"},
     {"engines"},
     {"multitask", "presets"},

@@ -1,0 +1,203 @@
+"""An adapter on the disk and the Hub: written, pushed, and loaded with the base that it names."""
+
+import os
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_ptune.adapter_file import check_tensors, digest_of, is_foreign, read_tensors, staged, write_tensors
+from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.errors import BackboneError, ConfigError
+from hf_ptune.loading import HUB_KEYS, check_prompt, find_adapter, load_base, settle_geometry
+from hf_ptune.methods.base import PromptEncoder
+from hf_ptune.methods.base import flatten as fold
+from hf_ptune.placement import check_base, choose_sites
+from hf_ptune.publishing import publish
+from hf_ptune.sharding import running
+
+# what a repository of ours may run says nothing of what its base may; the others are said of our own files
+_NOT_FOR_THE_BASE = (
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+    "_from_auto",
+    "_commit_hash",
+    "state_dict",
+    "adapter_kwargs",
+)
+
+
+class SavedAdapter(PreTrainedModel):
+    """What a wrapped model saves, pushes and loads: the adapter alone, never its base."""
+
+    task: ClassVar[str]
+    config: Any
+    prompt: PromptEncoder | None
+    # reads what another library saved; set by the room that knows its format
+    load_foreign: ClassVar[Callable[..., Any] | None] = None
+
+    @property
+    def architecture(self) -> str:
+        """Name of the class that loads it."""
+        raise NotImplementedError
+
+    def adapter_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The adapter's tensors by name."""
+        raise NotImplementedError
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        flatten: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write configuration and adapter, never the backbone; whoever is killed meanwhile keeps the old ones.
+
+        Args:
+            save_directory: the folder; made where it is missing.
+            is_main_process: whether this rank writes.
+            state_dict: a gathered state dict of the whole wrapper.
+            push_to_hub: also upload the folder.
+            flatten: fold the reparameterisation into the written prompt; it cannot be trained further then.
+        """
+        tensors = self.adapter_state_dict(state_dict)
+        config = self.config
+        if flatten and self.prompt is not None and not config.flattened:
+            tensors = self._folded(tensors)
+            config = type(config).from_dict(config.to_dict() | {"flattened": True})
+        if is_main_process:
+            config.architectures = [self.architecture]
+            type(config)._auto_class = None  # loaded by a repository's shim, transformers would copy our source
+            with staged(save_directory) as aside:
+                config.save_pretrained(aside)
+                if self.can_generate():
+                    self.generation_config.save_pretrained(aside)
+                structure = config.structure() | {"geometry": digest_of(config.geometry)}
+                write_tensors(aside, tensors, structure)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
+
+    def _folded(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter's tensors with the prompt encoded once, on the CPU: the model's own encoder may be in parts."""
+        assert self.prompt is not None
+        prompt = {n.removeprefix("prompt."): t.cpu() for n, t in tensors.items() if n.startswith("prompt.")}
+        with torch.random.fork_rng(devices=[]):
+            encoder = self.config.make_encoder(choose_sites(self.config, self.prompt.kind, type(self).task))
+        encoder.to(next(iter(prompt.values())).dtype).load_state_dict(prompt)
+        rest = {n: t for n, t in tensors.items() if not n.startswith("prompt.")}
+        return rest | {"prompt.weight": fold(encoder).weight}
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        tokenizer: Any = None,
+        keep_encoder: bool = False,
+        **ignored: Any,
+    ) -> str | None:
+        """Push adapter, tokenizer and card in one commit; of several ranks, the first does.
+
+        Args:
+            repo_id: `user/name`.
+            commit_message: first line of the commit.
+            commit_description: the rest of it.
+            private: of a repository that is made here.
+            token: a write token; the saved one when unset.
+            revision: a branch.
+            create_pr: open a pull request instead.
+            tokenizer: the base's own when unset.
+            keep_encoder: keep the reparameterisation, so that others can train on; else the prompt is flattened.
+            ignored: what pushing whole models takes (max_shard_size, tags).
+
+        Returns:
+            The address of the repository; `None` on other ranks.
+
+        Raises:
+            HubError: the push failed; says where the finished folder is and how to push it again.
+        """
+        return publish(
+            self,
+            repo_id,
+            tokenizer=tokenizer,
+            keep_encoder=keep_encoder,
+            commit_message=commit_message or "Upload adapter",
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        config: Any = None,
+        backbone: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load the base that the adapter names, then the adapter.
+
+        Args:
+            pretrained_model_name_or_path: adapter folder or Hub id.
+            config: its configuration, where it has been read already.
+            backbone: the base, where it is in memory already; it is not loaded then, and what the adapter keeps of
+                it (a head, biases) is written into it.
+            kwargs: `revision` is the adapter's; `cache_dir`, `token`, `local_files_only` serve both; dtype,
+                device_map, attn_implementation, quantization_config and the like go to the base.
+
+        Raises:
+            AdapterFileError: the folder does not hold what its configuration describes.
+            BackboneError: the base cannot be loaded, lacks weights or has another geometry or class.
+            ConfigError: the configuration describes no adapter, or one of another task.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        if config is None and cls.load_foreign is not None and is_foreign(source, kwargs):
+            foreign = cls.load_foreign(source, backbone=backbone, **kwargs)
+            if not isinstance(foreign, cls):
+                raise ConfigError(f"{source} holds a {type(foreign).__name__}, not a {cls.__name__}.")
+            return foreign
+        hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
+        own = hub | {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
+        with_info = kwargs.pop("output_loading_info", False)
+        for name in _NOT_FOR_THE_BASE:
+            kwargs.pop(name, None)
+        if not isinstance(config, PTuneConfig):
+            config, rest = PTuneConfig.from_pretrained(source, return_unused_kwargs=True, **own, **kwargs)
+            kwargs = {k: v for k, v in kwargs.items() if k in rest or k not in config.__dict__}
+        path, found, structure, config = find_adapter(source, config, **own)
+        config.first_token_offset = bool(config.first_token_offset)  # unset, it is decided for new prompts alone
+        check_prompt(config, cls.task, found, source)
+        prompt = read_tensors(path, [n for n in found if n.startswith("prompt.")])
+        if backbone is None:
+            backbone, absent = load_base(cls.task, config, hub | kwargs)
+        else:
+            check_base(backbone, config)
+            absent = set()
+        with running(backbone):
+            settle_geometry(config, backbone, structure.get("geometry"))
+        check_prompt(config, cls.task, found, source)
+        model: Any = cls(config, backbone)
+        expected = model.adapter_state_dict()
+        check_tensors(found, expected, source)
+        if unknown := sorted(n for n in absent if f"backbone.{n}" not in expected):
+            base = config.base_model_name_or_path
+            raise BackboneError(f"the base {base!r} has no weights for {unknown[:5]}: it is not the adapter's own.")
+        model.load_adapter_state_dict(prompt | read_tensors(path, set(found) - set(prompt)))
+        model.eval()
+        info: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
+        info["error_msgs"] = []
+        return (model, info) if with_info else model
