@@ -88,7 +88,9 @@ def test_a_recipe_trains(path: Path, variant: list[str], tmp_path: Path, capsys:
         rows = rows_for(recipe.build_task(), recipe.data, part == "held_out")
         (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     virtual = {"num_virtual_tokens": 4}
-    base = write_base(tmp_path / "base", FAMILIES.get(recipe.task, "bert"), get_task(recipe.task).model_task)
+    family = FAMILIES.get(recipe.task, "bert")
+    longer = {"n_positions": 1024} if family == "gpt2" else {}  # pipelines write 256 tokens
+    base = write_base(tmp_path / "base", family, get_task(recipe.task).model_task, **longer)
     if recipe.task.startswith("CLOZE"):
         virtual = {}  # the template has them
         mask = recipe.task == "CLOZE_MASKED_LM"

@@ -52,9 +52,9 @@ ROWS: dict[str, Any] = {
 KINDS = {"roles": "TOKEN_CLS", "instructions": "CAUSAL_LM", "facts": "MASKED_LM"}
 
 
-def write_base(folder: Path, family: str, task: str) -> str:
+def write_base(folder: Path, family: str, task: str, **settings: Any) -> str:
     headless = task in ("SEQ_CLS", "TOKEN_CLS", "MULTIPLE_CHOICE", "QUESTION_ANS")
-    build(family, "FEATURE_EXTRACTION" if headless else task).float().save_pretrained(folder)
+    build(family, "FEATURE_EXTRACTION" if headless else task, **settings).float().save_pretrained(folder)
     words_tokenizer().save_pretrained(folder)
     return str(folder)
 

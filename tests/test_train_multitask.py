@@ -32,9 +32,9 @@ def content(tmp_path: Path) -> dict[str, Any]:
             {"name": "letters", "task": "TOKEN_CLS", "data": {"source": "TOKEN_CLS.jsonl"}},
         ],
         "training": {
-            "num_train_epochs": 8,
+            "num_train_epochs": 16,
             "per_device_train_batch_size": 8,
-            "learning_rate": 3e-2,
+            "learning_rate": 5e-2,
             "report_to": "none",
             "save_strategy": "no",
             "use_cpu": True,
