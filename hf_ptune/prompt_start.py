@@ -42,15 +42,15 @@ def initialise(model: Any, tokenizer: Any = None) -> None:
         if start == "ZERO":
             encoded = torch.zeros_like(prompt())
         elif start == "RANDOM":
-            encoded = _random(model, injector, kind, virtual + bool(config.first_token_offset))
+            encoded = _random(model, injector, kind, len(prompt.origin))
         else:
             rows = _token_rows(model, start, virtual, tokenizer)
             if kind is PromptKind.EMBEDDINGS:
                 encoded = _embed(injector, rows)
             else:
                 encoded = join_prefix(_keys_of(injector, [row[0] for row in rows]))
-        if config.first_token_offset and start not in ("ZERO", "RANDOM"):  # no token stands for it
-            encoded = torch.cat([encoded, _random(model, injector, kind, 1).to(encoded)])
+        if further := len(prompt.origin) - len(encoded):  # a vector for the first own token: no token stands for it
+            encoded = torch.cat([encoded, _random(model, injector, kind, further).to(encoded)])
         prompt.start_from(encoded)
 
 

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import RecipeError
 from hf_ptune.methods import method_names
-from hf_ptune.presets import fill_from_preset
+from hf_ptune.presets import Defaults, defaults_of, fill_from_preset
 from hf_ptune.tasks import Task, get_task, task_names
 
 Column = str | list[str]
@@ -130,6 +130,10 @@ class Recipe:
     def build_task(self) -> Task:
         """The task, with its options."""
         return get_task(self.task)(max_length=self.data.max_length, **self.task_options)
+
+    def defaults(self) -> Defaults:
+        """What its method starts with, for its task, where it is silent."""
+        return defaults_of(self.method, self.build_task().model_task)
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -104,6 +104,12 @@ def _gathered(parameters: list[Tensor], write: bool = False) -> Iterator[None]:
         yield
 
 
+def _path(root: nn.Module, name: str) -> list[nn.Module]:
+    """The modules on the way from a root, which is left out, to a module inside it, which is the last."""
+    parts = name.split(".")
+    return [root.get_submodule(".".join(parts[:count])) for count in range(1, len(parts) + 1)]
+
+
 def whole_for_backward(root: nn.Module, name: str, inner: tuple[Tensor, Tensor]) -> None:
     """Let FSDP2 gather a layer before gradients enter it by tensors that leave it other than as its output.
 
@@ -112,9 +118,7 @@ def whole_for_backward(root: nn.Module, name: str, inner: tuple[Tensor, Tensor])
         name: of a module inside the layer, in `root`.
         inner: tensors that were taken out of that module.
     """
-    parts = name.split(".")
-    around = [root.get_submodule(".".join(parts[:count])) for count in range(1, len(parts) + 1)]
-    layer = next((m for m in reversed(around) if isinstance(m, FSDPModule)), None)
+    layer = next((m for m in reversed(_path(root, name)) if isinstance(m, FSDPModule)), None)
     if layer is None:
         return
     for tensor in inner:
@@ -133,8 +137,8 @@ def units_of(model: nn.Module, names: Iterable[str], embed: nn.Module | None) ->
         names: of the classes that its family counts as layers.
         embed: its word embeddings.
     """
-    inside = {type(m).__name__ for m in model.modules() if m is not embed and any(c is embed for c in m.modules())}
-    return set(names) - inside
+    name = next((n for n, m in model.named_modules() if m is embed), "")
+    return set(names) - {type(m).__name__ for m in _path(model, name)[:-1]}
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from hf_ptune.callbacks import LearningCallback, MemoryCallback, ModelCardCallba
 from hf_ptune.data import Rows, load_rows, split_rows
 from hf_ptune.errors import RecipeError
 from hf_ptune.methods import get_method
-from hf_ptune.presets import defaults_of
 from hf_ptune.recipe import Recipe
 from hf_ptune.train import evaluate, load_tokenizer, make_arguments, make_trainer, wrap_base
 
@@ -205,7 +204,7 @@ def sweep(
 def _grid(
     recipe: Recipe, rates: Sequence[float], lengths: Sequence[int], seeds: Sequence[int]
 ) -> list[tuple[float, int | None, int]]:
-    own = defaults_of(recipe.method, recipe.build_task().model_task)
+    own = recipe.defaults()
     usual = recipe.training.get("learning_rate", own.training.get("learning_rate", 1e-2))
     rates = list(rates) or [float(f"{usual * factor:.1g}") for factor in (0.1, 0.3, 1, 3)]
     tokens: list[int | None] = list(lengths) or [(own.options | recipe.options).get("num_virtual_tokens", 20)]

@@ -40,7 +40,6 @@ from hf_ptune.engines import last_checkpoint
 from hf_ptune.errors import BackboneError, PTuneError, RecipeError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
 from hf_ptune.optimizer import make_optimizer
-from hf_ptune.presets import defaults_of
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, read_recipe
 from hf_ptune.sharding import loading_alone
@@ -117,7 +116,7 @@ def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) ->
 
 def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None) -> PTuneConfig:
     """The configuration of a recipe's adapter; the method's defaults fill the options that the recipe leaves out."""
-    options = defaults_of(recipe.method, recipe.build_task().model_task).options | recipe.options | dict(further or {})
+    options = recipe.defaults().options | recipe.options | dict(further or {})
     return PTuneConfig(method=recipe.method, base_model_name_or_path=recipe.base, **options)
 
 
@@ -138,7 +137,7 @@ def make_arguments(recipe: Recipe) -> TrainingArguments:
         RecipeError: values that transformers refuses.
     """
     settings = {"dataloader_pin_memory": torch.accelerator.is_available()}
-    settings |= defaults_of(recipe.method, recipe.build_task().model_task).training | recipe.training
+    settings |= recipe.defaults().training | recipe.training
     try:
         return TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **settings)
     except (ValueError, ImportError) as error:

@@ -150,12 +150,12 @@ class LearningCallback(TrainerCallback):
         return not below_first and not below_early
 
     def _lower(self, model: PTunePreTrainedModel) -> str:
-        usual = defaults_of(model.config.method, model.task).training.get("learning_rate")
+        usual = _usual(model)
         target = usual if usual is not None and usual < self._rate else self._rate / 10
         return f"Lower the learning rate from {self._rate:.2g} to about {target:.2g}, or warm up for longer."
 
     def _unstick(self, model: PTunePreTrainedModel, change: float | None) -> str:
-        usual = defaults_of(model.config.method, model.task).training.get("learning_rate", 0.0)
+        usual = _usual(model) or 0.0
         # behind a network a small rate moves a prompt far: P-Tuning at 1e-5 by 17 %, and learns nothing
         if (change is not None and change < _SMALL_CHANGE) or self._rate < usual / 10:
             return self._raise(model, change)
@@ -168,7 +168,7 @@ class LearningCallback(TrainerCallback):
         )
 
     def _raise(self, model: PTunePreTrainedModel, change: float | None) -> str:
-        usual = defaults_of(model.config.method, model.task).training.get("learning_rate")
+        usual = _usual(model)
         if change == 0 and self._rate > 0 and (usual is None or self._rate >= usual / 1000):
             return (
                 f"It gets no update at learning rate {self._rate:.2g}: let the optimizer hold it (the Trainer's own "
@@ -186,6 +186,11 @@ class LearningCallback(TrainerCallback):
         self.summary[f"learning_{name}"] = float(state.global_step)
         if state.is_world_process_zero:
             logger.warning(self.found[name])
+
+
+def _usual(model: PTunePreTrainedModel) -> float | None:
+    """The learning rate that the model's method starts with."""
+    return defaults_of(model.config.method, model.task).training.get("learning_rate")
 
 
 def _unwrap(model: Any) -> Any:

@@ -7,4 +7,3 @@ import on_cpu
 if __name__ == "__main__":
     on_cpu.prepare()
     runpy.run_module("hf_ptune.train", run_name="__main__", alter_sys=True)
-    on_cpu.leave()
