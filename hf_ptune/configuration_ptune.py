@@ -35,7 +35,7 @@ STRUCTURE = (
     "template",
     "virtual_token_ids",
     "position_shift",
-    "first_token_offset",
+    "pooled_token",
 )
 # more than anybody has trained, and little enough that nothing runs out of memory before it is compared with the file
 _MOST = {"num_virtual_tokens": 2**20, "encoder_hidden_size": 2**20, "encoder_num_layers": 64}
@@ -100,9 +100,10 @@ class PTuneConfig(PreTrainedConfig):
         sites: attention sites of an encoder-decoder that take a prefix, of "encoder", "decoder", "cross".
         position_shift: whether own tokens stand after the virtual ones in the position count. Unset: yes in
             causal models that take `position_ids`, no in encoders, so that their full length stays usable.
-        first_token_offset: whether prompts among the inputs of an encoder come with one more vector, which is added to
-            the first own token, the one that heads pool. `get_ptune_model` sets it where it is unset: yes for
-            classification and multiple choice. The papers have no such vector.
+        pooled_token: whether one more virtual token stands first in an encoder, for the head to pool in place of the
+            first own one, which goes on as it was. "auto": for classification and multiple choice, where encoders
+            normalise their embeddings. Unset: "auto" for prompts among the inputs, no beside a prefix.
+            `get_ptune_model` makes it a yes or no. The papers have no such token.
         loss_at_labels: whether language models compute logits only where a label counts while they train; loss
             and gradients stay the same. Logits that somebody asks for all the same cost a second forward pass.
         modules_to_save: further modules of the backbone that are trained and saved; a task's head always is.
@@ -129,7 +130,7 @@ class PTuneConfig(PreTrainedConfig):
     layers: list[int] | None = None
     sites: list[str] | None = None
     position_shift: bool | None = None
-    first_token_offset: bool | None = None
+    pooled_token: bool | str | None = None
     loss_at_labels: bool = True
     modules_to_save: list[str] | None = None
     train_backbone: bool = False
@@ -183,9 +184,11 @@ class PTuneConfig(PreTrainedConfig):
             )
         if method.kind is PromptKind.EMBEDDINGS and self.layers is not None:
             raise ConfigError(f"layers is for prefixes; {self.method} puts its prompt into the input only.")
-        if self.first_token_offset and (method.kind is not PromptKind.EMBEDDINGS or self.places_tokens):
-            where = "a template places its tokens" if self.places_tokens else f"{self.method} has none among the inputs"
-            raise ConfigError(f"first_token_offset=True belongs to a prompt at the first own token, but {where}.")
+        if self.pooled_token not in (None, True, False, "auto"):
+            raise ConfigError(f"pooled_token={self.pooled_token!r}; expected True, False, 'auto' or None.")
+        if self.pooled_token is True and (method.kind is None or self.places_tokens):
+            why = "a template places the virtual tokens" if self.places_tokens else f"{self.method} has none"
+            raise ConfigError(f"pooled_token=True is one more virtual token, but {why}.")
         self._check_template(method.kind)
         if self.geometry:
             _check_geometry(self.geometry)
@@ -345,7 +348,7 @@ class PTuneConfig(PreTrainedConfig):
         method = get_method(self.method)
         assert method.kind is not None and method.build is not None
         spec = EncoderSpec(
-            num_virtual_tokens=self.num_virtual_tokens + bool(self.first_token_offset),
+            num_virtual_tokens=self.num_virtual_tokens,
             embedding_dim=self.geometry["embedding_dim"],
             prefix_width=sum(SiteShape(s["heads"], s["key_dim"], s["value_dim"]).width for s in chosen),
             encoder_hidden_size=self.encoder_hidden_size,

@@ -55,14 +55,14 @@ def describe_adapter(source: str, **hub: Any) -> str:
         state = (
             "flattened" if config.flattened else "with its reparameterisation" if method.reparameterised else "direct"
         )
-        offset = ", and a vector added to the first own token" if config.first_token_offset else ""
-        lines.append(f"virtual tokens: {config.num_virtual_tokens}, {state}{offset}")
+        pooled = ", and one that the head pools" if config.pooled_token else ""
+        lines.append(f"virtual tokens: {config.num_virtual_tokens}, {state}{pooled}")
     if config.template is not None:
         lines.append(f"template: {config.template}")
     lines += [f"{name}: {value:.4f}" for name, (value, _) in summarise(_metrics(source, hub)).items()]
     prompt = tensors.get("prompt.weight")
     if method.kind is PromptKind.EMBEDDINGS and prompt is not None:
-        lines += _nearest_tokens(prompt[: config.num_virtual_tokens].float(), config)
+        lines += _nearest_tokens(prompt.float(), config)
     return "\n".join(lines)
 
 

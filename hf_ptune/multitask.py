@@ -118,8 +118,9 @@ def get_multitask_model(
     first = next(iter(backbones.values()))
     for task, backbone in backbones.items():
         share_base(first, backbone, task)
-    if len({task_of(b) for b in backbones.values()}) > 1 and config.first_token_offset is None:
-        config = type(config).from_dict(config.to_dict() | {"first_token_offset": False})  # some heads pool no token
+    if config.pooled_token is True:
+        raise ConfigError("pooled_token=True: tasks share a prompt, but no token that one head pools; leave it out.")
+    config = type(config).from_dict(config.to_dict() | {"pooled_token": False})
     models = {task: get_ptune_model(backbone, config, tokenizer) for task, backbone in backbones.items()}
     prompt = next(iter(models.values())).prompt
     for task, model in models.items():

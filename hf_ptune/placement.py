@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from hf_ptune.backbone import describe
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError
-from hf_ptune.injection import body_of, parameters_of, text_of
+from hf_ptune.injection import body_of, normalises_embeddings, parameters_of, text_of
 from hf_ptune.methods import PromptKind, get_method
 
 # layers that a pooled head never reads: a prefix there would get no gradient
@@ -92,25 +92,28 @@ def check_base(backbone: PreTrainedModel, config: PTuneConfig) -> None:
         raise BackboneError(f"the backbone has another shape than the adapter's base: {listed}.")
 
 
-def offsets_first_token(config: PTuneConfig, task: str) -> bool:
-    """Whether the prompt brings a vector for the first own token, which a pooled head reads.
+def has_pooled_token(config: PTuneConfig, backbone: PreTrainedModel, task: str) -> bool:
+    """Whether one more virtual token is pooled by the head, in place of the first own token.
 
-    The head of an encoder reads the state at that token alone; PEFT's reads a virtual token there.
+    The first own token of an encoder takes up attention that no other wants, and its state may say little of the row.
 
     Args:
         config: with its geometry.
+        backbone: the task model.
         task: a key of `TASKS`.
 
     Raises:
-        ConfigError: asked for where virtual tokens do not stand beside that token.
+        ConfigError: asked for in a model that reads from left to right, or has a decoder.
     """
-    beside = get_method(config.method).kind is PromptKind.EMBEDDINGS and not config.places_tokens
-    beside = beside and not config.geometry["causal"] and not config.base.is_encoder_decoder
-    if config.first_token_offset and not beside:
-        raise ConfigError(
-            f"first_token_offset=True is for prompts among the inputs of an encoder, not {config.base_class}."
-        )
-    return beside and task in _POOLED if config.first_token_offset is None else config.first_token_offset
+    kind, asked = get_method(config.method).kind, config.pooled_token
+    encoder = not config.geometry["causal"] and not backbone.config.is_encoder_decoder
+    if asked is True and not encoder:
+        raise ConfigError(f"pooled_token=True is for encoders, not {type(backbone).__name__}.")
+    if isinstance(asked, bool):
+        return asked
+    if kind is None or config.places_tokens or (asked is None and kind is PromptKind.PREFIX):
+        return False
+    return encoder and task in _POOLED and normalises_embeddings(body_of(backbone))
 
 
 def shifts_positions(backbone: PreTrainedModel, config: PTuneConfig) -> bool:

@@ -62,26 +62,32 @@ class Preset:
 
 _ADAMW: dict[str, Any] = {"optim": "adamw_torch", "lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.0}
 
+_PROMPT: dict[str, Any] = {
+    "num_virtual_tokens": 20,
+    "prompt_tuning_init": "RANDOM",
+    "prefix_dropout": 0.0,
+    "pooled_token": "auto",
+}
 # the one table that measurements will change; `source` says what each row rests on
 _DEFAULTS: dict[str, Defaults] = {
     "p_tuning_v2": Defaults(
-        {"num_virtual_tokens": 20, "prompt_tuning_init": "RANDOM", "prefix_dropout": 0.0},
+        _PROMPT,
         {"learning_rate": 4e-2, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "weight_decay": 0.0},
         "best of 2e-2, 4e-2 and 8e-2 on TREC with MiniLM, one seed; Liu et al. 2022's scripts give 5e-3 to 6e-2",
     ),
     "prefix_tuning": Defaults(
-        {"num_virtual_tokens": 20, "prompt_tuning_init": "RANDOM", "prefix_dropout": 0.0},
+        _PROMPT,
         {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "weight_decay": 0.0},
         "behind an MLP steps are longer: Li & Liang 2021 take 5e-5 on GPT-2 medium, small bases more; not yet swept",
     ),
     "prompt_tuning": Defaults(
-        {"num_virtual_tokens": 20, "prompt_tuning_init": "RANDOM", "prefix_dropout": 0.0},
+        _PROMPT,
         {"learning_rate": 1e-1, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "weight_decay": 0.0},
         "TREC with MiniLM, one seed, after 2 epochs: RANDOM (deviation 1) .84 at 1e-1 and at 3e-1, SAMPLE_VOCAB .61 at "
         "best of 1e-2, 3e-2 and 1e-1",
     ),
     "p_tuning": Defaults(
-        {"num_virtual_tokens": 20, "prompt_tuning_init": "RANDOM", "prefix_dropout": 0.0},
+        _PROMPT,
         {"learning_rate": 1e-2, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "weight_decay": 0.0},
         "Liu et al. 2021 take 1e-5 to 1e-4 with the base trained too; a frozen base takes more: TREC with MiniLM, one "
         "seed, after 2 epochs: .45 at 3e-3, .78 at 1e-2, .48 at 3e-2",

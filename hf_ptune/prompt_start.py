@@ -5,15 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from hf_ptune.backbone import resolve
 from hf_ptune.errors import BackboneError, ConfigError
-from hf_ptune.injection import PROBE_TOKENS, Injector, evaluating, word_embeddings
+from hf_ptune.injection import PROBE_TOKENS, Injector, evaluating, normalises_embeddings, word_embeddings
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import join_prefix
 from hf_ptune.methods.initializers import fit_length, random_like, sample_vocabulary
 from hf_ptune.prompt_transfer import transfer
 
+logger = logging.get_logger(__name__)
 _SAMPLE = 64  # tokens whose keys and values say how those of a random prefix are distributed
 
 
@@ -33,6 +35,8 @@ def initialise(model: Any, tokenizer: Any = None) -> None:
         return
     kind, start = prompt.kind, config.prompt_tuning_init
     virtual = config.num_virtual_tokens
+    if model.pooled_token is not None:
+        _start_pooled_token(model, tokenizer)
     if start == "ADAPTER":
         transfer(model, config.prompt_tuning_init_adapter)
         return
@@ -42,22 +46,38 @@ def initialise(model: Any, tokenizer: Any = None) -> None:
         if start == "ZERO":
             encoded = torch.zeros_like(prompt())
         elif start == "RANDOM":
-            encoded = _random(model, injector, kind, len(prompt.origin))
+            encoded = _random(model, injector, kind, virtual)
         else:
             rows = _token_rows(model, start, virtual, tokenizer)
             if kind is PromptKind.EMBEDDINGS:
                 encoded = _embed(injector, rows)
             else:
                 encoded = join_prefix(_keys_of(injector, [row[0] for row in rows]))
-        if further := len(prompt.origin) - len(encoded):  # a vector for the first own token: no token stands for it
-            encoded = torch.cat([encoded, _random(model, injector, kind, further).to(encoded)])
         prompt.start_from(encoded)
+
+
+def _start_pooled_token(model: Any, tokenizer: Any) -> None:
+    """Start the token that heads pool at the one that ends a text, which sees the text as no virtual token does.
+
+    It is as large as a random prompt is (`_random`), or random itself where no such token is known.
+    """
+    injector, base = model._injector, model.backbone.config
+    ids = [getattr(base, name, None) for name in ("sep_token_id", "eos_token_id")]
+    if tokenizer is None and not any(isinstance(i, int) for i in ids):
+        try:
+            tokenizer = base_tokenizer(model.config)
+        except ConfigError:
+            logger.warning("the token that the head pools starts at random: pass tokenizer=… to name a separator.")
+    ids += [getattr(tokenizer, name, None) for name in ("sep_token_id", "eos_token_id")]
+    known = [i for i in ids if isinstance(i, int)]
+    row = _embed(injector, [known[:1]]) if known else _random(model, injector, PromptKind.EMBEDDINGS, 1)
+    model.pooled_token.start_from(row / row.std() if normalises_embeddings(injector.body) else row)
 
 
 def _random(model: Any, injector: Injector, kind: PromptKind, virtual: int) -> Tensor:
     if kind is PromptKind.EMBEDDINGS:
         sample = embedding_sample(injector)
-        if injector.normalises:
+        if normalises_embeddings(injector.body):
             # their size is lost there, and a larger start holds its direction at larger learning rates
             return torch.randn(virtual, sample.shape[1], device=sample.device)
         return random_like(sample, virtual)

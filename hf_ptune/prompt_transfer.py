@@ -18,6 +18,7 @@ from hf_ptune.placement import choose_sites
 
 logger = logging.get_logger(__name__)
 _PROMPT = "prompt."
+_POOLED = "pooled_token.weight"
 
 
 def transfer(model: Any, source: str) -> None:
@@ -50,6 +51,9 @@ def transfer(model: Any, source: str) -> None:
     encoder = config.make_encoder(chosen).to(next(model.prompt.parameters()))
     encoder.load_state_dict({n.removeprefix(_PROMPT): t for n, t in tensors.items() if n.startswith(_PROMPT)})
     _start(model.prompt, encoder)
+    pooled = tensors.pop(_POOLED, None)
+    if model.pooled_token is not None and pooled is not None:
+        model.pooled_token.start_from(pooled)
     if model.config.prompt_tuning_init_head:
         _copy_head(model, config, {n: t for n, t in tensors.items() if not n.startswith(_PROMPT)}, source)
 
@@ -120,15 +124,12 @@ def _start(prompt: PromptEncoder, source: PromptEncoder) -> None:
     source.eval(), prompt.eval()  # without dropout inside the reparameterisation
     with torch.no_grad():
         network = prompt() - prompt.origin
-        encoded = source()[: len(network)]
-        # a row for the first own token that the source does not have starts at nothing
-        encoded = torch.cat([encoded, encoded.new_zeros(len(network) - len(encoded), encoded.shape[1])])
-        prompt.start_from(encoded - network)
+        prompt.start_from(source() - network)
     prompt.train(was_training)
 
 
 def _copy_head(model: Any, source: PTuneConfig, head: dict[str, Tensor], where: str) -> None:
-    ours = {n: t for n, t in model.adapter_state_dict().items() if not n.startswith(_PROMPT)}
+    ours = {n: t for n, t in model.adapter_state_dict().items() if not n.startswith(_PROMPT) and n != _POOLED}
     shapes = [{n: tuple(t.shape) for n, t in part.items()} for part in (head, ours)]
     labels = [list((c.id2label or {}).values()) for c in (source, model.config)]
     if shapes[0] != shapes[1] or labels[0] != labels[1]:

@@ -174,11 +174,10 @@ def test_row_34_pooling_picks_the_last_real_token(method: str, model_class: type
 
 def test_row_35_cls_is_pooled(wrap: Wrap) -> None:
     """The pooled state is that of the first own token, computed here by hand among the inserted embeddings."""
-    model, inputs = wrap("bert", "prompt_tuning"), batch("bert")
-    ids, prompt = inputs["input_ids"], model.prompt.weight[None, :4].expand(2, -1, -1)
+    model, inputs = wrap("bert", "prompt_tuning", pooled_token=False), batch("bert")
+    ids, prompt = inputs["input_ids"], model.prompt.weight[None].expand(2, -1, -1)
     with torch.no_grad():
         words = model.get_input_embeddings()(ids)
-        words[:, 0] += model.prompt.weight[4]
         embeds = torch.cat([words[:, :1], prompt, words[:, 1:]], dim=1)
         positions = torch.tensor([[0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6]])
         expected = build("bert")

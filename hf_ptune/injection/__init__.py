@@ -1,7 +1,7 @@
 """The only place where prompts meet a backbone."""
 
 from hf_ptune.injection.calls import bind, parameters_of
-from hf_ptune.injection.embeddings import word_embeddings
+from hf_ptune.injection.embeddings import normalises_embeddings, word_embeddings
 from hf_ptune.injection.injector import Injector
 from hf_ptune.injection.probe import PROBE_TOKENS, body_of, evaluating, find_geometry, text_of
 
@@ -12,6 +12,7 @@ __all__ = [
     "body_of",
     "evaluating",
     "find_geometry",
+    "normalises_embeddings",
     "parameters_of",
     "text_of",
     "word_embeddings",

@@ -23,14 +23,14 @@ class InputPrompt:
         encoder: the module whose forward takes `input_ids` or `inputs_embeds`.
         embed: the word embeddings.
         index: number of own tokens before the prompt.
-        offset: whether the prompt has one more row, which is added to the last of these: heads pool it.
+        pooled: whether the prompt is one token whose states are given out as those of the first own token.
     """
 
-    def __init__(self, encoder: nn.Module, embed: nn.Module, index: int, offset: bool = False) -> None:
+    def __init__(self, encoder: nn.Module, embed: nn.Module, index: int, pooled: bool = False) -> None:
         self.encoder = encoder
         self.embed = embed
         self.index = index
-        self.offset = offset
+        self.pooled = pooled
         self.accepted = parameters_of(encoder)
 
     def insert(self, prompt: Tensor, named: dict[str, Any]) -> dict[str, Any]:
@@ -42,7 +42,6 @@ class InputPrompt:
             embeds = self.embed(ids)
         batch, length = embeds.shape[:2]
         prompt = prompt.to(embeds.device, embeds.dtype)
-        prompt, offset = (prompt[:-1], prompt[-1]) if self.offset else (prompt, None)
         virtual = prompt.shape[0]
         mask = named.get("attention_mask")
         if mask is not None and mask.dim() != 2:
@@ -50,9 +49,6 @@ class InputPrompt:
                 f"attention_mask has {mask.dim()} axes; a prompt among the inputs of an encoder needs [B, S]."
             )
         at = self.places(mask, batch, embeds.device)
-        if offset is not None:
-            first = torch.arange(length, device=embeds.device)[None] == at[:, None] - 1
-            embeds = embeds + first[..., None] * offset
         rows = prompt[None].expand(batch, -1, -1)
         positions = self._positions(ids, named, batch, length, embeds.device)
         named["inputs_embeds"] = splice(embeds, rows, at)
@@ -90,7 +86,7 @@ class InputPrompt:
     def cut(self, output: Any, virtual: int, length: int, mask: Tensor | None) -> Any:
         """Take the virtual positions out of everything that has them; `mask` is the one with the prompt."""
         batch = output[0].shape[0]
-        at = self.places(mask, batch, output[0].device)
+        at = self.places(mask, batch, output[0].device) + self.pooled  # in its place the first own token goes
         return _map(output, lambda t: cut_tensor(t, at, virtual, length))
 
 
@@ -131,6 +127,12 @@ def _map(output: Any, change: Any) -> Any:
     if type(output) in (tuple, list):
         return type(output)(_map(o, change) for o in output)
     return output
+
+
+def normalises_embeddings(body: nn.Module) -> bool:
+    """Whether embeddings are normalised before the first layer, as in BERT and its kin."""
+    table = getattr(body, "embeddings", None)
+    return table is not None and any("norm" in name.lower() for name, _ in table.named_children())
 
 
 def cut_encoder_fields(output: Any, at: Tensor, virtual: int, length: int) -> Any:

