@@ -188,3 +188,15 @@ def test_tasks_share_a_prompt_without_it() -> None:
 def test_peft_has_no_such_token(wrap: Wrap, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pooled_token=False"):
         save_peft(wrap("bert", "p_tuning_v2", pooled_token=True), tmp_path / "peft")
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2", "prefix_tuning"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(method: str, reentrant: bool, wrap: Wrap) -> None:
+    model, inputs = wrap("bert", method, pooled_token=True).train(), batch("bert")
+    parameters = [p for n, p in model.named_parameters() if n in model.adapter_parameter_names()]
+    wanted = torch.autograd.grad(model(**inputs).loss, parameters)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(**inputs).loss.backward()
+    for parameter, gradient in zip(parameters, wanted, strict=True):
+        assert parameter.grad is not None and torch.allclose(parameter.grad, gradient, atol=1e-9)

@@ -1,13 +1,16 @@
-"""What a prompt among the inputs of MiniLM gains where the pooled position is trained too (TREC, lr 0.3, 10 tokens).
+"""What a prompt among the inputs of MiniLM gains where the pooled position is trained too (TREC, 10 tokens).
 
-python recipes/benchmarks/quality/pooling.py [--data FOLDER] [--epochs 1] [--only PART]
+python recipes/benchmarks/quality/pooling.py [--data FOLDER] [--epochs 2] [--seeds 0,1,2] [--lr 0.1] [--only PART]
 
 Variants in plain torch, without either library: where the virtual tokens stand, how large they start, whether their
-positions are counted (as PEFT does, which moves the own tokens on) or all that of [CLS] (as hf_ptune does), and
-whether [CLS] bears a trained offset. The schedule is that of five epochs; training stops after `--epochs` of them.
+positions are counted (as PEFT does, which moves the own tokens on) or all that of [CLS] (as hf_ptune does), whether
+[CLS] bears a trained offset, and whether the pooled virtual token starts at the separator (hf_ptune's `pooled_token`).
+The schedule is that of five epochs; training stops after `--epochs` of them.
 """
 
 import argparse
+import contextlib
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -24,11 +27,13 @@ from torch import Tensor, nn
 from training import evaluate, fit
 
 # first: virtual tokens before [CLS], the first of them pooled; spread: deviation of their start;
-# offset: deviation of what is added to [CLS], or none
+# offset: deviation of what is added to [CLS], or none; separator: the first virtual token starts at [SEP]'s direction
 VARIANTS: dict[str, dict[str, Any]] = {
     "virtual first, 0.056": {"first": True, "spread": 0.056},
     "virtual first, 1": {"first": True, "spread": 1.0},
     "virtual first, 1, counted (PEFT)": {"first": True, "spread": 1.0, "counted": True},
+    "virtual first, 1, separator": {"first": True, "spread": 1.0, "separator": True},
+    "virtual first, 1, counted, separator": {"first": True, "spread": 1.0, "counted": True, "separator": True},
     "after [CLS], 1": {"spread": 1.0},
     "after [CLS], 1, counted": {"spread": 1.0, "counted": True},
     "after [CLS], 0.056, offset 0": {"spread": 0.056, "offset": 0.0},
@@ -37,17 +42,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+_SEPARATOR = 102  # [SEP] of MiniLM's vocabulary
+
+
 class Prompted(nn.Module):
     """A frozen MiniLM with a head, a prompt, and an offset on [CLS]."""
 
     def __init__(
-        self, labels: list[str], spread: float, first: bool = False, counted: bool = False, offset: float | None = None
+        self,
+        labels: list[str],
+        spread: float,
+        first: bool = False,
+        counted: bool = False,
+        offset: float | None = None,
+        separator: bool = False,
     ) -> None:
         super().__init__()
         self.model = columns.base_of(TASKS["trec"], labels).requires_grad_(False)
         self.model.classifier.requires_grad_(True)
         width = self.model.config.hidden_size
         self.prompt = nn.Parameter(torch.randn(10, width) * spread)
+        if separator:
+            row = self.model.base_model.embeddings.word_embeddings.weight[_SEPARATOR]
+            self.prompt.data[0] = row / row.std() * spread
         self.offset = None if offset is None else nn.Parameter(torch.randn(width) * offset)
         self.before, self.counted = 0 if first else 1, counted
 
@@ -74,7 +91,9 @@ class _EnoughError(Exception):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=os.environ.get("PTUNE_DATA", str(HERE.parents[3] / "shared" / "data")))
-    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--only", default="", help="part of a variant's name")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -83,22 +102,19 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     task = TASKS["trec"]
     data = load(task, Path(options.data), columns.tokenizer_of(task))
-    for name, variant in VARIANTS.items():
-        if options.only not in name:
-            continue
-        torch.manual_seed(0)
-        model = Prompted(data.labels, **variant)
+    names = [n for n in VARIANTS if options.only in n]
+    for name, seed in itertools.product(names, (int(s) for s in options.seeds.split(","))):
+        torch.manual_seed(seed)
+        model = Prompted(data.labels, **VARIANTS[name])
 
-        def after(epoch: int, loss: float, name: str = name, model: Prompted = model) -> None:
+        def after(epoch: int, loss: float, name: str = f"{name}, seed {seed}", model: Prompted = model) -> None:
             figure = evaluate(model, task, data.validation, data, 0)
             print(f"{name}: epoch {epoch}, loss {loss:.3f}, validation {figure:.4f}", flush=True)
             if epoch == options.epochs:
                 raise _EnoughError
 
-        try:
-            fit(model, task, data.train, {"lr": 0.3}, 0, 0, after)
-        except _EnoughError:
-            continue
+        with contextlib.suppress(_EnoughError):
+            fit(model, task, data.train, {"lr": options.lr}, seed, 0, after)
 
 
 if __name__ == "__main__":
