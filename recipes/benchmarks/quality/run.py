@@ -221,7 +221,7 @@ def fitting(name: str) -> list[str]:
     from tasks import TASKS
 
     if TASKS[name].kind == "CAUSAL_LM":
-        return ["peft_prompt_tuning", "prompt_tuning", "peft_prefix", "p_tuning_v2", "lora"]
+        return ["peft_prompt_tuning", "prompt_tuning", "peft_prefix", "prefix_tuning", "p_tuning_v2", "lora"]
     heads = [] if TASKS[name].kind == "SEQ_CLS" else ["head_mean"]
     return [c for c in COLUMNS if c not in ("lora", *heads)]
 
