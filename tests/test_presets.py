@@ -112,6 +112,8 @@ def test_language_models_start_otherwise() -> None:
     assert defaults_of("prompt_tuning", "CAUSAL_LM").options["prompt_tuning_init"] == "SAMPLE_VOCAB"
     assert defaults_of("prompt_tuning", "SEQ_CLS") == defaults_of("prompt_tuning")
     assert defaults_of("bitfit", "CAUSAL_LM") == defaults_of("bitfit")
+    assert defaults_of("p_tuning_v2", "TOKEN_CLS").training["learning_rate"] == 8e-2
+    assert defaults_of("prompt_tuning", "TOKEN_CLS") == defaults_of("prompt_tuning")
 
 
 def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
