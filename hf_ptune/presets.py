@@ -73,8 +73,8 @@ _DEFAULTS: dict[str, Defaults] = {
     "p_tuning_v2": Defaults(
         _PROMPT,
         {"learning_rate": 4e-2, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "weight_decay": 0.0},
-        "best of 2e-2, 4e-2 and 8e-2 on TREC with MiniLM, one seed, before heads pooled a token of their own, with which "
-        "4e-2 gives .923 (before .913); Liu et al. 2022's scripts give 5e-3 to 6e-2",
+        "best of 2e-2, 4e-2 and 8e-2 on TREC with MiniLM, one seed, before heads pooled a token of their own, with "
+        "which 4e-2 gives .923 (before .913); Liu et al. 2022's scripts give 5e-3 to 6e-2",
     ),
     "prefix_tuning": Defaults(
         _PROMPT,
@@ -348,7 +348,8 @@ def fill_from_preset(content: Mapping[str, Any], where: str = "recipe") -> dict[
 def list_presets() -> str:
     """All presets as a table, one line each, and the defaults of each method."""
     lines = [p.line() for p in _PRESETS.values()]
-    for where, table in (("", _DEFAULTS), (", and language models write text", _DEFAULTS_OF_WRITERS)):
+    tables = {"": _DEFAULTS, ", and tokens are tagged": _OF_TAGGERS, ", and language models write text": _OF_WRITERS}
+    for where, table in tables.items():
         lines += ["", f"where a recipe names no preset and is silent{where}:"]
         for method, found in table.items():
             said = ", ".join(f"{k}={v}" for k, v in (found.options | found.training).items())
