@@ -100,12 +100,12 @@ _DEFAULTS: dict[str, Defaults] = {
     ),
 }
 # where a kind of task asks for something else, as far as it differs
-_OF_TAGGERS: dict[str, Defaults] = {
+_OF_TOKENS: dict[str, Defaults] = {
     "p_tuning_v2": Defaults(
         _DEFAULTS["p_tuning_v2"].options,
         _DEFAULTS["p_tuning_v2"].training | {"learning_rate": 8e-2},
         "validation F1 with MiniLM, one seed, 8e-2 and 4e-2: SRL .372 and .310, Broad Twitter .655 and .634, WikiGold "
-        ".544 and .523",
+        ".544 and .523, QA-SRL .295 and .258",
     ),
 }
 _OF_WRITERS: dict[str, Defaults] = {
@@ -121,7 +121,7 @@ _OF_WRITERS: dict[str, Defaults] = {
         "1e-1; RANDOM 1.99 and 1.96",
     ),
 }
-_DEFAULTS_OF_TASKS = {"TOKEN_CLS": _OF_TAGGERS, "CAUSAL_LM": _OF_WRITERS, "SEQ_2_SEQ_LM": _OF_WRITERS}
+_DEFAULTS_OF_TASKS = {"TOKEN_CLS": _OF_TOKENS, "QUESTION_ANS": _OF_TOKENS, "CAUSAL_LM": _OF_WRITERS, "SEQ_2_SEQ_LM": _OF_WRITERS}
 _UNKNOWN_METHOD = Defaults({}, {}, "a method of somebody else's: transformers' own defaults")
 
 _P_TUNING_V2 = "THUDM/P-tuning-v2, run_script"
@@ -282,7 +282,7 @@ def defaults_of(method: str, task: str | None = None) -> Defaults:
 
     Args:
         method: a method of PTuneConfig; one registered elsewhere has none.
-        task: a key of `backbone.TASKS`; methods may start otherwise where tokens are tagged or text is written.
+        task: a key of `backbone.TASKS`; methods may start otherwise where heads read every token, or text is written.
     """
     return _DEFAULTS_OF_TASKS.get(task or "", {}).get(method) or _DEFAULTS.get(method, _UNKNOWN_METHOD)
 
@@ -348,7 +348,7 @@ def fill_from_preset(content: Mapping[str, Any], where: str = "recipe") -> dict[
 def list_presets() -> str:
     """All presets as a table, one line each, and the defaults of each method."""
     lines = [p.line() for p in _PRESETS.values()]
-    tables = {"": _DEFAULTS, ", and tokens are tagged": _OF_TAGGERS, ", and language models write text": _OF_WRITERS}
+    tables = {"": _DEFAULTS, ", and tokens are tagged or spans found": _OF_TOKENS, ", and language models write text": _OF_WRITERS}
     for where, table in tables.items():
         lines += ["", f"where a recipe names no preset and is silent{where}:"]
         for method, found in table.items():
