@@ -121,7 +121,12 @@ _OF_WRITERS: dict[str, Defaults] = {
         "1e-1; RANDOM 1.99 and 1.96",
     ),
 }
-_DEFAULTS_OF_TASKS = {"TOKEN_CLS": _OF_TOKENS, "QUESTION_ANS": _OF_TOKENS, "CAUSAL_LM": _OF_WRITERS, "SEQ_2_SEQ_LM": _OF_WRITERS}
+_DEFAULTS_OF_TASKS = {
+    "TOKEN_CLS": _OF_TOKENS,
+    "QUESTION_ANS": _OF_TOKENS,
+    "CAUSAL_LM": _OF_WRITERS,
+    "SEQ_2_SEQ_LM": _OF_WRITERS,
+}
 _UNKNOWN_METHOD = Defaults({}, {}, "a method of somebody else's: transformers' own defaults")
 
 _P_TUNING_V2 = "THUDM/P-tuning-v2, run_script"
@@ -348,7 +353,11 @@ def fill_from_preset(content: Mapping[str, Any], where: str = "recipe") -> dict[
 def list_presets() -> str:
     """All presets as a table, one line each, and the defaults of each method."""
     lines = [p.line() for p in _PRESETS.values()]
-    tables = {"": _DEFAULTS, ", and tokens are tagged or spans found": _OF_TOKENS, ", and language models write text": _OF_WRITERS}
+    tables = {
+        "": _DEFAULTS,
+        ", and tokens are tagged or spans found": _OF_TOKENS,
+        ", and language models write text": _OF_WRITERS,
+    }
     for where, table in tables.items():
         lines += ["", f"where a recipe names no preset and is silent{where}:"]
         for method, found in table.items():
