@@ -102,7 +102,8 @@ class PTuneConfig(PreTrainedConfig):
             causal models that take `position_ids`, no in encoders, so that their full length stays usable.
         pooled_token: whether one more virtual token stands first in an encoder, for the head to pool in place of the
             first own one, which goes on as it was. "auto": for classification and multiple choice, where encoders
-            normalise their embeddings. Unset: "auto" for prompts among the inputs, no beside a prefix.
+            normalise their embeddings, and where the prompt starts from an adapter only if that has one. Unset: "auto"
+            for prompts among the inputs, no beside a prefix.
             `get_ptune_model` makes it a yes or no. The papers have no such token.
         loss_at_labels: whether language models compute logits only where a label counts while they train; loss
             and gradients stay the same. Logits that somebody asks for all the same cost a second forward pass.

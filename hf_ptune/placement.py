@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from hf_ptune.backbone import describe
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import BackboneError, ConfigError
+from hf_ptune.errors import BackboneError, ConfigError, PTuneError
 from hf_ptune.injection import body_of, normalises_embeddings, parameters_of, text_of
 from hf_ptune.methods import PromptKind, get_method
 
@@ -113,7 +113,17 @@ def has_pooled_token(config: PTuneConfig, backbone: PreTrainedModel, task: str) 
         return asked
     if kind is None or config.places_tokens or (asked is None and kind is PromptKind.PREFIX):
         return False
+    if config.prompt_tuning_init == "ADAPTER" and not _pools(config.prompt_tuning_init_adapter):
+        return False  # a head that comes along reads what it has learnt to read
     return encoder and task in _POOLED and normalises_embeddings(body_of(backbone))
+
+
+def _pools(adapter: str | None) -> bool:
+    """Whether an adapter that a prompt starts from has a pooled token; what is wrong with it is told elsewhere."""
+    try:
+        return PTuneConfig.from_pretrained(adapter).pooled_token is True
+    except (OSError, ValueError, PTuneError):
+        return False
 
 
 def shifts_positions(backbone: PreTrainedModel, config: PTuneConfig) -> bool:

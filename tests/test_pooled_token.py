@@ -173,6 +173,8 @@ def test_another_adapter_starts_it(had: bool, has: bool, wrap: Wrap, tmp_path: P
     assert torch.allclose(model.prompt(), source.prompt(), atol=1e-6)
     if had and has:
         assert torch.allclose(model.pooled_token(), source.pooled_token(), atol=1e-6)
+    asked = wrap("bert", "prompt_tuning", strong=False, pooled_token="auto", **start)
+    assert asked.config.pooled_token is had  # so that a head which comes along reads what it has learnt to read
 
 
 def test_tasks_share_a_prompt_without_it() -> None:
