@@ -80,8 +80,7 @@ def test_beside_a_prefix_it_is_one_more_token_of_the_row(wrap: Wrap) -> None:
 def test_outputs_keep_their_shapes_and_padding_changes_nothing(family: str, method: str, wrap: Wrap) -> None:
     model = wrap(family, method, pooled_token=True)
     ids = batch(family)["input_ids"][:1]
-    padded = torch.cat([ids, ids.new_full((1, 3), 0 if model.config.base.pad_token_id is None else
-                                          model.config.base.pad_token_id)], 1)  # fmt: skip
+    padded = torch.cat([ids, ids.new_full((1, 3), model.config.base.pad_token_id or 0)], 1)
     mask = torch.cat([torch.ones_like(ids), ids.new_zeros(1, 3)], 1)
     output = model(input_ids=padded, attention_mask=mask, output_hidden_states=True)
     assert torch.allclose(output.logits, model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, atol=1e-8)

@@ -83,9 +83,9 @@ class InputPrompt:
         real = torch.ones(batch, length, dtype=torch.long, device=device) if ids is None else ids.ne(padding).long()
         return real.cumsum(1) * real + padding
 
-    def cut(self, output: Any, virtual: int, length: int, mask: Tensor | None) -> Any:
+    def cut(self, output: Any, virtual: int, mask: Tensor | None) -> Any:
         """Take the virtual positions out of everything that has them; `mask` is the one with the prompt."""
-        batch = output[0].shape[0]
+        batch, length = output[0].shape[0], output[0].shape[1] - virtual
         at = self.places(mask, batch, output[0].device) + self.pooled  # in its place the first own token goes
         return _map(output, lambda t: cut_tensor(t, at, virtual, length))
 

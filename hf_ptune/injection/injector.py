@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,9 +99,8 @@ class Injector:
         elif kind is PromptKind.EMBEDDINGS and not self.causal:
             self.inputs = self._input_prompt()
         self._attach()
-        self.pooled = pooled
         if pooled is not None:
-            self._attach_pooled()
+            self._attach_pooled(pooled)
 
     def _site(self, found: dict[str, Any]) -> Site:
         shape = SiteShape(found["heads"], found["key_dim"], found["value_dim"])
@@ -152,13 +152,15 @@ class Injector:
                 add(self.body.get_encoder().register_forward_pre_hook(self._before_part))
             return
         assert self.inputs is not None
-        add(self.inputs.encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True, prepend=True))
+        before = partial(self._before_encoder, self.inputs, self.encode)
+        add(self.inputs.encoder.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
         if self.backbone.config.is_encoder_decoder:
             decoder = self.body.get_decoder()
             add(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True, prepend=True))
             add(self.backbone.register_forward_hook(self._after_seq2seq, with_kwargs=True))
         else:
-            add(self.inputs.encoder.register_forward_hook(self._after_encoder, with_kwargs=True))
+            after = partial(self._after_encoder, self.inputs, self.num_virtual_tokens)
+            add(self.inputs.encoder.register_forward_hook(after, with_kwargs=True))
 
     def install(self) -> None:
         """Make the attention functions that the backbone uses now see the prefixes."""
@@ -168,12 +170,13 @@ class Injector:
             if name not in (None, "eager"):
                 attention.install(name)
 
-    def _attach_pooled(self) -> None:
+    def _attach_pooled(self, pooled: Callable[[], Tensor]) -> None:
         """Before all other hooks of the body come in, and after they have gone out."""
-        self.pool = InputPrompt(self.body, self.words(), index=0, pooled=True)
+        place = InputPrompt(self.body, self.words(), index=0, pooled=True)
+        before, after = partial(self._before_encoder, place, pooled), partial(self._after_encoder, place, 1)
         self.handles += [
-            self.body.register_forward_pre_hook(self._before_pooled, with_kwargs=True, prepend=True),
-            self.body.register_forward_hook(self._after_pooled, with_kwargs=True),
+            self.body.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+            self.body.register_forward_hook(after, with_kwargs=True),
         ]
 
     def detach(self) -> None:
@@ -388,29 +391,24 @@ class Injector:
 
     # input prompts -----------------------------------------------------------------------------------------
 
-    def _before_pooled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_encoder(
+        self,
+        place: InputPrompt,
+        encode: Callable[[], Tensor],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         if self.busy or not self.enabled:
             return None
-        assert self.pooled is not None
-        return (), self.pool.insert(self.pooled(), bind(module, args, kwargs))
+        return (), place.insert(encode(), bind(module, args, kwargs))
 
-    def _after_pooled(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def _after_encoder(
+        self, place: InputPrompt, virtual: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> Any:
         if self.busy or not self.enabled:
             return None
-        return self.pool.cut(output, 1, output[0].shape[1] - 1, kwargs.get("attention_mask"))
-
-    def _before_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.enabled:
-            return None
-        assert self.inputs is not None
-        return (), self.inputs.insert(self.encode(), bind(module, args, kwargs))
-
-    def _after_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if not self.enabled:
-            return None
-        assert self.inputs is not None
-        length = output[0].shape[1] - self.num_virtual_tokens
-        return self.inputs.cut(output, self.num_virtual_tokens, length, kwargs.get("attention_mask"))
+        return place.cut(output, virtual, kwargs.get("attention_mask"))
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.enabled:
