@@ -86,8 +86,7 @@ def run(recipe: Recipe) -> Outcome:
         model.print_trainable_parameters()
     # before the first step, but not before training: engines that split have none to evaluate with until then
     arguments.eval_on_start = True
-    resume = arguments.resume_from_checkpoint
-    trainer.train(last_checkpoint(arguments.output_dir) if resume in (True, "true") else resume)
+    trainer.train(checkpoint_of(arguments))
     before = numbers(next(e for e in trainer.state.log_history if any(k.startswith("eval_") for k in e)), "eval")
     after = evaluate(trainer)
     test = evaluate(trainer, task.encode(rows.test, tokenizer, rows.labels, held_out=True)) if rows.test else {}
@@ -142,6 +141,12 @@ def make_arguments(recipe: Recipe) -> TrainingArguments:
         return TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **settings)
     except (ValueError, ImportError) as error:
         raise RecipeError(f"training: {error}") from error
+
+
+def checkpoint_of(arguments: TrainingArguments) -> str | None:
+    """The checkpoint that training goes on from: the one that is named, or of `true` the last of the output folder."""
+    resume = arguments.resume_from_checkpoint
+    return last_checkpoint(arguments.output_dir) if resume in (True, "true") else resume
 
 
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:

@@ -20,10 +20,11 @@ from transformers import (
     set_seed,
 )
 
-from hf_ptune.callbacks import LearningCallback, check_batch
+from hf_ptune.callbacks import LearningCallback, MemoryCallback, check_batch
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.errors import RecipeError
+from hf_ptune.hub import push_folder
 from hf_ptune.multitask import (
     MultiTaskDataset,
     MultiTaskPrompt,
@@ -38,6 +39,7 @@ from hf_ptune.tasks import Feature, Task, TaskTrainer
 from hf_ptune.train import (
     ADAPTER_FOLDER,
     card_facts,
+    checkpoint_of,
     command,
     evaluate,
     leave,
@@ -203,6 +205,8 @@ class MultiTaskTrainer(Trainer):
 def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
     """Train one prompt on all tasks, and save `adapter/<task>` for each.
 
+    With `push_to_hub` each of them becomes a repository of its own at the end, `<hub_model_id>-<task>`.
+
     Args:
         recipe: what `make_multitask_recipe` returns.
 
@@ -211,16 +215,20 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
 
     Raises:
         PTuneError: data, base, method or a task's first batch do not fit.
+        HubError: an adapter could not be pushed; all of them have been written.
     """
     arguments = make_arguments(recipe.shared)
+    # the Trainer would push them as one repository, which no Auto class reads by its name
+    push, arguments.push_to_hub = arguments.push_to_hub, False
     set_seed(recipe.shared.seed)
     tokenizer = load_tokenizer(recipe.shared.base)
     model, parts = build(recipe, tokenizer)
-    trainer = MultiTaskTrainer(model, arguments, parts, tokenizer, recipe.temperature, callbacks=[LearningCallback()])
+    watched_by = [LearningCallback(), MemoryCallback()]
+    trainer = MultiTaskTrainer(model, arguments, parts, tokenizer, recipe.temperature, callbacks=watched_by)
     for name, part in parts.items():
         check_batch(model.model_of(name), part.task.collator(tokenizer)(part.train[:_GUARDED_ROWS]))
     before = trainer.evaluate()
-    trainer.train()
+    trainer.train(checkpoint_of(arguments))
     after = trainer.evaluate()
     folder = Path(recipe.shared.output_dir) / ADAPTER_FOLDER
     found: dict[str, dict[str, float]] = {}
@@ -236,6 +244,11 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
             print(f"{name}: held-out {metric} {scores}")
             _finish(trainer, recipe, name, folder / name, found[name])
             print(f"  {folder / name}", flush=True)
+    if push and trainer.is_world_process_zero():
+        for name in parts:
+            private, token = arguments.hub_private_repo, arguments.hub_token
+            url = push_folder(folder / name, _repository(arguments, name), private=private, token=token)
+            print(f"{name}: {url}", flush=True)
     trainer.accelerator.wait_for_everyone()
     return found
 
@@ -248,7 +261,12 @@ def _finish(
     trainer.processing_class.save_pretrained(folder)
     facts = gather_facts(trainer.args, trainer.state, model, card_facts(recipe.tasks[name], trainer.parts[name].rows))
     facts.metrics = [metrics]
-    finish_folder(model, folder, f"{Path(recipe.shared.output_dir).name}-{name}", facts=facts)
+    finish_folder(model, folder, _repository(trainer.args, name), facts=facts)
+
+
+def _repository(arguments: TrainingArguments, task: str) -> str:
+    """The repository of a task's adapter."""
+    return f"{arguments.hub_model_id or Path(str(arguments.output_dir)).name}-{task}"
 
 
 def build(recipe: MultiTaskRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[MultiTaskPrompt, dict[str, Part]]:

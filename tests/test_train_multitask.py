@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+import transformers
+from hub import HubServer, connect
+from huggingface_hub import ModelCard
 from test_train import ROWS, write_base
 from transformers import AutoTokenizer
 
@@ -109,3 +113,22 @@ def test_mistakes_are_named(change: dict[str, Any], message: str, content: dict[
         make_multitask_recipe(content | change, "x.yaml")
     with pytest.raises(RecipeError, match=r"names several tasks; .* hf_ptune\.train_multitask"):
         make_recipe(content)
+
+
+def test_each_task_becomes_a_repository(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["training"] |= {"push_to_hub": True, "hub_model_id": "alice/both", "hub_token": "t", "max_steps": 1}
+    with HubServer() as hub:
+        hub.add_user("alice", "t")
+        connect(monkeypatch, hub)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+        run(make_multitask_recipe(content, folder=tmp_path))
+        assert set(hub.repos) == {"alice/both-when", "alice/both-letters"}
+        loaded = TASKS["TOKEN_CLS"].from_pretrained("alice/both-letters", cache_dir=tmp_path / "cache", token="t")
+        assert "alice/both-letters" in ModelCard.load("alice/both-letters", token="t").content
+    facts = json.loads((tmp_path / "out/adapter/letters/run_facts.json").read_text())
+    written = TASKS["TOKEN_CLS"].from_pretrained(tmp_path / "out/adapter/letters")
+    assert torch.equal(loaded.prompt.weight, written.prompt.weight)
+    assert facts["memory"]["rss_peak"] > 0 and facts["speed"]
