@@ -117,7 +117,7 @@ def _token_rows(model: Any, start: str, virtual: int, tokenizer: Any) -> list[li
     """Token ids behind every virtual token; a label of several tokens keeps them together."""
     size = vocabulary_size(model.backbone)
     if start == "SAMPLE_VOCAB":
-        return [[i] for i in sample_vocabulary(size, virtual)]
+        return [[i] for i in sample_vocabulary(size, virtual, tokenizer)]
     tokenizer = tokenizer or base_tokenizer(model.config)
     if start == "TEXT":
         ids = tokenizer(model.config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
@@ -128,7 +128,7 @@ def _token_rows(model: Any, start: str, virtual: int, tokenizer: Any) -> list[li
             f"prompt_tuning_init='CLASS_LABELS' needs named labels; found {labels}. Load the backbone with id2label."
         )
     rows = [tokenizer(str(v), add_special_tokens=False)["input_ids"] for v in labels.values()][:virtual]
-    return rows + [[i] for i in sample_vocabulary(size, virtual)][: virtual - len(rows)]
+    return rows + [[i] for i in sample_vocabulary(size, virtual, tokenizer)][: virtual - len(rows)]
 
 
 def base_tokenizer(config: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import batch, build
+from tokenizers_of import tokenizer_of
 from transformers import (
     DynamicCache,
     LlamaConfig,
@@ -185,6 +186,18 @@ def test_starts(start: str, method: str, wrap: Wrap) -> None:
     assert torch.isfinite(logits(model, **batch("llama"))).all()
 
 
+def test_sampled_tokens_stand_for_text() -> None:
+    """Low ids of BERT's vocabulary are [PAD], [CLS] and [unused0] to [unused993]."""
+    tokenizer = tokenizer_of("wordpiece", further=" ".join(f"[unused{n}]" for n in range(9)))
+    config = PTuneConfig(method="prompt_tuning", num_virtual_tokens=23, prompt_tuning_init="SAMPLE_VOCAB")
+    model = get_ptune_model(build("llama"), config, tokenizer)
+    rows = model.get_input_embeddings().weight
+    drawn = [int((rows == row).all(1).nonzero()) for row in model.prompt.weight]
+    assert len(set(drawn)) == 23
+    tokens = tokenizer.convert_ids_to_tokens(drawn)
+    assert not [t for t in tokens if t in tokenizer.all_special_tokens or t.startswith("[unused")]
+
+
 def test_random_prompt_has_the_deviation_of_the_embeddings() -> None:
     model = get_ptune_model(build("llama"), PTuneConfig(method="prompt_tuning", num_virtual_tokens=500))
     spread = model.get_input_embeddings().weight.std()
@@ -226,19 +239,17 @@ def test_a_text_start_is_the_backbone_s_own_keys_and_values() -> None:
 
 
 def test_class_labels_start_a_prompt() -> None:
-    class Words:
-        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-            return {"input_ids": {"good": [11, 12], "bad": [13]}[text]}
-
-    names = {0: "good", 1: "bad"}
+    tokenizer = tokenizer_of("wordpiece")
+    pieces = tokenizer.convert_tokens_to_ids(["t", "##errible"])
+    names = {0: "terrible", 1: "good"}
     backbone = build("bert", num_labels=2, id2label=names, label2id={v: k for k, v in names.items()})
     config = PTuneConfig(method="prompt_tuning", num_virtual_tokens=3, prompt_tuning_init="CLASS_LABELS")
-    model = get_ptune_model(backbone, config, Words())
+    model = get_ptune_model(backbone, config, tokenizer)
     words = model.get_input_embeddings().weight
-    assert torch.allclose(model.prompt.weight[0], words[[11, 12]].mean(0), atol=1e-6)
-    assert torch.allclose(model.prompt.weight[1], words[13], atol=1e-6)
+    assert torch.allclose(model.prompt.weight[0], words[pieces].mean(0), atol=1e-6)
+    assert torch.allclose(model.prompt.weight[1], words[tokenizer.convert_tokens_to_ids("good")], atol=1e-6)
     with pytest.raises(ConfigError, match="needs named labels"):
-        get_ptune_model(build("bert"), config, Words())
+        get_ptune_model(build("bert"), config, tokenizer)
 
 
 @pytest.mark.slow

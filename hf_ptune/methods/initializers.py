@@ -1,7 +1,11 @@
 """Where a prompt starts: random with a backbone's own deviation, or at given tokens."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_COMMON = 5000
 
 
 def random_like(sample: Tensor, num_virtual_tokens: int) -> Tensor:
@@ -20,12 +24,19 @@ def fit_length(ids: list[int], num_virtual_tokens: int) -> list[int]:
     return (ids * (num_virtual_tokens // len(ids) + 1))[:num_virtual_tokens]
 
 
-def sample_vocabulary(vocab_size: int, num_virtual_tokens: int) -> list[int]:
+def sample_vocabulary(vocab_size: int, num_virtual_tokens: int, tokenizer: Any = None) -> list[int]:
     """Draw P token ids, without repeats where the vocabulary allows (Lester et al. 2021, section 3.2).
 
-    The paper draws from the 5,000 most common tokens; low ids are those in most vocabularies.
+    The paper draws from the 5,000 most common tokens; low ids are those in most vocabularies, once a tokenizer has
+    told which of them are special or stand for no text (`[unused7]`).
     """
-    pool = min(vocab_size, 5000)
-    if pool >= num_virtual_tokens:
-        return [int(i) for i in torch.randperm(pool)[:num_virtual_tokens]]
-    return [int(i) for i in torch.randint(pool, (num_virtual_tokens,))]
+    pool = list(range(min(vocab_size, _COMMON)))
+    if tokenizer is not None:
+        first = range(min(vocab_size, len(tokenizer), 2 * _COMMON))
+        special = set(tokenizer.all_special_ids)
+        tokens = tokenizer.convert_ids_to_tokens(list(first))
+        ordinary = [i for i, t in zip(first, tokens, strict=True) if t and i not in special and t[:7] != "[unused"]
+        pool = ordinary[:_COMMON] or pool
+    if len(pool) >= num_virtual_tokens:
+        return [pool[i] for i in torch.randperm(len(pool))[:num_virtual_tokens]]
+    return [pool[i] for i in torch.randint(len(pool), (num_virtual_tokens,))]
