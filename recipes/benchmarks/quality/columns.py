@@ -59,6 +59,7 @@ COLUMNS: dict[str, Column] = {
     "p_tuning": Column("ours P-Tuning", "hf_ptune", "p_tuning", _NETWORK),
     "prefix_tuning": Column("ours Prefix Tuning", "hf_ptune", "prefix_tuning", _NETWORK),
     "p_tuning_v2": Column("ours P-Tuning v2", "hf_ptune", "p_tuning_v2", _PREFIX),
+    "bitfit": Column("ours BitFit", "hf_ptune", "bitfit", _NETWORK),
     "lora": Column("PEFT LoRA, rank 8", "peft", "lora", (3e-4, 1e-3)),
     "full": Column("full fine-tuning", "full", "full", (1e-4, 3e-4, 1e-3)),
 }

@@ -182,7 +182,7 @@ class Runner:
 
         task, how = TASKS[name], columns.COLUMNS[column]
         start = dict(how.defaults or {})
-        if how.library in ("peft", "hf_ptune") and how.method != "lora":
+        if how.library in ("peft", "hf_ptune") and how.method not in ("lora", "bitfit"):
             start = {"length": task.virtual[0]} | start
         best = self._best(name, column, [start | {"lr": rate} for rate in how.rates])
         further = [{"length": n} for n in task.virtual[1:]] if "length" in start else []
