@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import ConfigError, TemplateError
@@ -172,11 +173,13 @@ class ClozeCollator:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, causal: bool) -> None:
-        self.pad = DataCollatorWithPadding(tokenizer)
+        self.tokenizer = tokenizer
         self.mask = None if causal else tokenizer.mask_token_id
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch: dict[str, Tensor] = dict(self.pad(features))
+        # behind the tokens, whatever the tokenizer's side: encoders count positions from the batch's first column
+        padded = pad_without_fast_tokenizer_warning(self.tokenizer, features, padding_side="right", return_tensors="pt")
+        batch: dict[str, Tensor] = dict(padded)
         if self.mask is None:
             real = batch["attention_mask"]
             at = real.shape[1] - 1 - real.flip(1).argmax(1)  # last of each row

@@ -1,6 +1,10 @@
 """Rows for training: read, brought under their roles, labels named, split."""
 
+import ast
+import contextlib
+import json
 import random
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +14,11 @@ from hf_ptune.errors import RecipeError
 from hf_ptune.recipe import Column, Recipe
 from hf_ptune.sources import HUB, chatterbot_rows, read_file, read_hub, read_label_names
 from hf_ptune.tasks import Row, Task
+from hf_ptune.tasks.base import missing
 
 _LABELS_FILE = "labels.json"  # beside a file of rows
+_LIST = re.compile(r"""\[\s*(['"\d-]|None|null|\[)[^\0]*\]|\{\s*['"][^\0]*\}""")
+_ARRAY = re.compile(r"""['"]\s+['"]""")  # printed by numpy, without commas
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,26 @@ def load_rows(recipe: Recipe) -> Rows:
         train, held_out = split_rows(train, data.eval_fraction, data.split_seed, task.group_role)
     train = take_rows(train, data.limit, data.split_seed)
     held_out, test = (take_rows(part, data.eval_limit, data.split_seed) for part in (held_out, test))
+    for role in task.possible:
+        _check_everywhere(role, task, [("training", train), ("held-out", held_out), ("test", test)])
     labels = names or task.label_names(train)
     task.check_labels(labels)
     for part, what in ((held_out, "held-out"), (test, "test")):
         if unknown := sorted(set(task.label_names(part)) - set(labels)):
             raise RecipeError(f"{what} rows have the labels {unknown[:5]}, which no training row has; add such rows.")
     return Rows(train, held_out, labels, test)
+
+
+def _check_everywhere(role: str, task: Task, parts: Sequence[tuple[str, list[Row]]]) -> None:
+    """Refuse rows of which some have a role that changes what is asked, and others have not."""
+    if role in task.now_and_then:
+        return
+    having, lacking = ([what for what, rows in parts if any((role in r) is has for r in rows)] for has in (True, False))
+    if having and lacking:
+        raise RecipeError(
+            f"{having[0]} rows have a {role}, but some {lacking[0]} rows have none; give it to all, or to none. "
+            f"Where a file names the column otherwise, name it under data.columns.{role}."
+        )
 
 
 def _read_further(recipe: Recipe, task: Task, source: str | None, split: str | None) -> list[Row]:
@@ -84,49 +105,122 @@ def _read(recipe: Recipe, task: Task, source: str, split: str) -> tuple[list[Row
         named = read_label_names(recipe.folder / recipe.data.labels)
     elif recipe.data.labels is not None:
         named = recipe.data.labels
+    numbered = list(enumerate(found, 1))
     if wanted := recipe.data.where:
-        found = [row for row in found if all(str(_value(row, column)) == str(v) for column, v in wanted.items())]
-        if not found:
+        numbered = [
+            (n, r) for n, r in numbered if all(str(_value(r, column)) == str(v) for column, v in wanted.items())
+        ]
+        if not numbered:
             raise RecipeError(f"{place}: no row has {wanted}, as data.where asks.")
-    rows = [
-        task.check_row(_by_role(row, task, columns, f"{place}, row {n}"), f"{place}, row {n}")
-        for n, row in enumerate(found, 1)
-    ]
+    places = [f"{place}, row {n}" for n, _ in numbered]
+    rows = [task.check_row(_by_role(row, task, columns, at), at) for (_, row), at in zip(numbered, places, strict=True)]
     role = task.label_role
     if role is None:
         return rows, []
+    for row, at in zip(rows, places, strict=True):
+        row[role] = _plain(row[role], at)
     column = columns.get(role, role)
     names = named if isinstance(named, list) else named.get(column, []) if isinstance(column, str) else []
     if names:
-        rows = [row | {role: _name(row[role], names, f"{place}, row {n}")} for n, row in enumerate(rows, 1)]
+        count = _counts([row[role] for row in rows], names)
+        for row, at in zip(rows, places, strict=True):
+            row[role] = _name(row[role], names, count, at)
     return rows, list(names)
+
+
+def _flat(values: Sequence[Any]) -> list[Any]:
+    return [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A label as it is told: a whole number that was read as 1.0 is 1.
+
+    Raises:
+        RecipeError: it is empty, or a number between the classes.
+    """
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, where) for v in value]
+    if missing(value) or value == "":
+        raise RecipeError(f"{where}: a label is empty; fill it, or take the row out.")
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise RecipeError(
+                f"{where}: has the label {value!r}; expected the name or number of a class. Numbers to be predicted "
+                "(regression) are none of the tasks."
+            )
+        return int(value)
+    return value
+
+
+def _counts(values: Sequence[Any], names: Sequence[str]) -> bool:
+    """Whether labels that are numbers count the names from 0; they do, unless they can only be names themselves."""
+    numbers = [v for v in _flat(values) if isinstance(v, int) and not isinstance(v, bool)]
+    return all(0 <= n < len(names) for n in numbers) or not all(str(n) in names for n in numbers)
 
 
 def _by_role(row: Row, task: Task, columns: Mapping[str, Column], where: str) -> Row:
     # a role is read where the recipe names its column, or a column has the role's own name
     values = {role: _value(row, columns.get(role, role)) for role in task.roles()}
-    found = {role: value for role, value in values.items() if value is not None}
+    found = {
+        role: read_list(value, f"{where}: {role}") if role in task.lists else value
+        for role, value in values.items()
+        if not missing(value) and not (value == "" and role in task.now_and_then)
+    }
     named = [[role for role in form if role in columns] for form in task.forms]
     lacking = [[role for role in form if role not in found] for form in task.forms]
-    _, _, missing = min((len(absent), -len(told), absent) for absent, told in zip(lacking, named, strict=True))
-    missing += [role for role in columns if role in task.possible and role not in found]
-    if missing:
+    _, _, absent = min((len(gaps), -len(told), gaps) for gaps, told in zip(lacking, named, strict=True))
+    absent += [
+        role
+        for role, column in columns.items()
+        if role in task.possible and role not in found and not (role in task.now_and_then and column in row)
+    ]
+    if absent:
+        column = columns.get(absent[0], absent[0])
+        if isinstance(column, str) and column in row:
+            raise RecipeError(f"{where}: column {column!r} is empty; fill it, or take the row out.")
         raise RecipeError(
-            f"{where}: has no column {columns.get(missing[0], missing[0])!r} for {missing[0]}; "
-            f"it has {', '.join(map(str, row))}. Name the column under data.columns.{missing[0]}."
+            f"{where}: has no column {column!r} for {absent[0]}; "
+            f"it has {', '.join(map(str, row))}. Name the column under data.columns.{absent[0]}."
         )
     return found
+
+
+class _Filled(dict[str, Any]):
+    """A row whose empty cells no text can name."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        if missing(value):
+            raise KeyError(key)
+        return value
+
+
+def read_list(value: Any, where: str) -> Any:
+    """The list that a cell of CSV holds as JSON, or as Python prints it; what looks like none stays as it is.
+
+    Raises:
+        RecipeError: it looks like a list and cannot be read.
+    """
+    if not isinstance(value, str) or not _LIST.fullmatch(value.strip()):
+        return value
+    if not _ARRAY.search(value):
+        for read in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError):
+                return read(value)
+    if value.strip()[1:].lstrip()[:1] not in "'\"":
+        return value  # a text that begins with a number in brackets
+    raise RecipeError(f"{where} holds {value[:60]!r}, which is no list in JSON; write it with json.dumps.")
 
 
 def _value(row: Row, column: Column) -> Any:
     """What a row has in a column: `a`, `a.b` inside it, a text with `{a}`, or several columns as one list."""
     if isinstance(column, list):
         several = [_value(row, c) for c in column]
-        return None if None in several else several
+        return None if any(v is None and c not in row for v, c in zip(several, column, strict=True)) else several
     if "{" in column:
         try:
-            return column.format_map(row)
-        except (KeyError, IndexError, ValueError):
+            return column.format_map(_Filled(row))
+        except (KeyError, IndexError, ValueError, AttributeError):
             return None
     if column in row:
         return row[column]
@@ -136,14 +230,16 @@ def _value(row: Row, column: Column) -> Any:
     return value
 
 
-def _name(value: Any, names: Sequence[str], where: str) -> Any:
+def _name(value: Any, names: Sequence[str], count: bool, where: str) -> Any:
     if isinstance(value, (list, tuple)):
-        return [_name(v, names, where) for v in value]
+        return [_name(v, names, count, where) for v in value]
     text = str(value)
-    if text in names:
+    counted = isinstance(value, int) and not isinstance(value, bool) and count
+    if text in names and not counted:
         return text
-    if text.isdecimal() and int(text) < len(names):
-        return names[int(text)]
+    number = int(value) if isinstance(value, int) else int(text) if text.isdecimal() else -1
+    if 0 <= number < len(names):
+        return names[number]
     raise RecipeError(
         f"{where}: has the label {value!r}; expected a number below {len(names)} or one of {', '.join(names[:10])}."
     )

@@ -4,9 +4,10 @@ import csv
 import importlib.util
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -14,6 +15,7 @@ from hf_ptune.errors import RecipeError
 from hf_ptune.tasks.base import Row
 
 HUB = "hub:"
+_LONGEST_CELL = 2**31 - 1  # characters; the csv module stops at 131,072
 _MIN_LINES = 25  # topics of fewer lines are too small to be held out
 
 
@@ -38,9 +40,23 @@ def read_file(path: Path) -> list[Row]:
     return rows
 
 
+@contextmanager
+def _text_of(path: Path) -> Iterator[TextIO]:
+    """A file of UTF-8, with or without a byte order mark.
+
+    Raises:
+        RecipeError: another encoding.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is not in UTF-8 ({error}); convert it, as by iconv -t utf-8.") from error
+
+
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with _text_of(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -55,8 +71,21 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
+    rows: list[Row] = []
+    with _text_of(path) as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                if None in row:
+                    raise RecipeError(
+                        f"{path}, line {reader.line_num}: has {len(row[None])} cells more than the header; texts with "
+                        'commas stand in quotes ("a, b").'
+                    )
+                rows.append(row)
+        except csv.Error as error:
+            raise RecipeError(f"{path}, line {reader.line_num}: is no CSV: {error}") from error
+    return rows
 
 
 def _read_parquet(path: Path) -> list[Row]:

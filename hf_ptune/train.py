@@ -33,6 +33,7 @@ from hf_ptune.callbacks import (
     MemoryCallback,
     ModelCardCallback,
 )
+from hf_ptune.callbacks.guard import check_positions
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, load_rows
@@ -45,6 +46,7 @@ from hf_ptune.recipe import Recipe, read_recipe
 from hf_ptune.sharding import loading_alone
 from hf_ptune.sources import HUB
 from hf_ptune.tasks import Answer, Feature, Row, Task, TaskTrainer
+from hf_ptune.tasks.generation import GenerationTask
 
 ADAPTER_FOLDER = "adapter"
 _QUESTIONS = 3
@@ -200,13 +202,16 @@ def make_trainer(
     """Put a Trainer around a model, watched by the callbacks."""
     task = recipe.build_task()
     scorer = task.scorer(tokenizer, rows.labels)
+    train = task.encode(rows.train, tokenizer, rows.labels)
+    held_out = task.encode(rows.held_out, tokenizer, rows.labels, held_out=True)
+    check_features(model, task, tokenizer, [*train, *held_out])
     return TaskTrainer(
         task=task,
         labels=rows.labels,
         model=model,
         args=arguments,
-        train_dataset=task.encode(rows.train, tokenizer, rows.labels),
-        eval_dataset=task.encode(rows.held_out, tokenizer, rows.labels, held_out=True),
+        train_dataset=train,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         optimizer_cls_and_kwargs=make_optimizer(arguments, model, recipe.backbone_learning_rate),
         callbacks=[
@@ -217,6 +222,34 @@ def make_trainer(
             ModelCardCallback(**card_facts(recipe, rows)),
         ],
     )
+
+
+def check_features(
+    model: PTunePreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, features: Sequence[Feature]
+) -> None:
+    """Refuse features that the model could not read, whichever batch they will be in.
+
+    Raises:
+        RecipeError: a row has no tokens.
+        GuardError: one has more than the base has positions, or what is written behind it has.
+    """
+    if empty := sum(not _count(f["input_ids"], min) for f in features):
+        raise RecipeError(
+            f"{empty} rows have no tokens for {type(tokenizer).__name__}; fill their texts, or drop them."
+        )
+    for name in ("input_ids", "labels"):
+        counts = [_count(f[name], max) if isinstance(f.get(name), list) else 0 for f in features]
+        with torch.random.fork_rng(devices=[]):  # collators may mask at random
+            longest = task.collator(tokenizer)([features[counts.index(max(counts))]])
+        check_positions(model, longest)
+    if isinstance(task, GenerationTask) and task.generate:
+        width = max(len(f["source_ids"]) for f in features)
+        check_positions(model, {"input_ids": torch.zeros(1, width)}, further=task.max_new_tokens)
+
+
+def _count(ids: Sequence[Any], of: Callable[[Sequence[int]], int]) -> int:
+    """Tokens of a feature; of several choices, of the shortest or longest."""
+    return of([len(one) for one in ids]) if len(ids) and isinstance(ids[0], list) else len(ids)
 
 
 def evaluate(trainer: TaskTrainer, test: list[Feature] | None = None) -> dict[str, float]:

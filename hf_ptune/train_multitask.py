@@ -39,6 +39,7 @@ from hf_ptune.tasks import Feature, Task, TaskTrainer
 from hf_ptune.train import (
     ADAPTER_FOLDER,
     card_facts,
+    check_features,
     checkpoint_of,
     command,
     evaluate,
@@ -226,6 +227,7 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
     watched_by = [LearningCallback(), MemoryCallback()]
     trainer = MultiTaskTrainer(model, arguments, parts, tokenizer, recipe.temperature, callbacks=watched_by)
     for name, part in parts.items():
+        check_features(model.model_of(name), part.task, tokenizer, [*part.train, *part.held_out])
         check_batch(model.model_of(name), part.task.collator(tokenizer)(part.train[:_GUARDED_ROWS]))
     before = trainer.evaluate()
     trainer.train(checkpoint_of(arguments))

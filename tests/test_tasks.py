@@ -90,7 +90,7 @@ def test_choices_are_read_behind_the_same_text() -> None:
     ]
     for row, message in [
         ({"text": "a", "choices": "b", "label": 0}, "choices are 'b'"),
-        ({"text": "a", "choices": ["b", "c"], "label": 2}, "the label is '2'; expected a number from 0 to 1"),
+        ({"text": "a", "choices": ["b", "c"], "label": 2}, "the label is 2; expected a number from 0 to 1"),
         ({"text": "a", "choices": ["b", "c"], "label": "other"}, "the label is 'other'"),
     ]:
         with pytest.raises(RecipeError, match=message):
@@ -161,7 +161,7 @@ def test_a_predicate_stands_behind_its_sentence() -> None:
     labels = np.array([feature["labels"]])
     found = task.compute_metrics(EvalPrediction(np.where(labels == 1, 2, labels), labels), [feature], names)
     assert found["f1"] == 1.0
-    with pytest.raises(RecipeError, match="predicate_index is 4; expected one of 4 tokens"):
+    with pytest.raises(RecipeError, match="predicate_index is 4; expected a number from 0, of one of 4 tokens"):
         task.check_row(row | {"predicate_index": 4}, "row 1")
 
 
@@ -245,7 +245,7 @@ def test_questions_without_answer() -> None:
     starts, ends = oracle([feature])
     assert task.compute_metrics(EvalPrediction((starts, ends), None), [feature], [])["NoAns_f1"] == 1.0
     moved = {"context": "a b", "question": "c", "answers": {"text": ["b"], "answer_start": [1]}}
-    with pytest.raises(RecipeError, match="the answer 'b' is not at character 1 of the context; there is ' '"):
+    with pytest.raises(RecipeError, match="the answer 'b' is not at character 1; there is ' '"):
         task.check_row(moved, "row 1")
     with pytest.raises(RecipeError, match="leaves no room for a context beside a question of 3 tokens"):
         QuestionAnswering(max_length=6, max_question_length=3, unanswerable=True).encode(
@@ -299,9 +299,9 @@ def test_the_answer_alone_has_labels(side: str) -> None:
         kept = labels != IGNORED
         assert tokenizer.decode(ids[kept]) == tokenizer.decode(labels[kept]) == answer
     short = CausalLM(max_length=3).encode(rows, tokenizer, [])[0]
-    assert tokenizer.decode(short["input_ids"]) == "b c [SEP]" and short["labels"][0] == IGNORED
+    assert tokenizer.decode(short["input_ids"]) == "[CLS] c [SEP]" and short["labels"][0] == IGNORED
     long = CausalLM(max_length=4).encode(checked(CausalLM(), {"prompt": "a b", "answer": "c d e f"}), tokenizer, [])[0]
-    assert tokenizer.decode(long["input_ids"]) == "a b c d"  # half of the room is the prompt's
+    assert tokenizer.decode(long["input_ids"]) == "[CLS] b c d"  # half of the room is the prompt's
 
 
 def test_instructions() -> None:

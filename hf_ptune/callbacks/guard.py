@@ -86,7 +86,7 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], compute_loss_func: L
     device = inner.get_input_embeddings().weight.device
     inputs: dict[str, Any] = send_to_device(dict(batch), device)
     _check_places(inner, inputs)
-    _check_positions(inner, inputs)
+    check_positions(inner, inputs)
     _check_labels(inner, inputs)
     with kept_random_state(inner), kept_model_state(inner):
         loss_of: Callable[[Any], Any] = _own_loss
@@ -210,8 +210,17 @@ def _all_ignored(inputs: dict[str, Any]) -> bool:
     return isinstance(labels, Tensor) and bool((labels == IGNORED).all())
 
 
-def _check_positions(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> None:
-    """Compare T, and P where own tokens stand behind the prompt, with tables of absolute positions."""
+def check_positions(model: PTunePreTrainedModel, inputs: Mapping[str, Any], further: int = 0) -> None:
+    """Compare T, and P where own tokens stand behind the prompt, with tables of absolute positions.
+
+    Args:
+        model: a wrapped model.
+        inputs: a batch.
+        further: tokens that will be written behind the ids of a decoder.
+
+    Raises:
+        GuardError: a table has fewer rows.
+    """
     shift = model._injector is not None and model._injector.shift
     virtual = model.config.num_virtual_tokens if shift else 0
     for name, module in model.backbone.named_modules():
@@ -219,6 +228,8 @@ def _check_positions(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> Non
             continue
         in_decoder = model.config.is_encoder_decoder and "decoder" in name.split(".")
         length = _length(inputs, ("decoder_input_ids", "labels") if in_decoder else ("input_ids", "inputs_embeds"))
+        if in_decoder or not model.config.is_encoder_decoder:
+            length = max(length, further) if in_decoder else length + further
         offset = getattr(module, "offset", None)  # BART, OPT: rows before position 0
         if not isinstance(offset, int):
             offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa
@@ -232,7 +243,7 @@ def _check_positions(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> Non
             )
 
 
-def _length(inputs: dict[str, Any], names: tuple[str, ...]) -> int:
+def _length(inputs: Mapping[str, Any], names: tuple[str, ...]) -> int:
     for name in names:
         if isinstance(found := inputs.get(name), Tensor):
             return int(found.shape[2 if name == "input_ids" and found.dim() == 3 else 1])  # [B, choices, T]

@@ -39,6 +39,15 @@ class Bleu(evaluate.Metric):
         return {"bleu": float(BLEU(tokenize=self.tokenize).corpus_score(list(predictions), streams).score)}
 
 
+def bleu_tokenizers() -> list[str]:
+    """Names of the tokenizers that BLEU may take; none where sacrebleu is not installed."""
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        return []
+    return [str(name) for name in BLEU.TOKENIZERS]
+
+
 class RougeL(evaluate.Metric):
     """ROUGE-L: F1 of the longest common subsequence of words, the best reference of each text, from 0 to 1.
 

@@ -57,7 +57,9 @@ class Task:
         name: the recipe's `task`.
         model_task: key of `backbone.TASKS` by which the base is loaded.
         forms: sets of roles, any one of which a row must have whole.
-        possible: roles that a row may have besides.
+        possible: roles that a row may have besides: all rows do, or none.
+        now_and_then: those of them that some rows may have, and others not.
+        lists: roles that hold lists, which a cell of CSV may tell as JSON.
         label_role: role that holds names of labels, one or a list; `None` where the head has no names.
         group_role: role by which rows are split in strata, and by which unlike rows are asked.
         main_metric: name of the number that tells how good a model is; greater is better.
@@ -69,6 +71,8 @@ class Task:
     model_task: ClassVar[str]
     forms: ClassVar[tuple[tuple[str, ...], ...]]
     possible: ClassVar[tuple[str, ...]] = ()
+    now_and_then: ClassVar[tuple[str, ...]] = ()
+    lists: ClassVar[tuple[str, ...]] = ()
     label_role: ClassVar[str | None] = None
     group_role: ClassVar[str | None] = None
     main_metric: ClassVar[str]
@@ -198,18 +202,38 @@ def make_collator(
 
 
 def pad_behind(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Feature]], Any]:
-    """What pads behind the tokens whatever the tokenizer's side, so that a feature's places are the batch's."""
+    """What pads behind the tokens whatever the tokenizer's side, so that a feature's places are the batch's.
+
+    Labels are one of a feature, or as many as its tokens.
+    """
 
     def pad(features: list[Feature]) -> Any:
         inputs = [{name: value for name, value in f.items() if name != "labels"} for f in features]
         batch = pad_without_fast_tokenizer_warning(tokenizer, inputs, padding_side="right", return_tensors="pt")
         if "labels" in features[0]:
-            width = batch["input_ids"].shape[1]
-            labels = [f["labels"] + [IGNORED] * (width - len(f["labels"])) for f in features]
-            batch["labels"] = torch.tensor(labels)  # [B, T]
+            labels = [f["labels"] for f in features]
+            if isinstance(labels[0], list):
+                width = batch["input_ids"].shape[1]
+                labels = [one + [IGNORED] * (width - len(one)) for one in labels]
+            batch["labels"] = torch.tensor(labels)  # [B] or [B, T]
         return batch
 
     return pad
+
+
+def missing(value: Any) -> bool:
+    """Whether a cell holds nothing: None, or what pandas writes for it."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def whole(value: Any) -> int | None:
+    """The whole number that a cell tells, as 2, 2.0 or "2"; `None` where it tells none."""
+    if isinstance(value, str):
+        text = value.strip().removesuffix(".0")
+        return int(text) if text.removeprefix("-").isdecimal() else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
+        return None
+    return int(value)
 
 
 def run_model(task: Task, model: Any, tokenizer: PreTrainedTokenizerBase, features: Sequence[Feature]) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import RecipeError
@@ -14,6 +15,7 @@ from hf_ptune.tasks.base import Answer, Collator, Feature, Row, kept_pairs, make
 from hf_ptune.tasks.generation import GenerationTask
 from hf_ptune.tasks.registry import register_task
 
+logger = logging.get_logger(__name__)
 _USER = "{instruction}"
 
 
@@ -39,6 +41,7 @@ class CausalLM(GenerationTask):
     model_task = "CAUSAL_LM"
     forms = (("prompt", "answer"), ("prompt", "references"), ("instruction", "output"))
     possible = ("input",)
+    now_and_then = ("input",)
     target_role = "answer"
 
     def __post_init__(self) -> None:
@@ -51,20 +54,30 @@ class CausalLM(GenerationTask):
             row = row | {"prompt": one_line(row["prompt"])}
         else:
             asked = [str(row[role]).strip() for role in ("instruction", "input") if role in row]
-            row = row | {"instruction": "\n".join(filter(None, asked)), "answer": str(row["output"])}
+            row = row | {"instruction": "\n".join(filter(None, asked)), "answer": row["output"]}
         return super().check_row(row, where)
 
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
     ) -> list[Feature]:
-        return [self._encode_one(row, target, tokenizer) for row, target in self.pairs(rows, held_out)]
+        pairs = self.pairs(rows, held_out)
+        features, cut = zip(*(self._encode_one(row, target, tokenizer) for row, target in pairs), strict=True)
+        if any(cut):
+            logger.warning(
+                f"{sum(cut)} of {len(pairs)} rows are longer than data.max_length={self.max_length}: of their prompts "
+                "the end is kept, and of their answers the beginning."
+            )
+        return list(features)
 
-    def _encode_one(self, row: Row, target: str, tokenizer: PreTrainedTokenizerBase) -> Feature:
+    def _encode_one(self, row: Row, target: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Feature, bool]:
+        """A row's feature, and whether it was cut."""
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if self._chats(row, tokenizer):
             asked, answered = _chat(row["instruction"], target, tokenizer)
             prompt: list[int] = tokenizer(asked, add_special_tokens=False)["input_ids"]
             answer: list[int] = tokenizer(answered, add_special_tokens=False)["input_ids"]
+            if answered.strip() == target.strip():  # the template writes nothing where an answer ends
+                answer = [*answer, *end]
         else:
             # without its closing special tokens, so that the answer follows as it will when generating
             prompt = tokenizer(self._prompt(row, tokenizer))["input_ids"]
@@ -72,16 +85,18 @@ class CausalLM(GenerationTask):
                 prompt = prompt[:-1]
             answer = [*tokenizer(self.separator + target, add_special_tokens=False)["input_ids"], *end]
         # of what is too long, the end of the prompt and the beginning of the answer are kept
+        whole = len(prompt) + len(answer)
         answer = answer[: self.max_length - min(len(prompt), self.max_length // 2)]
-        source = prompt[max(0, len(prompt) + len(answer) - self.max_length) :]
+        source = _cut(prompt, self.max_length - len(answer), tokenizer)
         ids = source + answer
-        return {
+        feature = {
             "input_ids": ids,
             "attention_mask": [1] * len(ids),
             "labels": [IGNORED] * len(source) + answer,
-            "source_ids": prompt[-self.max_length :],
+            "source_ids": _cut(prompt, self.max_length, tokenizer),
             "references": row["references"],
         }
+        return feature, len(ids) < whole
 
     def _chats(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> bool:
         return "instruction" in row and self.template is None and bool(getattr(tokenizer, "chat_template", None))
@@ -115,6 +130,14 @@ class CausalLM(GenerationTask):
             Answer(self._prompt(row, tokenizer), text, row["references"][0])
             for row, text in zip(rows, written, strict=True)
         ]
+
+
+def _cut(ids: list[int], room: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end of a prompt, behind the special token that it begins with."""
+    if len(ids) <= room:
+        return ids
+    first = min(room, int(ids[0] in tokenizer.all_special_ids))
+    return ids[:first] + ids[len(ids) - room + first :]
 
 
 def token_metrics(found: Any, wanted: Any, kept: Any) -> dict[str, float]:

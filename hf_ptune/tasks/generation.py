@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Bleu, RougeL
-from hf_ptune.tasks.base import Feature, Row, Task
+from hf_ptune.metrics.texts import bleu_tokenizers
+from hf_ptune.tasks.base import Feature, Row, Task, missing
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class GenerationTask(Task):
     no_repeat_ngram_size: int = 0
     bleu_tokenize: str = "13a"
 
+    lists = ("references",)
     target_role: ClassVar[str]  # the answer
     main_metric = "accuracy"
 
@@ -42,6 +44,10 @@ class GenerationTask(Task):
         for option, least in (("max_new_tokens", 1), ("num_beams", 1), ("no_repeat_ngram_size", 0)):
             if getattr(self, option) < least:
                 raise RecipeError(f"task_options.{option} is {getattr(self, option)}; expected {least} or more.")
+        if self.bleu_tokenize != "13a" and (known := bleu_tokenizers()) and self.bleu_tokenize not in known:
+            raise RecipeError(
+                f"task_options.bleu_tokenize is {self.bleu_tokenize!r}; expected one of {', '.join(known)}."
+            )
 
     @property
     def metric(self) -> str:
@@ -49,10 +55,15 @@ class GenerationTask(Task):
 
     def check_row(self, row: Row, where: str) -> Row:
         """Give the row its references: those it has, or its answer alone."""
-        references = row.get("references", row.get(self.target_role))
-        references = [str(r) for r in (references if isinstance(references, (list, tuple)) else [references])]
-        if not references:
-            raise RecipeError(f"{where}: has no reference; expected one or more.")
+        own = row.get(self.target_role)
+        if isinstance(own, (list, tuple)):  # several answers under the one's name
+            row = {"references": own} | {role: value for role, value in row.items() if role != self.target_role}
+            own = None
+        given = row.get("references", own)
+        references = [str(r) for r in (given if isinstance(given, (list, tuple)) else [given]) if not missing(r)]
+        references = [r for r in references if r.strip()]
+        if not references or own == "":
+            raise RecipeError(f"{where}: has no {self.target_role} and no reference that is not empty; expected one.")
         return row | {"references": references}
 
     def pairs(self, rows: Sequence[Row], held_out: bool) -> list[tuple[Row, str]]:

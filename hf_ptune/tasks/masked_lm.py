@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers import (
     DataCollatorForLanguageModeling,
-    DataCollatorForTokenClassification,
     EvalPrediction,
     PreTrainedTokenizerBase,
 )
@@ -24,6 +23,7 @@ from hf_ptune.tasks.base import (
     kept_pairs,
     make_collator,
     need_fast,
+    pad_behind,
     run_model,
 )
 from hf_ptune.tasks.causal_lm import token_metrics
@@ -60,7 +60,9 @@ class MaskedLM(Task):
 
     def check_row(self, row: Row, where: str) -> Row:
         for place in () if "text" in row else (_SUBJECT, _OBJECT):
-            if row["template"].count(place) != 1:
+            if not str(row["obj_label"]).strip():
+                raise RecipeError(f"{where}: obj_label is empty; fill it, or take the row out.")
+            if not isinstance(row["template"], str) or row["template"].count(place) != 1:
                 raise RecipeError(f"{where}: the template is {row['template']!r}; expected {place} in it once.")
         return row
 
@@ -104,7 +106,7 @@ class MaskedLM(Task):
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=self.mask_probability)
-        inner = DataCollatorForTokenClassification(tokenizer)
+        inner = pad_behind(tokenizer)
 
         def pad(features: list[Feature]) -> Any:
             return inner([f if "labels" in f else _mask(f, masking) for f in features])

@@ -6,11 +6,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Accuracy
-from hf_ptune.tasks.base import Answer, Collator, Feature, Row, Task, make_collator, run_model
+from hf_ptune.tasks.base import (
+    Answer,
+    Collator,
+    Feature,
+    Row,
+    Task,
+    make_collator,
+    missing,
+    pad_behind,
+    run_model,
+    whole,
+)
 from hf_ptune.tasks.registry import register_task
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -34,18 +45,22 @@ class MultipleChoice(Task):
     model_task = "MULTIPLE_CHOICE"
     forms = (("text", "choices", "label"),)
     possible = ("question",)
+    now_and_then = ("question",)
+    lists = ("choices",)
     main_metric = "accuracy"
 
     def check_row(self, row: Row, where: str) -> Row:
         choices = row["choices"]
         if not isinstance(choices, (list, tuple)) or len(choices) < 2:
             raise RecipeError(f"{where}: choices are {choices!r}; expected a list of two or more texts.")
+        if any(missing(choice) or choice == "" for choice in choices):
+            raise RecipeError(f"{where}: choices are {choices!r}, of which one is empty; fill it.")
         choices = [str(choice) for choice in choices]
-        label = str(row["label"])
-        if label in choices:
+        label, number = row["label"], whole(row["label"])
+        if isinstance(label, str) and label in choices:
             number = choices.index(label)
-        else:
-            number = int(label) if label.isdecimal() else _LETTERS.find(label) if len(label) == 1 else -1
+        elif number is None:
+            number = _LETTERS.find(label) if isinstance(label, str) and len(label) == 1 else -1
         if not 0 <= number < len(choices):
             raise RecipeError(
                 f"{where}: the label is {label!r}; expected a number from 0 to {len(choices) - 1}, a letter from A, "
@@ -73,7 +88,7 @@ class MultipleChoice(Task):
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         """Pads to `[B, C, T]`."""
-        inner = DataCollatorWithPadding(tokenizer)
+        inner = pad_behind(tokenizer)
 
         def pad(features: list[Feature]) -> Any:
             labels = [f["labels"] for f in features]

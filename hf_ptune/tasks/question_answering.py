@@ -7,12 +7,25 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import SpanMatch
-from hf_ptune.tasks.base import Answer, Collator, Feature, Row, Task, make_collator, need_fast, pad_behind, run_model
+from hf_ptune.tasks.base import (
+    Answer,
+    Collator,
+    Feature,
+    Row,
+    Task,
+    make_collator,
+    need_fast,
+    pad_behind,
+    run_model,
+    whole,
+)
 from hf_ptune.tasks.registry import register_task
 
+logger = logging.get_logger(__name__)
 Offsets = list[tuple[int, int] | None]
 
 
@@ -22,7 +35,8 @@ class QuestionAnswering(Task):
     """Extract an answer, as Rajpurkar et al. 2016 and 2018 (SQuAD 1.1 and 2.0) ask for it.
 
     Roles: `context`, `question`, and `answers`: `{text: [...], answer_start: [...]}`, places counted in characters
-    of the context. A context of more than `max_length` tokens is cut into windows that overlap.
+    of the context; or one text and its place, as of two columns that `data.columns.answers` names as a list. A
+    context of more than `max_length` tokens is cut into windows that overlap.
 
     Args:
         stride: tokens of the context that a window shares with the one before it.
@@ -45,6 +59,7 @@ class QuestionAnswering(Task):
     name = "QUESTION_ANS"
     model_task = "QUESTION_ANS"
     forms = (("context", "question", "answers"),)
+    lists = ("answers",)
     main_metric = "f1"
 
     def __post_init__(self) -> None:
@@ -54,22 +69,31 @@ class QuestionAnswering(Task):
 
     def check_row(self, row: Row, where: str) -> Row:
         answers = row["answers"]
+        if isinstance(answers, (list, tuple)) and len(answers) == 2 and isinstance(answers[0], str):
+            answers = {"text": answers[0], "answer_start": answers[1]}
         if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
             raise RecipeError(f"{where}: answers are {answers!r}; expected {{text: [...], answer_start: [...]}}.")
         texts, starts = (
-            [v] if isinstance(v, (str, int)) else list(v) for v in (answers["text"], answers["answer_start"])
+            list(v) if isinstance(v, (list, tuple)) else [v] for v in (answers["text"], answers["answer_start"])
         )
+        if texts in ([""], [None]) and self.unanswerable:
+            texts, starts = [], []
         if not texts and not self.unanswerable:
             raise RecipeError(f"{where}: has no answer; set task_options.unanswerable to true.")
         if len(texts) != len(starts):
             raise RecipeError(f"{where}: has {len(texts)} answers and {len(starts)} starts; expected as many.")
-        for text, start in zip(texts, starts, strict=True):
-            if not text or row["context"][start : start + len(text)] != text:
-                raise RecipeError(
-                    f"{where}: the answer {text!r} is not at character {start} of the context; "
-                    f"there is {row['context'][start : start + len(text)]!r}."
-                )
-        return row | {"answers": {"text": texts, "answer_start": starts}, "question": str(row["question"]).strip()}
+        places = [whole(start) for start in starts]
+        for text, start, told in zip(texts, places, starts, strict=True):
+            if start is None or start < 0:
+                raise RecipeError(f"{where}: answer_start is {told!r}; expected a character's number, from 0.")
+            there = str(row["context"])[start : start + len(str(text))]
+            if not text or there != text:
+                raise RecipeError(f"{where}: the answer {text!r} is not at character {start}; there is {there!r}.")
+        return row | {
+            "answers": {"text": texts, "answer_start": places},
+            "context": str(row["context"]),
+            "question": str(row["question"]).strip(),
+        }
 
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
@@ -79,7 +103,17 @@ class QuestionAnswering(Task):
         A window without the answer points at its first special token, as one of a row without answer does.
         """
         need_fast(tokenizer, "character")
-        return [feature | {"row": row} for row in rows for feature in self._windows(row, tokenizer)]
+        features, out_of_reach = [], 0
+        for row in rows:
+            windows = self._windows(row, tokenizer)
+            out_of_reach += bool(row["answers"]["text"]) and all(w["start_positions"] == w["null"] for w in windows)
+            features += [feature | {"row": row} for feature in windows]
+        if out_of_reach:
+            logger.warning(
+                f"{out_of_reach} of {len(rows)} rows have an answer that no window of {self.max_length} tokens holds "
+                "whole; they are learned as rows without one. Raise task_options.stride, or data.max_length."
+            )
+        return features
 
     def _windows(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Feature]:
         question = self._cut_question(row["question"], tokenizer)

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
+import torch
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from hf_ptune.tasks.base import Answer, Collator, Feature, Row, kept_pairs, make_collator
+from hf_ptune.cross_entropy import IGNORED
+from hf_ptune.tasks.base import Answer, Collator, Feature, Row, kept_pairs, make_collator, pad_behind
 from hf_ptune.tasks.causal_lm import one_line, token_metrics
 from hf_ptune.tasks.generation import GenerationTask
 from hf_ptune.tasks.registry import register_task
@@ -47,7 +49,16 @@ class Seq2SeqLM(GenerationTask):
         return features
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        return make_collator(tokenizer, DataCollatorForSeq2Seq(tokenizer))
+        inner = pad_behind(tokenizer)
+
+        def pad(features: list[Feature]) -> Any:
+            batch = inner([{name: value for name, value in f.items() if name != "labels"} for f in features])
+            longest = max(len(f["labels"]) for f in features)
+            labels = [f["labels"] + [IGNORED] * (longest - len(f["labels"])) for f in features]
+            batch["labels"] = torch.tensor(labels)  # [B, S]
+            return batch
+
+        return make_collator(tokenizer, pad)
 
     def compute_metrics(
         self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]

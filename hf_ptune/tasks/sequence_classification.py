@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers import DataCollatorWithPadding, EvalPrediction, PreTrainedTokenizerBase, pipeline
+from transformers import EvalPrediction, PreTrainedTokenizerBase, pipeline
 
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Accuracy, MacroF1
-from hf_ptune.tasks.base import Answer, Collator, Feature, Row, Task, make_collator
+from hf_ptune.tasks.base import Answer, Collator, Feature, Row, Task, make_collator, pad_behind
 from hf_ptune.tasks.registry import register_task
 
 
@@ -25,6 +25,13 @@ class SequenceClassification(Task):
     label_role = "label"
     group_role = "label"
     main_metric = "accuracy"
+
+    def check_row(self, row: Row, where: str) -> Row:
+        if isinstance(row["label"], (list, tuple, dict)):
+            raise RecipeError(
+                f"{where}: the label is {row['label']!r}; expected one. Rows with several are no task here."
+            )
+        return row
 
     def check_labels(self, labels: Sequence[str]) -> None:
         if len(labels) < 2:
@@ -43,7 +50,7 @@ class SequenceClassification(Task):
         ]
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        return make_collator(tokenizer, DataCollatorWithPadding(tokenizer))
+        return make_collator(tokenizer, pad_behind(tokenizer))
 
     def compute_metrics(
         self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]

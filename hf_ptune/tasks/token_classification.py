@@ -1,7 +1,10 @@
 """TOKEN_CLS: a tag for every word; the roles of one predicate where a row names it."""
 
-from collections.abc import Mapping, Sequence
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +13,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, pipeline
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Seqeval
+from hf_ptune.metrics.inputs import EAST_ASIAN
 from hf_ptune.tasks.base import (
     Answer,
     Collator,
@@ -17,13 +21,16 @@ from hf_ptune.tasks.base import (
     Row,
     Task,
     make_collator,
+    missing,
     need_fast,
     pad_behind,
     run_model,
+    whole,
 )
 from hf_ptune.tasks.registry import register_task
 
 _OUTSIDE = "O"
+_EAST_ASIAN = re.compile(f"[{EAST_ASIAN}]")
 
 
 @register_task
@@ -53,6 +60,7 @@ class TokenClassification(Task):
     model_task = "TOKEN_CLS"
     forms = (("tokens", "tags"),)
     possible = ("predicate_index",)
+    lists = ("tokens", "tags")
     label_role = "tags"
     main_metric = "f1"
 
@@ -63,16 +71,31 @@ class TokenClassification(Task):
     def check_row(self, row: Row, where: str) -> Row:
         # CSV has no lists
         row = row | {role: row[role].split() for role in ("tokens", "tags") if isinstance(row[role], str)}
+        for role in ("tokens", "tags"):
+            if not isinstance(row[role], (list, tuple)) or any(missing(v) for v in row[role]):
+                raise RecipeError(f"{where}: {role} are {row[role]!r}; expected a list without gaps.")
         if len(row["tokens"]) != len(row["tags"]):
             raise RecipeError(
                 f"{where}: has {len(row['tokens'])} tokens and {len(row['tags'])} tags; expected as many."
             )
         if "predicate_index" in row:
-            index = int(row["predicate_index"])
-            if not 0 <= index < len(row["tokens"]):
-                raise RecipeError(f"{where}: predicate_index is {index}; expected one of {len(row['tokens'])} tokens.")
+            index, count = whole(row["predicate_index"]), len(row["tokens"])
+            if index is None or not 0 <= index < count:
+                raise RecipeError(
+                    f"{where}: predicate_index is {row['predicate_index']!r}; expected a number from 0, of one of "
+                    f"{count} tokens."
+                )
             row = row | {"predicate_index": index}
         return row
+
+    def check_labels(self, labels: Sequence[str]) -> None:
+        if all(label.isdecimal() for label in labels):
+            raise RecipeError(
+                f"the tags are numbers ({', '.join(labels[:5])}), of which entities cannot be told; name them in order "
+                "under data.labels, or in a labels.json beside the rows."
+            )
+        if not set(labels) - {_OUTSIDE}:
+            raise RecipeError(f"the training rows have no tag but {_OUTSIDE!r}; there is nothing to learn.")
 
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
@@ -88,25 +111,10 @@ class TokenClassification(Task):
     ) -> list[Feature]:
         words = [str(word) for word in row["tokens"]]
         predicate = row.get("predicate_index")
-        second = None if predicate is None else [words[predicate]]
-        room = self.max_length - tokenizer.num_special_tokens_to_add(pair=second is not None)
-        encoded = tokenizer(
-            words,
-            second,
-            is_split_into_words=True,
-            truncation="only_first",
-            max_length=self.max_length,
-            stride=max(0, min(self.stride, room // 2)),
-            return_overflowing_tokens=True,
-        )
+        windows: list[Feature] = []
         seen: set[int] = set()
-        windows = []
-        for n in range(len(encoded["input_ids"])):
-            feature = {name: list(encoded[name][n]) for name in tokenizer.model_input_names if name in encoded}
-            places = [
-                word if segment == 0 else None
-                for word, segment in zip(encoded.word_ids(n), encoded.sequence_ids(n), strict=True)
-            ]  # [T], word of each token of the sentence
+        for inputs, places in self._encode_words(words, predicate, tokenizer):
+            feature = dict(inputs)
             if predicate is not None and "token_type_ids" in feature:
                 types = feature["token_type_ids"]
                 feature["token_type_ids"] = [
@@ -114,6 +122,43 @@ class TokenClassification(Task):
                 ]
             windows.append(feature | _labels(places, row["tags"], number, seen, everywhere))
         return windows
+
+    def _encode_words(
+        self, words: list[str], predicate: int | None, tokenizer: PreTrainedTokenizerBase
+    ) -> Iterator[tuple[Feature, list[int | None]]]:
+        """Inputs of every window, and of which word of the sentence each of its tokens is, `[T]`.
+
+        Where a tokenizer keeps the space before a word in the word's token (RoBERTa, GPT-2), words are read as the
+        text that they are in: one by one they would lose their spaces, and become other tokens than those of a text.
+        """
+        second = None if predicate is None else words[predicate]
+        told = 0 if second is None else len(tokenizer(second, add_special_tokens=False)["input_ids"]) + 1
+        room = self.max_length - told - tokenizer.num_special_tokens_to_add(pair=second is not None)
+        if room < 1:
+            raise RecipeError(
+                f"data.max_length={self.max_length} leaves no room for a sentence beside {second!r}; raise it."
+            )
+        by_word = not any(map(_spaced, words)) or _keeps_words_apart(tokenizer)
+        text, pair = (words, None if second is None else [second]) if by_word else (" ".join(words), second)
+        encoded = tokenizer(
+            text,
+            pair,
+            is_split_into_words=by_word,
+            truncation="only_first",
+            max_length=self.max_length,
+            stride=max(0, min(self.stride, room // 2)),
+            return_overflowing_tokens=True,
+            return_offsets_mapping=not by_word,
+        )
+        starts = [0, *accumulate(len(word) + 1 for word in words)]
+        for n in range(len(encoded["input_ids"])):
+            if by_word:
+                numbers = encoded.word_ids(n)
+            else:
+                numbers = [_word_at(" ".join(words), starts, *place) for place in encoded["offset_mapping"][n]]
+            segments = encoded.sequence_ids(n)
+            places = [word if segment == 0 else None for word, segment in zip(numbers, segments, strict=True)]
+            yield {name: list(encoded[name][n]) for name in tokenizer.model_input_names if name in encoded}, places
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         return make_collator(tokenizer, pad_behind(tokenizer))
@@ -144,23 +189,54 @@ class TokenClassification(Task):
 
     def ask(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Answer]:
         labels = [model.config.id2label[n] for n in range(model.config.num_labels)]
-        return [
-            self._ask_roles(model, tokenizer, row, labels) if "predicate_index" in row else _ask(model, tokenizer, row)
-            for row in rows
-        ]
+        answers = []
+        for row in rows:
+            features = self.encode([row], tokenizer, labels, held_out=True)
+            if "predicate_index" in row or len(features) > 1:  # which no pipeline knows, or cuts alike
+                answers.append(self._ask_windows(model, tokenizer, row, features, labels))
+            else:
+                answers.append(_ask(model, tokenizer, row))
+        return answers
 
-    def _ask_roles(self, model: Any, tokenizer: PreTrainedTokenizerBase, row: Row, labels: Sequence[str]) -> Answer:
-        features = self.encode([row], tokenizer, labels, held_out=True)
+    def _ask_windows(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        row: Row,
+        features: Sequence[Feature],
+        labels: Sequence[str],
+    ) -> Answer:
         chosen = run_model(self, model, tokenizer, features).logits.argmax(-1).tolist()
         tags = self._by_row(chosen, features, labels)[0][1]
         said = [f"{word}: {tag}" for word, tag in zip(row["tokens"], tags, strict=True) if tag != _OUTSIDE]
-        text = f"{' '.join(row['tokens'])} | {row['tokens'][row['predicate_index']]}"
-        return Answer(text, ", ".join(said) or "nothing", " ".join(map(str, row["tags"])))
+        asked = [row["tokens"][row["predicate_index"]]] if "predicate_index" in row else []
+        return Answer(
+            " | ".join([" ".join(map(str, row["tokens"])), *map(str, asked)]),
+            ", ".join(said) or "nothing",
+            " ".join(map(str, row["tags"])),
+        )
+
+
+def _spaced(word: str) -> bool:
+    """Whether a word stands between spaces in a text, as those of Chinese and Japanese do not."""
+    return any(c.isalnum() and not _EAST_ASIAN.match(c) for c in word)
+
+
+def _keeps_words_apart(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether words one by one become the tokens that they are in a text."""
+    one_by_one = tokenizer(["x", "x"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    return bool(one_by_one == tokenizer("x x", add_special_tokens=False)["input_ids"])
+
+
+def _word_at(text: str, starts: Sequence[int], first: int, last: int) -> int | None:
+    """Number of the word that the characters of a token are of; `None` for a token of space, or of none."""
+    first += len(text[first:last]) - len(text[first:last].lstrip())
+    return bisect_right(starts, first) - 1 if first < last else None
 
 
 def _ask(model: Any, tokenizer: PreTrainedTokenizerBase, row: Row) -> Answer:
     pipe = pipeline("token-classification", model=model, tokenizer=tokenizer)
-    text = " ".join(row["tokens"])
+    text = " ".join(map(str, row["tokens"]))
     found = ", ".join(f"{e['word']}: {e['entity_group']}" for e in pipe(text, aggregation_strategy="simple"))
     return Answer(text, found or "nothing", " ".join(map(str, row["tags"])))
 

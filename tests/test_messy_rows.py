@@ -1,0 +1,331 @@
+"""Rows as files have them: numbers for names, empty cells, lists in CSV, other encodings, and what is too long."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from test_data import recipe_for, words_tokenizer
+from test_train import ROWS, write_base
+from tokenizers_of import tokenizer_of
+
+from hf_ptune import PTuneConfig, get_ptune_model
+from hf_ptune.cloze import ClozeCollator
+from hf_ptune.data import load_rows
+from hf_ptune.errors import GuardError, RecipeError
+from hf_ptune.recipe import make_recipe
+from hf_ptune.tasks import Task, get_task
+from hf_ptune.tasks.causal_lm import CausalLM
+from hf_ptune.tasks.masked_lm import MaskedLM
+from hf_ptune.tasks.multiple_choice import MultipleChoice
+from hf_ptune.tasks.question_answering import QuestionAnswering
+from hf_ptune.tasks.sequence_classification import SequenceClassification
+from hf_ptune.tasks.token_classification import TokenClassification
+from hf_ptune.train import check_features, run
+
+
+def write(folder: Path, name: str, rows: Any) -> str:
+    text = rows if isinstance(rows, str) else "\n".join(map(json.dumps, rows))
+    (folder / name).write_text(text, encoding="utf-8", newline="")
+    return name
+
+
+def said(folder: Path, task: str, **data: Any) -> str:
+    """What is said against rows."""
+    with pytest.raises(RecipeError) as caught:
+        load_rows(recipe_for(folder, task, **data))
+    return str(caught.value)
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    return caplog
+
+
+# numbers and names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "expected"),
+    [
+        (["1", "2", "3"], [0, 1, 2], ["1", "2", "3"]),  # numbers count the names, digits or not
+        (["1", "2", "3"], [1, 2, 3], ["1", "2", "3"]),  # 3 can only be a name
+        (["1", "2", "3"], ["1", "2", "3"], ["1", "2", "3"]),  # text is a name
+        (["no", "yes"], [0.0, 1.0, 1.0], ["no", "yes", "yes"]),
+        (["no", "yes"], [False, True, True], ["no", "yes", "yes"]),
+        (["False", "True"], [False, True, True], ["False", "True", "True"]),
+    ],
+)
+def test_numbers_count_the_names(names: list[str], values: list[Any], expected: list[str], tmp_path: Path) -> None:
+    source = write(tmp_path, "r.jsonl", [{"text": str(n), "label": v} for n, v in enumerate(values * 4)])
+    found = load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, labels=names))
+    told = {row["text"]: row["label"] for row in found.train + found.held_out}
+    assert [told[str(n)] for n in range(12)] == expected * 4
+
+
+def test_a_number_that_is_no_choice_s_name_counts_the_choices() -> None:
+    row = {"text": "a", "choices": ["1", "2", "0"]}
+    assert MultipleChoice().check_row(row | {"label": 1}, "here")["label"] == 1
+    assert MultipleChoice().check_row(row | {"label": "1"}, "here")["label"] == 0
+    assert MultipleChoice().check_row(row | {"label": 2.0}, "here")["label"] == 2
+
+
+def test_whole_numbers_are_one_label_however_they_are_written(tmp_path: Path) -> None:
+    train = write(tmp_path, "t.csv", "text,label\na,0\nb,1\nc,1\n")
+    held_out = write(tmp_path, "e.jsonl", [{"text": "d", "label": 1.0}])
+    assert load_rows(recipe_for(tmp_path, "SEQ_CLS", source=train, eval_source=held_out)).labels == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (2.5, r"row 1: has the label 2.5; expected the name or number of a class.*regression"),
+        (float("nan"), "row 1: column 'label' is empty"),
+        (None, "row 1: column 'label' is empty; fill it"),
+        ("", "row 1: a label is empty"),
+        (["x", "y"], r"row 1: the label is \['x', 'y'\]; expected one"),
+    ],
+)
+def test_labels_that_are_none(value: Any, message: str, tmp_path: Path) -> None:
+    source = write(tmp_path, "r.jsonl", [{"text": "a", "label": value}, {"text": "b", "label": "x"}])
+    with pytest.raises(RecipeError, match=message):
+        load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source))
+
+
+def test_tags_that_are_numbers_want_names(tmp_path: Path) -> None:
+    source = write(tmp_path, "r.jsonl", [{"tokens": ["a", "b"], "tags": [0, 3]}] * 4)
+    assert "the tags are numbers (0, 3)" in said(tmp_path, "TOKEN_CLS", source=source)
+    source = write(tmp_path, "o.jsonl", [{"tokens": ["a", "b"], "tags": ["O", "O"]}] * 4)
+    assert "no tag but 'O'" in said(tmp_path, "TOKEN_CLS", source=source)
+
+
+# empty cells -----------------------------------------------------------------------------------------------
+
+
+def test_an_empty_cell_is_no_data(tmp_path: Path) -> None:
+    source = write(tmp_path, "r.jsonl", [{"title": "a", "body": None, "label": "x"}])
+    columns = {"text": "{title}: {body}"}
+    assert "has no column '{title}: {body}'" in said(tmp_path, "SEQ_CLS", source=source, columns=columns)
+    rows = [{"p": "a", "r1": "b", "r2": "c", "r3": gap} for gap in (None, "", float("nan"), "d")]
+    source = write(tmp_path, "g.jsonl", rows)
+    columns = {"prompt": "p", "references": ["r1", "r2", "r3"]}
+    found = load_rows(recipe_for(tmp_path, "CAUSAL_LM", source=source, columns=columns))
+    assert sorted(len(r["references"]) for r in found.train + found.held_out) == [2, 2, 2, 3]
+    for row, task in [
+        ({"prompt": "a", "references": [None]}, CausalLM()),
+        ({"prompt": "a", "answer": ""}, CausalLM()),
+        ({"text": "a", "choices": ["x", None], "label": 0}, MultipleChoice()),
+        ({"tokens": ["a", "b"], "tags": ["O", None]}, TokenClassification()),
+        ({"sub_label": "a", "obj_label": " ", "template": "[X] is [Y]"}, MaskedLM()),
+    ]:
+        with pytest.raises(RecipeError, match=r"here: .*(empty|without gaps)"):
+            task.check_row(row, "here")
+
+
+def test_a_role_is_of_all_rows_or_of_none(tmp_path: Path) -> None:
+    pairs = write(tmp_path, "p.jsonl", [{"text": "a", "text_pair": "b", "label": n % 2} for n in range(8)])
+    single = write(tmp_path, "s.jsonl", [{"text": "a", "hypothesis": "b", "label": 1}])
+    message = said(tmp_path, "SEQ_CLS", source=pairs, eval_source=single)
+    assert message.startswith("training rows have a text_pair, but some held-out rows have none")
+    rows = [{"tokens": ["a"], "tags": ["B-X"], "predicate_index": n} for n in (0, None, 0, 0)]
+    assert "have a predicate_index, but some" in said(tmp_path, "TOKEN_CLS", source=write(tmp_path, "t.jsonl", rows))
+    rows = [{"instruction": "a", "input": text, "output": "b"} for text in ("", None, "c", "d")]
+    source = write(tmp_path, "i.jsonl", rows)
+    columns = {"instruction": "instruction", "input": "input", "output": "output"}
+    assert len(load_rows(recipe_for(tmp_path, "CAUSAL_LM", source=source, columns=columns)).train) == 3
+
+
+# files -----------------------------------------------------------------------------------------------------
+
+
+def test_lists_in_cells(tmp_path: Path) -> None:
+    rows = (
+        '"[""EU"", ""rejects""]","[""B-ORG"", ""O""]"\n'
+        + "\"['EU', 'rejects']\",\"['B-ORG', 'O']\"\nEU rejects,B-ORG O\n"
+    )
+    source = write(tmp_path, "r.csv", "tokens,tags\n" + rows)
+    found = load_rows(recipe_for(tmp_path, "TOKEN_CLS", source=source))
+    assert all(r == {"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]} for r in found.train + found.held_out)
+    source = write(tmp_path, "a.csv", "tokens,tags\n\"['EU' 'rejects']\",\"['B-ORG' 'O']\"\n")
+    assert "which is no list in JSON" in said(tmp_path, "TOKEN_CLS", source=source)
+    source = write(tmp_path, "g.csv", 'prompt,references\na,"[""x y"", ""z""]"\nb,"[1] is a text"\nc,"[1] and [2]"\n')
+    found = load_rows(recipe_for(tmp_path, "CAUSAL_LM", source=source))
+    told = {r["prompt"]: r["references"] for r in found.train + found.held_out}
+    assert told == {"a": ["x y", "z"], "b": ["[1] is a text"], "c": ["[1] and [2]"]}
+    assert CausalLM().check_row({"prompt": "a", "answer": ["b", "c"]}, "here")["references"] == ["b", "c"]
+
+
+def test_questions_in_csv(tmp_path: Path) -> None:
+    columns = {"answers": ["answer", "start"]}
+    source = write(tmp_path, "q.csv", "context,question,answer,start\n" + "a b,what,b,2\n" * 4)
+    printed = write(
+        tmp_path, "p.csv", "context,question,answers\n" + "a b,what,\"{'text': ['b'], 'answer_start': [2]}\"\n" * 4
+    )
+    for found in (
+        load_rows(recipe_for(tmp_path, "QUESTION_ANS", source=source, columns=columns)),
+        load_rows(recipe_for(tmp_path, "QUESTION_ANS", source=printed)),
+    ):
+        assert found.train[0]["answers"] == {"text": ["b"], "answer_start": [2]}
+    for start in ("x", "", -1, None, 0.5):
+        row = {"context": "a b", "question": "q", "answers": {"text": ["b"], "answer_start": [start]}}
+        with pytest.raises(RecipeError, match=r"answer_start is .*; expected a character's number"):
+            QuestionAnswering().check_row(row, "here")
+
+
+def test_files_of_another_making(tmp_path: Path) -> None:
+    source = write(tmp_path, "bom.csv", "\ufefftext,label\r\na,x\r\nb,y\r\nc,y\r\nd,x\r\n")
+    assert load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source)).labels == ["x", "y"]
+    source = write(tmp_path, "more.csv", "text,label\nwell, then,pos\n")
+    assert "line 2: has 1 cells more than the header" in said(tmp_path, "SEQ_CLS", source=source)
+    (tmp_path / "gbk.csv").write_bytes("text,label\n好,x\n".encode("gbk"))
+    assert "is not in UTF-8" in said(tmp_path, "SEQ_CLS", source="gbk.csv")
+    source = write(tmp_path, "long.csv", f"text,label\n{'a ' * 100_000},x\n" + "b,y\n" * 4)
+    assert len(load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source)).train) == 4
+    source = write(tmp_path, "w.jsonl", [{"text": "a", "label": "x", "k": "q"}, {"text": None, "label": "y", "k": "p"}])
+    assert "row 2: column 'text' is empty" in said(tmp_path, "SEQ_CLS", source=source, where={"k": "p"})
+
+
+def test_an_unknown_tokenizer_of_bleu() -> None:
+    pytest.importorskip("sacrebleu")
+    with pytest.raises(RecipeError, match="bleu_tokenize is 'chinese'; expected one of"):
+        CausalLM(bleu_tokenize="chinese")
+
+
+# tokens ----------------------------------------------------------------------------------------------------
+
+
+def test_words_keep_their_spaces() -> None:
+    """Byte-level tokenizers hold a word's space in its token: a word alone is another token than in a text."""
+    tokenizer = tokenizer_of("bytes")
+    row = {"tokens": ["hello", "worlds", "hello"], "tags": ["B-X", "I-X", "O"]}
+    feature = TokenClassification().encode([row], tokenizer, ["B-X", "I-X", "O"])[0]
+    assert feature["input_ids"] == tokenizer("hello worlds hello")["input_ids"]
+    tokens = tokenizer.convert_ids_to_tokens(feature["input_ids"])
+    assert {w: tokens[place] for place, w in feature["words"].items()}[2] == "Ġhello"
+    labelled = {place: feature["labels"][place] for place in feature["words"]}
+    assert [labelled[place] for place in sorted(labelled)] == [0, 1, 2]
+    windows = TokenClassification(max_length=5, stride=0).encode([row], tokenizer, ["B-X", "I-X", "O"])
+    assert sorted(w for f in windows for w in f["words"].values()) == [0, 1, 2] and len(windows) > 1
+    characters = {"tokens": ["好", "大"], "tags": ["B-X", "O"]}
+    ids = TokenClassification().encode([characters], tokenizer, ["B-X", "O"])[0]["input_ids"]
+    assert ids == tokenizer("好大")["input_ids"]
+
+
+def test_a_long_predicate_leaves_room() -> None:
+    tokenizer = words_tokenizer()
+    row = {"tokens": ["a", "x" + "y" * 20], "tags": ["O", "B-V"], "predicate_index": 1}
+    tokenizer.backend_tokenizer.model.unk_token = "[UNK]"
+    with pytest.raises(RecipeError, match="leaves no room for a sentence beside"):
+        TokenClassification(max_length=5).encode([row], tokenizer, ["B-V", "O"])
+
+
+def test_what_is_cut_is_said(warned: pytest.LogCaptureFixture) -> None:
+    tokenizer = words_tokenizer()
+    row = {"context": "a b c d e f g h", "question": "q", "answers": {"text": ["b c d e f g"], "answer_start": [2]}}
+    task = QuestionAnswering(max_length=8, stride=1)
+    features = task.encode([task.check_row(row, "here")], tokenizer, [])
+    assert all(f["start_positions"] == f["null"] for f in features)
+    assert "1 of 1 rows have an answer that no window of 8 tokens holds whole" in warned.text
+    CausalLM(max_length=4).encode([{"prompt": "a b c", "references": ["d e"]}], tokenizer, [])
+    assert "1 of 1 rows are longer than data.max_length=4" in warned.text
+
+
+def test_a_chat_template_without_an_end() -> None:
+    tokenizer = words_tokenizer("user assistant a b c end")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}assistant {% endif %}"
+    feature = CausalLM().encode([{"instruction": "a ", "answer": "b", "references": ["b"]}], tokenizer, [])[0]
+    assert tokenizer.decode(feature["input_ids"]) == "user a assistant b [SEP]"
+
+
+@pytest.mark.parametrize("name", ["SEQ_CLS", "MULTIPLE_CHOICE", "MASKED_LM", "SEQ_2_SEQ_LM", "cloze"])
+def test_batches_are_padded_behind_whatever_the_side(name: str) -> None:
+    """Encoders count positions from a batch's first column: padding there would move every shorter row."""
+    tokenizer = words_tokenizer()
+    tokenizer.padding_side = "left"
+    if name == "cloze":
+        features = [tokenizer("a [MASK]") | {"labels": 0}, tokenizer("a b c [MASK]") | {"labels": 1}]
+        batch = ClozeCollator(tokenizer, causal=False)([dict(f) for f in features])
+        assert batch["logits_at"].tolist() == [2, 4]
+    else:
+        task: Task = get_task(name)()
+        texts = ("a", "a b c")
+        rows: list[dict[str, Any]] = {
+            "SEQ_CLS": [{"text": t, "label": "x"} for t in texts],
+            "MULTIPLE_CHOICE": [{"text": t, "choices": ["b", "c"], "label": 0} for t in texts],
+            "MASKED_LM": [{"text": t} for t in texts],
+            "SEQ_2_SEQ_LM": [{"text": t, "target": t} for t in texts],
+        }[name]
+        rows = [task.check_row(r, "here") for r in rows]
+        batch = task.collator(tokenizer)(task.encode(rows, tokenizer, ["x"]))
+        if name == "SEQ_2_SEQ_LM":
+            assert (batch["labels"][0] == -100).tolist() == [False] * 3 + [True] * 2
+    mask = batch["attention_mask"].reshape(-1, batch["attention_mask"].shape[-1])
+    assert bool((mask.diff(dim=1) <= 0).all()) and bool((mask == 0).any())
+
+
+def test_left_padded_rows_are_answered_like_others() -> None:
+    torch.manual_seed(0)
+    tokenizer = words_tokenizer()
+    tokenizer.padding_side = "left"
+    model = get_ptune_model(build("bert", num_labels=2), PTuneConfig(num_virtual_tokens=3)).double().eval()
+    task = SequenceClassification()
+    features = task.encode([{"text": t, "label": "x"} for t in ("a", "a b c d")], tokenizer, ["x", "y"])
+    with torch.no_grad():
+        both = model(**task.collator(tokenizer)(features)).logits
+        alone = torch.cat([model(**task.collator(tokenizer)([f])).logits for f in features])
+    assert torch.allclose(both, alone, atol=1e-12)
+
+
+# rows that the model could not read ------------------------------------------------------------------------
+
+
+def test_the_longest_row_is_looked_at_before_training() -> None:
+    tokenizer = words_tokenizer()
+    tokenizer.model_max_length = 10**6
+    model = get_ptune_model(build("bert", num_labels=2), PTuneConfig(num_virtual_tokens=3))
+    room = model.backbone.config.max_position_embeddings
+    task = SequenceClassification(max_length=10**6)
+    rows = [{"text": "a", "label": "x"}] * 20 + [{"text": "a " * room, "label": "x"}]
+    with pytest.raises(GuardError, match=f"sequences of {room + 2} tokens"):
+        check_features(model, task, tokenizer, task.encode(rows, tokenizer, ["x", "y"]))
+    check_features(model, task, tokenizer, task.encode(rows[:20], tokenizer, ["x", "y"]))
+    tokenizer.backend_tokenizer.post_processor = None  # no special tokens
+    empty = task.encode([{"text": "", "label": "x"}], tokenizer, ["x"])
+    with pytest.raises(RecipeError, match="1 rows have no tokens"):
+        check_features(model, task, tokenizer, empty)
+
+
+def test_what_will_be_written_has_room_too() -> None:
+    tokenizer = words_tokenizer()
+    model = get_ptune_model(build("gpt2"), PTuneConfig(num_virtual_tokens=3))
+    room = model.backbone.config.n_positions
+    rows = [{"prompt": "a", "references": ["b"]}]
+    for new, fits in ((room - 8, True), (room, False)):
+        task = CausalLM(generate=True, max_new_tokens=new)
+        features = task.encode(rows, tokenizer, [], held_out=True)
+        if fits:
+            check_features(model, task, tokenizer, features)
+        else:
+            with pytest.raises(GuardError, match="virtual tokens make"):
+                check_features(model, task, tokenizer, features)
+
+
+def test_a_long_sentence_is_asked_in_windows(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "bert", "TOKEN_CLS")
+    rows = [ROWS["TOKEN_CLS"](n) for n in range(16)]
+    rows = [{role: value * 40 for role, value in row.items() if role != "label"} for row in rows]
+    content = {
+        "base": base,
+        "task": "TOKEN_CLS",
+        "method": "p_tuning_v2",
+        "options": {"num_virtual_tokens": 2},
+        "data": {"source": write(tmp_path, "long.jsonl", rows), "max_length": 16},
+        "training": {"max_steps": 1, "report_to": "none", "save_strategy": "no", "use_cpu": True},
+        "output_dir": str(tmp_path / "out"),
+    }
+    assert run(make_recipe(content, folder=tmp_path)).answers[0].answer
