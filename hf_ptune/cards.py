@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from hf_ptune.backbone import TASKS, is_hub_id
 from hf_ptune.errors import PTuneError
 from hf_ptune.methods import get_method
+from hf_ptune.templates import Template
 
 FACTS_NAME = "run_facts.json"
 CARD_NAME = "README.md"
@@ -113,14 +114,21 @@ def merge_seeds(runs: list[RunFacts]) -> RunFacts:
     """One set of facts of runs that differ by their seeds; the first one's curves and sizes are shown.
 
     Raises:
-        PTuneError: runs of different methods, tasks or bases.
+        PTuneError: runs of different methods, tasks, bases or settings, or the same seed twice.
     """
     first = runs[0]
     for run in runs[1:]:
         if (run.method, run.task, run.base) != (first.method, first.task, first.base):
             raise PTuneError("a card is for one method, task and base; the runs differ in them.")
+        ours, theirs = (r.options | r.hyperparameters for r in (first, run))
+        if differ := sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)):
+            said = ", ".join(f"{k} ({ours.get(k)} and {theirs.get(k)})" for k in differ[:3])
+            raise PTuneError(f"the runs of a card differ by their seeds alone; these differ in {said}.")
+    seeds = [seed for run in runs for seed in run.seeds]
+    if len(set(seeds)) < len(seeds):
+        raise PTuneError(f"the runs have the seeds {seeds}; expected each once.")
     merged = RunFacts(**asdict(first))
-    merged.seeds = [seed for run in runs for seed in run.seeds]
+    merged.seeds = seeds
     merged.metrics = [metrics for run in runs for metrics in run.metrics]
     return merged
 
@@ -148,6 +156,7 @@ def make_card(facts: RunFacts, repo_id: str = "user/adapter", curves: str | None
         base_known=is_hub_id(facts.base),
         auto_class=TASKS[facts.task].__name__,
         pipeline=None if facts.task in _WITHOUT_PIPELINE else _PIPELINES[facts.task],
+        cloze=_cloze(facts),
         percent=100 * facts.parameters / max(facts.all_parameters, 1),
         summary=summarise(facts.metrics),
         epochs=_by_epoch(facts.history),
@@ -192,9 +201,18 @@ def draw_curves(facts: RunFacts, path: Path) -> str | None:
     return path.name
 
 
+def _cloze(facts: RunFacts) -> tuple[str, dict[str, str]] | None:
+    """What reads an adapter's template, and a row of its fields; none where it has no template with a gap."""
+    template = facts.options.get("template")
+    if not template or not (read := Template.parse(template)).has_mask:
+        return None
+    return "classify" if facts.options.get("verbalizer") else "predict_words", dict.fromkeys(read.fields, facts.example)
+
+
 def summarise(metrics: list[dict[str, float]]) -> dict[str, tuple[float, float | None]]:
     """Mean and sample deviation of every metric over seeds; no deviation of one."""
-    names = [n for n in (metrics[0] if metrics else {}) if all(n in m for m in metrics)]
+    # what was not finite is none in JSON: a run that diverged tells no mean
+    names = [n for n in (metrics[0] if metrics else {}) if all(m.get(n) is not None for m in metrics)]
     found = {}
     for name in names:
         values = [m[name] for m in metrics]

@@ -93,7 +93,10 @@ def run_sweep(given: argparse.Namespace, overrides: Sequence[str]) -> None:
     folder = Path(given.folder or f"{recipe.output_dir}-sweep")
     command = command_of(given.recipe, overrides)
     grid = (given.learning_rates, given.lengths, given.seeds)
-    print(report(sweep(recipe, folder, *grid, command=command, retry=given.retry), folder))
+    found = sweep(recipe, folder, *grid, command=command, retry=given.retry)
+    print(report(found, folder))
+    if all(trial.error for trial in found.trials):
+        raise PTuneError("no run of the grid succeeded; the table says why.")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from hf_ptune.injection import evaluating
 from hf_ptune.templates import Template
 
 
-def word_ids(word: str, tokenizer: PreTrainedTokenizerBase, spaced: bool) -> list[int]:
+def word_ids(word: str, tokenizer: PreTrainedTokenizerBase, spaced: bool, behind: str = "") -> list[int]:
     """Token ids of a word as it would stand at the mask.
 
     Most tokenizers tell a word that follows a space from one that does not; the one that the template asks for is
@@ -26,12 +26,15 @@ def word_ids(word: str, tokenizer: PreTrainedTokenizerBase, spaced: bool) -> lis
         word: one word, or several.
         tokenizer: of the base.
         spaced: whether the mask follows a space (`Template.spaced`).
+        behind: the character that it follows else (`Template.behind`), since some tokenizers take a word that follows
+            none for one that follows a space.
     """
     alone: list[int] = tokenizer(word.strip(), add_special_tokens=False)["input_ids"]
-    if not spaced:
+    if not spaced and not behind:
         return alone
-    before: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    both: list[int] = tokenizer(f"a {word.strip()}", add_special_tokens=False)["input_ids"]
+    first = "a" if spaced else behind
+    before: list[int] = tokenizer(first, add_special_tokens=False)["input_ids"]
+    both: list[int] = tokenizer(f"{first}{' ' * spaced}{word.strip()}", add_special_tokens=False)["input_ids"]
     return both[len(before) :] if both[: len(before)] == before else alone
 
 
@@ -72,11 +75,13 @@ class Vocabulary(Scorer):
     Args:
         tokenizer: of the base.
         spaced: whether the mask follows a space.
+        behind: what it follows else; see `word_ids`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, spaced: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, spaced: bool, behind: str = "") -> None:
         self.tokenizer = tokenizer
         self.spaced = spaced
+        self.behind = behind
 
     def scores(self, logits: Tensor) -> Tensor:
         return logits
@@ -87,7 +92,7 @@ class Vocabulary(Scorer):
         Raises:
             TemplateError: it is not one token.
         """
-        ids = word_ids(word, self.tokenizer, self.spaced)
+        ids = word_ids(word, self.tokenizer, self.spaced, self.behind)
         if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
             raise TemplateError(
                 f"{word!r} is {_spelled(ids, self.tokenizer)}, not one token; at the mask stands one. "
@@ -108,6 +113,7 @@ class Verbalizer(Scorer):
         spaced: whether the mask follows a space.
         average: whether words of several tokens are taken.
         labels: order of the labels, that of their numbers; the order of `words` when unset.
+        behind: what the mask follows, if no space; see `word_ids`.
 
     Raises:
         ConfigError: labels without words, or two labels with the same ones.
@@ -121,6 +127,7 @@ class Verbalizer(Scorer):
         spaced: bool,
         average: bool = False,
         labels: Sequence[str] | None = None,
+        behind: str = "",
     ) -> None:
         self.labels = list(words) if labels is None else list(labels)
         if missing := set(self.labels) ^ set(words):
@@ -131,7 +138,7 @@ class Verbalizer(Scorer):
             listed = [given] if isinstance(given, str) else list(given)
             row: dict[int, float] = {}
             for word in listed:
-                ids = word_ids(word, tokenizer, spaced)
+                ids = word_ids(word, tokenizer, spaced, behind)
                 _check_word(word, label, ids, tokenizer, average)
                 for i in ids:
                     row[i] = row.get(i, 0.0) + 1.0 / (len(ids) * len(listed))
@@ -229,7 +236,7 @@ def classify(
     words = verbalizer if verbalizer is not None else model.config.verbalizer
     if not words:
         raise ConfigError("the model has no verbalizer; pass verbalizer={label: word}, or take predict_words.")
-    scorer = Verbalizer(words, tokenizer, read.spaced, average)
+    scorer = Verbalizer(words, tokenizer, read.spaced, average, behind=read.behind)
     choices = []
     for logits in _answers(model, tokenizer, read, rows, batch_size, max_length):
         for row in scorer.scores(logits).softmax(-1).tolist():

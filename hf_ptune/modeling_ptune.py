@@ -16,6 +16,7 @@ from transformers.utils import logging as hf_logging
 from hf_ptune import prompt_start
 from hf_ptune.backbone import TASKS, adapter_names, cached_commit, count_parameter, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, InjectionError, PTuneError
 from hf_ptune.injection import Injector, bind, find_geometry, word_embeddings
 from hf_ptune.logits_at import run_with_logits_at
@@ -206,6 +207,14 @@ class PTunePreTrainedModel(SavedAdapter):
             raise PTuneError("torch.nn.DataParallel is not supported; start one process per device: accelerate launch.")
         if self.prompt is not None and self._injector is None:
             raise PTuneError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
+        if (
+            self.config.places_tokens
+            and self.task == "CAUSAL_LM"
+            and isinstance(labels := kwargs.get("labels"), Tensor)
+        ):
+            # virtual tokens that a template placed are no words to be told
+            placed = torch.tensor(self.config.virtual_token_ids, device=labels.device)
+            kwargs["labels"] = labels.masked_fill(torch.isin(labels, placed), IGNORED)
         if (places := kwargs.pop("logits_at", None)) is not None:
             return run_with_logits_at(self.backbone, self.task, places, bind(self.backbone, args, kwargs))
         if self._loss_at_labels is not None and (output := self._loss_at_labels(args, kwargs)) is not None:
@@ -312,6 +321,16 @@ def _with_signature(cls: Any, backbone_class: Any) -> type:
     return _SPECIALISED[cls, backbone_class]
 
 
+# what looks the text's tokens up in the logits, or in the vocabulary
+_LOOKING_UP = (
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "encoder_no_repeat_ngram_size",
+    "prompt_lookup_num_tokens",
+)
+
+
 class _Generating(PTunePreTrainedModel, GenerationMixin):
     """Tasks that generate: the backbone does, with its own cache and inputs."""
 
@@ -319,7 +338,7 @@ class _Generating(PTunePreTrainedModel, GenerationMixin):
         self.backbone.generation_config = self.generation_config
         if self.config.places_tokens and not self.config.is_encoder_decoder:
             settings = kwargs.get("generation_config") or self.generation_config
-            for name in ("repetition_penalty", "no_repeat_ngram_size"):
+            for name in _LOOKING_UP:
                 if (value := kwargs.get(name, getattr(settings, name, None))) not in (None, 0, 1):
                     raise InjectionError(
                         f"{name}={value} looks the text's tokens up in the logits, which know no virtual tokens; leave "

@@ -62,9 +62,11 @@ class MultiTaskPrompt(nn.Module):
         every = {f"tasks.{t}.{n}" for t in self.tasks for n in self.model_of(t).adapter_parameter_names()}
         return every & {n for n, _ in self.named_parameters()}
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         for task in self.tasks:
-            self.model_of(task).gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+            self.model_of(task).gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], flatten: bool = False, **kwargs: Any) -> None:
         """Write one adapter folder a task, each with the shared prompt and the task's own head.
@@ -108,7 +110,8 @@ def get_multitask_model(
 
     Raises:
         BackboneError: the backbones have different bases, or cannot take the method.
-        ConfigError: fewer than one task, a name that cannot be a folder, or a method without a prompt.
+        ConfigError: fewer than one task, a name that cannot be a folder, a method without a prompt, or a base that
+            would be trained.
     """
     if not backbones:
         raise ConfigError("there is no task; name at least one, with its backbone.")
@@ -118,6 +121,8 @@ def get_multitask_model(
     first = next(iter(backbones.values()))
     for task, backbone in backbones.items():
         share_base(first, backbone, task)
+    if config.train_backbone:
+        raise ConfigError("train_backbone=True: tasks share a base that is frozen; leave it out.")
     if config.pooled_token is True:
         raise ConfigError("pooled_token=True: tasks share a prompt, but no token that one head pools; leave it out.")
     config = type(config).from_dict(config.to_dict() | {"pooled_token": False})

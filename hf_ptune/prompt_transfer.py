@@ -59,6 +59,12 @@ def transfer(model: Any, source: str) -> None:
 
 
 def _check_same_base(source: PTuneConfig, target: PTuneConfig, where: str) -> None:
+    if source.train_backbone and not (target.train_backbone and target.prompt_tuning_init_head):
+        raise BackboneError(
+            f"{where} was trained together with its base, whose weights are its own: a prompt means something to its "
+            "own base alone. Go on with the whole adapter (from_pretrained), or take its base along: train_backbone="
+            "True and prompt_tuning_init_head=True."
+        )
     theirs, ours = source.base_model_name_or_path, target.base_model_name_or_path
     if theirs and ours and _place(theirs) != _place(ours):
         raise BackboneError(

@@ -26,6 +26,7 @@ _NOT_OPTIONS = {"model_type", "sub_configs", "method", "flattened", "task", "geo
 # what a task reads its rows through, and so writes itself
 _NOT_OPTIONS |= {"template", "verbalizer", "virtual_token_ids"}
 _VARIANT = "--variant="
+_BACKBONE_RATE = 1e-5  # Liu et al. 2021, section 4.2
 # keys of the recipe's own
 _NOT_TRAINING = ("output_dir", "seed")
 
@@ -107,8 +108,10 @@ class Recipe:
         task_options: fields of the task.
         options: further fields of PTuneConfig.
         training: fields of TrainingArguments.
-        backbone_learning_rate: that of a backbone that trains along (`options.train_backbone`); the same as the
-            adapter's when unset.
+        backbone_learning_rate: that of a backbone that trains along (`options.train_backbone`); 1e-5 when unset, as
+            Liu et al. 2021 take it.
+        head_learning_rate: that of the task's head; the prompt's when unset, or the method's default where the recipe
+            names no learning rate at all.
         seed: seed of the prompt, the head and the training.
         card: what the card should say besides.
         folder: where the recipe stands; paths of data start there.
@@ -123,6 +126,7 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     backbone_learning_rate: float | None = None
+    head_learning_rate: float | None = None
     seed: int = 0
     card: CardRecipe = field(default_factory=CardRecipe)
     folder: Path = Path(".")
@@ -134,6 +138,15 @@ class Recipe:
     def defaults(self) -> Defaults:
         """What its method starts with, for its task, where it is silent."""
         return defaults_of(self.method, self.build_task().model_task)
+
+    def rates(self) -> tuple[float | None, float | None]:
+        """Learning rates of backbone and head; `None` where they have none of their own."""
+        backbone, head = self.backbone_learning_rate, self.head_learning_rate
+        if backbone is None and self.options.get("train_backbone"):
+            backbone = _BACKBONE_RATE
+        if head is None and "learning_rate" not in self.training:
+            head = self.defaults().head_learning_rate
+        return backbone, head
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -233,6 +246,8 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
         raise RecipeError(
             f"{where}: backbone_learning_rate is {rate}; expected more than 0, and options.train_backbone: true."
         )
+    if recipe.head_learning_rate is not None and recipe.head_learning_rate <= 0:
+        raise RecipeError(f"{where}: head_learning_rate is {recipe.head_learning_rate}; expected more than 0.")
     try:
         recipe.build_task()
     except RecipeError as error:
@@ -252,6 +267,7 @@ def _option_types() -> dict[str, Any]:
 
 def _training_types() -> dict[str, Any]:
     hints = typing.get_type_hints(TrainingArguments)
+    hints["resume_from_checkpoint"] = str | bool | None  # true for the last one
     return {f.name: hints[f.name] for f in fields(TrainingArguments) if f.init and f.name not in _NOT_TRAINING}
 
 

@@ -23,6 +23,7 @@ from hf_ptune.data import Rows, load_rows, split_rows
 from hf_ptune.errors import RecipeError
 from hf_ptune.methods import get_method
 from hf_ptune.recipe import Recipe
+from hf_ptune.templates import Template
 from hf_ptune.train import evaluate, load_tokenizer, make_arguments, make_trainer, wrap_base
 
 RESULTS_NAME, TABLE_NAME, PLOT_NAME = "results.json", "results.md", "sweep.png"
@@ -208,6 +209,13 @@ def _grid(
     usual = recipe.training.get("learning_rate", own.training.get("learning_rate", 1e-2))
     rates = list(rates) or [float(f"{usual * factor:.1g}") for factor in (0.1, 0.3, 1, 3)]
     tokens: list[int | None] = list(lengths) or [(own.options | recipe.options).get("num_virtual_tokens", 20)]
+    template = recipe.build_task().config_options().get("template")
+    if template and (placed := Template.parse(template).num_virtual_tokens):
+        if set(lengths) - {placed}:
+            raise RecipeError(
+                f"the template places {placed} virtual tokens, so that there are no other lengths to try."
+            )
+        tokens = [placed]
     if get_method(recipe.method).kind is None:
         if lengths:
             raise RecipeError(f"{recipe.method} has no virtual tokens, so that there are no lengths to try.")
@@ -231,7 +239,7 @@ def _run(recipe: Recipe, rows: Rows, place: tuple[float, int | None, int]) -> Tr
     rate, length, seed = place
     options = recipe.options | ({} if length is None else {"num_virtual_tokens": length})
     training = recipe.training | _TRIAL | {"learning_rate": rate}
-    chosen = replace(recipe, options=options, training=training, seed=seed)
+    chosen = replace(recipe, options=options, training=training, seed=seed, head_learning_rate=recipe.rates()[1])
     started = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as nobody_s:

@@ -134,7 +134,14 @@ class Template:
     def spaced(self) -> bool:
         """Whether the word to predict follows a space, and so is a word's beginning to most tokenizers."""
         before = self.text.partition("[MASK]")[0]
-        return bool(before.strip()) and before[-1].isspace()
+        return bool(before.strip()) and before[-1] == " "
+
+    @property
+    def behind(self) -> str:
+        """The character that the word to predict follows, where that is one of the template's own and no space."""
+        kinds = [kind for kind, _ in self.parts]
+        at = kinds.index("mask") if self.has_mask else 0
+        return self.parts[at - 1][1][-1].strip(" ") if at and kinds[at - 1] == "words" else ""
 
     def check_causal(self) -> None:
         """Refuse a template that a causal model could not answer.
@@ -213,7 +220,7 @@ class Template:
                 text += "".join(next(tokens) for _ in range(int(content)))
             else:
                 text += mask if kind == "mask" else content
-        return (text.rstrip() if causal else text), spans
+        return (text.rstrip(" ") if causal else text), spans
 
     def _mask_of(self, tokenizer: PreTrainedTokenizerBase) -> str:
         if self.has_mask and tokenizer.mask_token is None:

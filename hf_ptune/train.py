@@ -213,7 +213,7 @@ def make_trainer(
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        optimizer_cls_and_kwargs=make_optimizer(arguments, model, recipe.backbone_learning_rate),
+        optimizer_cls_and_kwargs=make_optimizer(arguments, model, *recipe.rates()),
         callbacks=[
             FreezeBackboneCallback(),
             GuardCallback(None if scorer is None else scorer.loss),

@@ -33,6 +33,7 @@ from hf_ptune.multitask import (
     get_multitask_model,
     share_base,
 )
+from hf_ptune.optimizer import make_optimizer
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, make_recipe, read_content
 from hf_ptune.tasks import Feature, Task, TaskTrainer
@@ -112,6 +113,10 @@ def make_multitask_recipe(
             raise RecipeError(f"{where}: unknown key {wrong[0]} of task {name}; expected name, {', '.join(_OWN)}.")
         own = {k: v for k, v in entry.items() if k != "name"}
         tasks[name] = make_recipe(shared | own, f"{where}, task {name}", folder)
+        if tasks[name].task.startswith("CLOZE"):
+            raise RecipeError(
+                f"{where}, task {name}: {tasks[name].task} has a template of its own; train it by itself."
+            )
     return MultiTaskRecipe(tasks, float(temperature))
 
 
@@ -123,7 +128,8 @@ class MultiTaskTrainer(Trainer):
 
     Args:
         model: of `get_multitask_model`.
-        args: `remove_unused_columns` is turned off: which columns a batch has is up to its task.
+        args: `remove_unused_columns` is turned off: which columns a batch has is up to its task. The best model is
+            that of the greatest `mean`, where no metric is named.
         parts: name of a task to its features.
         processing_class: the tokenizer.
         temperature: of `TaskSampler`.
@@ -142,6 +148,8 @@ class MultiTaskTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args.remove_unused_columns = False
+        if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss"):
+            args.metric_for_best_model, args.greater_is_better = "mean", True
         self.parts = dict(parts)
         self.temperature = temperature
         train = MultiTaskDataset({name: part.train for name, part in parts.items()})
@@ -225,7 +233,10 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
     tokenizer = load_tokenizer(recipe.shared.base)
     model, parts = build(recipe, tokenizer)
     watched_by = [LearningCallback(), MemoryCallback()]
-    trainer = MultiTaskTrainer(model, arguments, parts, tokenizer, recipe.temperature, callbacks=watched_by)
+    rates = make_optimizer(arguments, model, *recipe.shared.rates())
+    trainer = MultiTaskTrainer(
+        model, arguments, parts, tokenizer, recipe.temperature, callbacks=watched_by, optimizer_cls_and_kwargs=rates
+    )
     for name, part in parts.items():
         check_features(model.model_of(name), part.task, tokenizer, [*part.train, *part.held_out])
         check_batch(model.model_of(name), part.task.collator(tokenizer)(part.train[:_GUARDED_ROWS]))

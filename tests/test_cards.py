@@ -149,3 +149,25 @@ def test_values_that_json_lacks_are_dropped(tmp_path: Path) -> None:
     assert RunFacts.load(tmp_path).history == [{"loss": None, "step": 1}]
     model = get_ptune_model(build("llama"), PTuneConfig(method="p_tuning", num_virtual_tokens=2))
     assert facts_of(model, tmp_path).task == "CAUSAL_LM" and torch.is_tensor(model.prompt())
+
+
+def test_runs_of_a_card_differ_by_their_seeds_alone() -> None:
+    def one(seed: int, rate: float = 0.1, loss: float | None = 1.0) -> RunFacts:
+        metrics: Any = {"loss": loss, "accuracy": 0.5}
+        settings = {"learning_rate": rate}
+        return RunFacts("p_tuning_v2", "SEQ_CLS", hyperparameters=settings, seeds=[seed], metrics=[metrics])
+
+    with pytest.raises(PTuneError, match=r"differ in learning_rate \(0.1 and 0.2\)"):
+        merge_seeds([one(0), one(1, rate=0.2)])
+    with pytest.raises(PTuneError, match=r"seeds \[0, 0\]; expected each once"):
+        merge_seeds([one(0), one(0)])
+    text = make_card(merge_seeds([one(0), one(1, loss=None)])).text  # one diverged
+    assert "| accuracy | 0.5000 ± 0.0000 |" in text and "| loss |" not in text
+
+
+def test_the_snippet_of_a_template_reads_it() -> None:
+    options = {"template": "[P2] {first} {second} [MASK]", "verbalizer": {"a": "b"}}
+    card = make_card(RunFacts("p_tuning", "MASKED_LM", options=options, example="x"))
+    assert "from hf_ptune.cloze import classify" in card.text and '[{"first": "x", "second": "x"}]' in card.text
+    card = make_card(RunFacts("p_tuning", "CAUSAL_LM", options=options | {"verbalizer": None}))
+    assert "predict_words(model, tokenizer" in card.text and "pipeline" not in card.text.split("## Size")[0]

@@ -177,14 +177,14 @@ def test_questions_in_csv(tmp_path: Path) -> None:
 
 
 def test_files_of_another_making(tmp_path: Path) -> None:
-    source = write(tmp_path, "bom.csv", "\ufefftext,label\r\na,x\r\nb,y\r\nc,y\r\nd,x\r\n")
+    source = write(tmp_path, "bom.csv", "\ufefftext,label\r\n" + "a,x\r\nb,y\r\n" * 4)
     assert load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source)).labels == ["x", "y"]
     source = write(tmp_path, "more.csv", "text,label\nwell, then,pos\n")
     assert "line 2: has 1 cells more than the header" in said(tmp_path, "SEQ_CLS", source=source)
     (tmp_path / "gbk.csv").write_bytes("text,label\n好,x\n".encode("gbk"))
     assert "is not in UTF-8" in said(tmp_path, "SEQ_CLS", source="gbk.csv")
-    source = write(tmp_path, "long.csv", f"text,label\n{'a ' * 100_000},x\n" + "b,y\n" * 4)
-    assert len(load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source)).train) == 4
+    source = write(tmp_path, "long.csv", f"text,label\n{'a ' * 100_000},x\n" + "a,x\n" + "b,y\n" * 4)
+    assert len(load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source)).train) == 5
     source = write(tmp_path, "w.jsonl", [{"text": "a", "label": "x", "k": "q"}, {"text": None, "label": "y", "k": "p"}])
     assert "row 2: column 'text' is empty" in said(tmp_path, "SEQ_CLS", source=source, where={"k": "p"})
 

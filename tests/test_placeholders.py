@@ -287,3 +287,10 @@ def test_ids_are_needed() -> None:
     make: Callable[..., Any] = get_ptune_model
     with pytest.raises(ConfigError, match="tokenizer"):
         make(build("bert", "MASKED_LM"), config)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_virtual_tokens_are_no_words_to_be_told(family: str) -> None:
+    model = wrapped(family)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    assert torch.allclose(loss, model(input_ids=IDS, labels=IDS.where(IDS < VOCABULARY, torch.tensor(-100))).loss)

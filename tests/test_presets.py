@@ -57,7 +57,8 @@ def test_the_recipe_s_own_keys_win() -> None:
     given |= {"options": {"num_virtual_tokens": 16}, "training": {"learning_rate": "1e-3"}}
     recipe = make_recipe(SILENT | given | {"data": {"source": "rows.jsonl", "max_length": 64}})
     assert recipe.base == "roberta-base" and recipe.data.max_length == 64
-    assert recipe.options == {"num_virtual_tokens": 16, "prompt_tuning_init": "RANDOM", "prefix_dropout": 0.1}
+    published = {"prompt_tuning_init": "RANDOM", "prefix_dropout": 0.1, "pooled_token": False}
+    assert recipe.options == {"num_virtual_tokens": 16} | published
     assert recipe.training["learning_rate"] == 1e-3 and recipe.training["num_train_epochs"] == 100
     epochs = {"preset": "prompt_tuning/superglue/t5-base", "training": {"num_train_epochs": 2}}
     assert "max_steps" not in make_recipe(SILENT | epochs).training
@@ -121,3 +122,15 @@ def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*preset_names(), *METHODS))
     assert "THUDM/P-tuning-v2, run_script" in printed
+
+
+def test_few_shot_presets_train_the_base_too() -> None:
+    recipe = make_recipe(SILENT | {"preset": "p_tuning/fewglue_cb/albert-xxlarge"})
+    assert recipe.options["train_backbone"] and recipe.rates() == (1e-5, None)
+    batch = recipe.training["per_device_train_batch_size"] * recipe.training["gradient_accumulation_steps"]
+    assert batch == 16 and recipe.training["max_steps"] == 250
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_no_paper_has_a_pooled_token(name: str) -> None:
+    assert preset(name).options["pooled_token"] is False

@@ -131,3 +131,10 @@ def test_bitfit_and_foreign_folders_are_refused(wrap: Wrap, trained: Any, tmp_pa
     (foreign / "adapter_config.json").write_text(json.dumps({"peft_type": "PREFIX_TUNING"}))
     with pytest.raises(ConfigError, match="hf-ptune convert"):
         fresh(wrap, "p_tuning_v2", str(foreign))
+
+
+def test_a_prompt_without_the_base_that_it_was_trained_with_is_refused(wrap: Wrap, tmp_path: Path) -> None:
+    wrap("bert", "prompt_tuning", train_backbone=True).save_pretrained(tmp_path)
+    for options in ({}, {"train_backbone": True}):
+        with pytest.raises(BackboneError, match="trained together with its base"):
+            fresh(wrap, "prompt_tuning", str(tmp_path), **options)

@@ -1,6 +1,7 @@
 """A grid of length and learning rate: every run is kept, the best is found, an interrupted sweep goes on."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,28 @@ def test_no_plot_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     module._write_table(found, tmp_path, 3)
     assert "sweep.png" not in (tmp_path / "results.md").read_text()
     assert "no plot: pip install matplotlib" in report(found, tmp_path)
+
+
+def test_a_grid_of_which_nothing_succeeds_is_a_failure(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_train", lambda *_: (_ for _ in ()).throw(RuntimeError("broke")))
+    assert main(["sweep", str(tmp_path / "recipe.yaml"), "--learning-rates", "1e-2", "--lengths", "2"]) == 2
+    said = capsys.readouterr()
+    assert "failed" in said.out and "no run of the grid succeeded" in said.err
+
+
+def test_a_template_has_its_own_length(tmp_path: Path) -> None:
+    options = {"template": "[P3] {text} [MASK]", "verbalizer": {"early": "a", "late": "b"}}
+    content = write_recipe(tmp_path, "SEQ_CLS", write_base(tmp_path / "base", "bert", "SEQ_CLS"))
+    content |= {"task": "CLOZE_MASKED_LM", "task_options": options, "method": "prompt_tuning", "options": {}}
+    recipe = make_recipe(content, folder=tmp_path)
+    assert module._grid(recipe, [1e-2], [], []) == module._grid(recipe, [1e-2], [3], []) == [(1e-2, 3, 0)]
+    with pytest.raises(RecipeError, match="the template places 3 virtual tokens"):
+        module._grid(recipe, [1e-2], [3, 5], [])
+
+
+def test_heads_keep_their_own_rate(recipe: Recipe) -> None:
+    silent = replace(recipe, method="prefix_tuning", training={})
+    assert silent.rates() == (None, 2e-2)
+    assert replace(silent, training={"learning_rate": 1e-4}).rates() == (None, None)

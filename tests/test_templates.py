@@ -133,3 +133,22 @@ def test_words_stand_at_the_mask_as_in_the_text(kind: str, word: str) -> None:
     whole = tokenizer(f"it was {word}", add_special_tokens=False)["input_ids"]
     assert whole == before + word_ids(word, tokenizer, spaced=True)
     assert tokenizer(word, add_special_tokens=False)["input_ids"] == word_ids(word, tokenizer, spaced=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["{a}.[MASK]", "{a} ,[MASK]"])
+def test_words_behind_a_sign_stand_as_in_the_text(kind: str, text: str) -> None:
+    tokenizer, template = tokenizer_of(kind), Template.parse(text)
+    before = tokenizer(text.replace("{a}", "it was").replace("[MASK]", ""), add_special_tokens=False)["input_ids"]
+    whole = tokenizer(text.replace("{a}", "it was").replace("[MASK]", "yes"), add_special_tokens=False)["input_ids"]
+    assert whole == before + word_ids("yes", tokenizer, template.spaced, template.behind)
+
+
+def test_an_answer_on_a_line_of_its_own() -> None:
+    template, tokenizer = Template.parse("{a}\n[MASK]"), tokenizer_of("bytes", mask=False)
+    assert not template.spaced and template.behind == "\n"
+    assert (
+        template.encode(tokenizer, {"a": "it was"}, causal=True).inputs["input_ids"]
+        == tokenizer("it was\n")["input_ids"]
+    )
+    assert tokenizer.convert_ids_to_tokens(word_ids("it", tokenizer, False, "\n")) == ["it"]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from transformers import AutoConfig
 from hf_ptune import PTuneConfig
 from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts
+from hf_ptune.data import load_rows
 from hf_ptune.errors import BackboneError, RecipeError
 from hf_ptune.recipe import make_recipe
-from hf_ptune.train import load_base, main, run
+from hf_ptune.train import load_base, load_tokenizer, main, make_arguments, make_trainer, run, wrap_base
 
 ROOT = Path(__file__).parents[1]
 LETTERS = "abcdefgh"
@@ -188,3 +190,19 @@ def test_two_processes_print_once(family: str, task: str, tmp_path: Path) -> Non
     assert done.stdout.count("trainable params:") == done.stdout.count("reloaded from") == 1, done.stderr[-3000:]
     assert "rank 1" in done.stdout
     TASKS[task].from_pretrained(tmp_path / "out" / "adapter")
+
+
+@pytest.mark.parametrize("further", [{}, {"backbone_learning_rate": 3e-4}, {"head_learning_rate": 0.5}])
+def test_backbone_and_head_have_rates_of_their_own(further: dict[str, Any], tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
+    recipe = make_recipe(write_recipe(tmp_path, "SEQ_CLS", base, options={"train_backbone": True}) | further)
+    rows = load_rows(replace(recipe, folder=tmp_path))
+    tokenizer = load_tokenizer(base)
+    trainer = make_trainer(recipe, make_arguments(recipe), wrap_base(recipe, rows, tokenizer), tokenizer, rows)
+    trainer.create_optimizer()
+    rates = {id(p): g["lr"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    named = {n: rates[id(p)] for n, p in trainer.model.named_parameters() if p.requires_grad}
+    own = recipe.training["learning_rate"]
+    assert {v for n, v in named.items() if "classifier" in n} == {further.get("head_learning_rate", own)}
+    assert {v for n, v in named.items() if "bert." in n} == {further.get("backbone_learning_rate", 1e-5)}
+    assert named["prompt.weight"] == own == trainer.optimizer.param_groups[0]["lr"]

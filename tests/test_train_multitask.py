@@ -1,6 +1,7 @@
 """The walk of several tasks: one recipe, one prompt, an adapter a task, each of which starts another run."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from transformers import AutoTokenizer
 from hf_ptune import PTuneConfig, train
 from hf_ptune.backbone import TASKS
 from hf_ptune.cli import main
-from hf_ptune.errors import RecipeError
+from hf_ptune.errors import ConfigError, RecipeError
+from hf_ptune.optimizer import make_optimizer
 from hf_ptune.recipe import make_recipe
 from hf_ptune.train import load_tokenizer, make_arguments
 from hf_ptune.train_multitask import MultiTaskTrainer, build, make_multitask_recipe, run
@@ -132,3 +134,50 @@ def test_each_task_becomes_a_repository(
     written = TASKS["TOKEN_CLS"].from_pretrained(tmp_path / "out/adapter/letters")
     assert torch.equal(loaded.prompt.weight, written.prompt.weight)
     assert facts["memory"]["rss_peak"] > 0 and facts["speed"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"gradient_checkpointing": True}, {"load_best_model_at_end": True, "save_strategy": "epoch"}]
+)
+def test_settings_of_the_trainer(settings: dict[str, Any], content: dict[str, Any], tmp_path: Path) -> None:
+    content["training"] |= settings | {"eval_strategy": "epoch", "num_train_epochs": 2}
+    assert set(run(make_multitask_recipe(content, folder=tmp_path))) == {"when", "letters"}
+
+
+def test_a_run_that_does_not_learn_is_warned_and_finished(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    content["training"] |= {"learning_rate": 1e-9, "num_train_epochs": 8}
+    run(make_multitask_recipe(content, folder=tmp_path))
+    assert "Raise the learning rate" in caplog.text
+
+
+def test_it_goes_on_from_the_command_line(content: dict[str, Any], tmp_path: Path) -> None:
+    content["training"] |= {"save_strategy": "steps", "save_steps": 5, "max_steps": 10}
+    (tmp_path / "r.yaml").write_text(json.dumps(content))
+    for further in ([], ["--training.resume_from_checkpoint=true"]):
+        assert main(["train", str(tmp_path / "r.yaml"), *further]) == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-10" / "trainer_state.json").read_text())
+    assert state["global_step"] == 10
+
+
+def test_what_tasks_cannot_share(content: dict[str, Any], tmp_path: Path) -> None:
+    content["options"] |= {"train_backbone": True}
+    with pytest.raises(ConfigError, match="tasks share a base that is frozen"):
+        run(make_multitask_recipe(content, folder=tmp_path))
+    options = {"template": "[P2] {text} [MASK]", "verbalizer": {"early": "a", "late": "b"}}
+    content["tasks"][0] |= {"task": "CLOZE_MASKED_LM", "task_options": options}
+    with pytest.raises(RecipeError, match="has a template of its own; train it by itself"):
+        make_multitask_recipe(content, folder=tmp_path)
+
+
+def test_heads_have_their_own_rate(content: dict[str, Any], tmp_path: Path) -> None:
+    recipe = make_multitask_recipe(content | {"head_learning_rate": 0.5}, folder=tmp_path).shared
+    model, _ = build(make_multitask_recipe(content, folder=tmp_path), load_tokenizer(recipe.base))
+    chosen = make_optimizer(make_arguments(recipe), model, *recipe.rates())
+    assert chosen is not None
+    rates = {id(p): group["lr"] for group in chosen[1]["params"] for p in group["params"]}
+    assert rates[id(model.prompt.weight)] == 5e-2 and chosen[1]["params"][0]["lr"] == 5e-2
+    assert {rates[id(p)] for n, p in model.named_parameters() if "classifier" in n} == {0.5}
+    assert len(rates) == sum(p.requires_grad for p in model.parameters())

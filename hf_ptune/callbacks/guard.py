@@ -264,7 +264,8 @@ def _check_labels(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> None:
         cure = "Use the backbone's own tokenizer, or resize its embeddings"
     else:
         return
-    counted = labels[labels != IGNORED]
+    placed = torch.tensor(config.virtual_token_ids or [IGNORED], device=labels.device)
+    counted = labels[(labels != IGNORED) & ~torch.isin(labels, placed)]
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < limit:
         raise GuardError(
             f"labels run from {int(counted.min())} to {int(counted.max())}, expected 0 to {limit - 1} "

@@ -19,12 +19,14 @@ from hf_ptune.presets import defaults_of
 logger = logging.get_logger(__name__)
 _LOOKS = 20  # times that a run is looked at, where its own logs are rarer
 _LEAST_STEPS = 20  # after warm-up; fewer say nothing
+_FEWEST_STEPS = 5  # after which a short run may be judged at its end
 _LEAST_POINTS = 4
 # P-Tuning v2 on MiniLM, after 20 of 80 steps: 0.0014 at learning rate 2e-4, whose loss fell by 3 % in all; 0.007 at
 # 1e-3, which learnt slowly; 0.11 at 2e-2, which learnt well
 _LEAST_CHANGE = 3e-3
-_RISE, _CERTAIN_RISE, _GAIN = 0.2, 0.5, 0.02  # of the first loss
+_RISE, _CERTAIN_RISE, _GAIN, _CLEAR_GAIN = 0.2, 0.5, 0.02, 0.1  # of the first loss
 _SMALL_CHANGE = 0.05  # below it, a flat loss is the learning rate's fault: prompts that learnt changed by more
+_FAR = 10.0  # a rate so many times the usual one is not too low, however little a loss falls
 _ERRORS = 3.0  # standard errors that a difference of losses has to be beyond
 
 
@@ -41,7 +43,9 @@ class LearningCallback(TrainerCallback):
     above the first step's by half, or by a fifth and three standard errors. `too_low`: after a quarter of the run,
     and 20 steps after warm-up, the prompt has changed by less than 0.3 %. `flat`: after half of the run, the latest
     quarter of the losses lies neither below the first step's nor below the first quarter's, by 2 % and three
-    standard errors.
+    standard errors, nor by 10 % whatever the error. Runs of fewer steps are judged at their end, where they are clear:
+    a loss that rose by half, a prompt that changed by less than 0.03 %. A run that goes on from a checkpoint beyond
+    its first tenth is judged by `too_high` alone: what had been learnt before is not known.
 
     Attributes:
         found: name of a finding to its message.
@@ -60,6 +64,7 @@ class LearningCallback(TrainerCallback):
         self._steps: list[int] = []  # of each loss
         self._rate = 0.0
         self._start: Tensor | None = None
+        self._late = False
 
     # events ------------------------------------------------------------------------------------------------
 
@@ -68,6 +73,7 @@ class LearningCallback(TrainerCallback):
     ) -> None:
         """Remember the start."""
         self._begin()
+        self._late = state.global_step > state.max_steps / 10
         if args.distributed_state is not None and args.distributed_state.distributed_type in SHARDING:
             logger.info("the change of the prompt is not watched: parameters are sharded over ranks.")
         else:
@@ -93,7 +99,7 @@ class LearningCallback(TrainerCallback):
             self._losses.append(float(logs["loss"]))
             self._steps.append(state.global_step)
             self._rate = max(self._rate, float(logs["learning_rate"]))
-        self._judge(args, state, model, numbers.get("prompt_change"))
+        self._judge(args, state, model, numbers.get("prompt_change"), last)
         if last:
             numbers = self.summary = numbers | self.summary
         # infinities are no JSON
@@ -105,28 +111,38 @@ class LearningCallback(TrainerCallback):
     # judgement ---------------------------------------------------------------------------------------------
 
     def _judge(
-        self, args: TrainingArguments, state: TrainerState, model: PTunePreTrainedModel, change: float | None
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: PTunePreTrainedModel,
+        change: float | None,
+        last: bool,
     ) -> None:
         if any(not math.isfinite(v) for v in (*self._losses[-1:], *([] if change is None else [change]))):
             self._report(state, "too_high", f"the loss or the prompt is not finite. {self._lower(model)}")
             return
         warmup = args.get_warmup_steps(state.max_steps)
         gone = state.global_step - warmup
-        if gone < _LEAST_STEPS or state.global_step < state.max_steps / 4:
+        short = gone < _LEAST_STEPS
+        if (short and not (last and gone >= _FEWEST_STEPS)) or state.global_step < state.max_steps / 4:
             return
-        if change is not None and change < _LEAST_CHANGE:
+        least = _LEAST_CHANGE / 10 if short else _LEAST_CHANGE
+        if change is not None and change < least and not self._late:
             measured = f"the prompt has changed by {100 * change:.2g} % of its start, expected more than "
-            self._report(state, "too_low", f"{measured}{100 * _LEAST_CHANGE:g} %. {self._raise(model, change)}")
+            self._report(state, "too_low", f"{measured}{100 * least:g} %. {self._raise(model, change)}")
         if len(self._losses) < _LEAST_POINTS:
             return
         first, recent = self._losses[0], self._recent()
         error = self._error()
         # what blows up is noisy too, so that a large rise needs no further test
-        if recent - first > min(_CERTAIN_RISE * abs(first), max(_RISE * abs(first), _ERRORS * error)):
+        noticed = math.inf if short else max(_RISE * abs(first), _ERRORS * error)
+        if recent - first > min(_CERTAIN_RISE * abs(first), noticed):
             measured = f"the loss is {recent:.4g} on average, above the {first:.4g} of the first step."
             self._report(state, "too_high", f"{measured} {self._lower(model)}")
-        if state.global_step >= state.max_steps / 2 and not self.found and self._is_flat(first, recent, error):
-            measured = f"the loss is {recent:.4g} on average, and was {first:.4g} at first: it does not fall."
+        if short or self._late or self.found or state.global_step < state.max_steps / 2:
+            return
+        if self._is_flat(first, recent, error):
+            measured = f"the loss is {recent:.4g} on average, and was {first:.4g} at first: no fall beyond its noise."
             self._report(state, "flat", f"{measured} {self._unstick(model, change)}")
 
     def _quarter(self) -> int:
@@ -147,7 +163,7 @@ class LearningCallback(TrainerCallback):
         steps = self._quarter() * (self._steps[-1] - self._steps[0]) / (len(self._losses) - 1)
         below_first = first - recent > max(_GAIN * abs(first), _ERRORS * error)
         below_early = early - recent > max(_GAIN * abs(early), _ERRORS * error * math.sqrt(2 / steps))
-        return not below_first and not below_early
+        return not below_first and not below_early and early - recent < _CLEAR_GAIN * abs(early)
 
     def _lower(self, model: PTunePreTrainedModel) -> str:
         usual = _usual(model)
@@ -156,6 +172,8 @@ class LearningCallback(TrainerCallback):
 
     def _unstick(self, model: PTunePreTrainedModel, change: float | None) -> str:
         usual = _usual(model) or 0.0
+        if self._rate > _FAR * usual > 0:
+            return self._lower(model)
         # behind a network a small rate moves a prompt far: P-Tuning at 1e-5 by 17 %, and learns nothing
         if (change is not None and change < _SMALL_CHANGE) or self._rate < usual / 10:
             return self._raise(model, change)
@@ -190,7 +208,7 @@ class LearningCallback(TrainerCallback):
 
 def _usual(model: PTunePreTrainedModel) -> float | None:
     """The learning rate that the model's method starts with."""
-    return defaults_of(model.config.method, model.task).training.get("learning_rate")
+    return defaults_of(model.config.method, getattr(model, "task", None)).training.get("learning_rate")
 
 
 def _unwrap(model: Any) -> Any:

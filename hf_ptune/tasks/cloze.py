@@ -95,11 +95,11 @@ class _Cloze(Task):
             )
 
     def scorer(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Verbalizer | Vocabulary:
-        spaced = Template.parse(self.template).spaced
+        read = Template.parse(self.template)
         if not self.verbalizer:
-            return Vocabulary(tokenizer, spaced)
+            return Vocabulary(tokenizer, read.spaced, read.behind)
         order = [*labels, *(k for k in self.verbalizer if k not in labels)]  # few rows may not have every label
-        return Verbalizer(self.verbalizer, tokenizer, spaced, self.average_tokens, order)
+        return Verbalizer(self.verbalizer, tokenizer, read.spaced, self.average_tokens, order, read.behind)
 
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False

@@ -122,7 +122,7 @@ def test_a_prompt_that_nothing_updates(tmp_path: Path, warnings: list[str]) -> N
 def test_a_flat_loss(tmp_path: Path, warnings: list[str]) -> None:
     callback, run = watched(tmp_path, rows=Noise(64), learning_rate=5e-3)
     assert list(callback.found) == ["flat"] and len(warnings) == 1
-    assert "does not fall" in warnings[0] and "labels belong to their rows" in warnings[0]
+    assert "no fall beyond its noise" in warnings[0] and "labels belong to their rows" in warnings[0]
     assert run.state.log_history[-1]["learning_flat"] >= STEPS / 2
 
 
@@ -148,13 +148,32 @@ def test_training_is_the_same_with_and_without_it(tmp_path: Path) -> None:
     assert torch.equal(ends[0][0], ends[1][0]) and abs(ends[0][1] - ends[1][1]) < 1e-6
 
 
-def test_short_and_silent_runs_are_not_judged(tmp_path: Path) -> None:
+def test_short_runs_are_judged_at_their_end_where_they_are_clear(tmp_path: Path) -> None:
     callback, run = watched(tmp_path, learning_rate=1e-9, max_steps=10)
-    assert not callback.found and callback.summary["prompt_change"] < 1e-6
+    assert list(callback.found) == ["too_low"] and callback.summary["learning_too_low"] == 10
     assert [e["step"] for e in run.state.log_history if "loss" in e] == list(range(1, 11))
+    callback, _ = watched(tmp_path, learning_rate=1e3, max_steps=16, warmup_steps=0)
+    assert list(callback.found) == ["too_high"]
+    for settings in ({"learning_rate": 2e-2, "max_steps": 10}, {"learning_rate": 1e-9, "max_steps": 4}):
+        assert not watched(tmp_path, **settings)[0].found
+
+
+def test_silent_runs_are_judged_by_their_last_log(tmp_path: Path) -> None:
     callback, run = watched(tmp_path, learning_rate=1e-9, logging_strategy="no")
     assert list(callback.found) == ["too_low"]  # told by the log that ends training
     assert not [e for e in run.state.log_history if "loss" in e]
+
+
+def test_a_rate_far_above_the_usual_is_never_called_flat(tmp_path: Path, warnings: list[str]) -> None:
+    watched(tmp_path, "prompt_tuning", rows=Noise(64), learning_rate=1e3)
+    assert warnings and all("Lower the learning rate" in w for w in warnings)
+
+
+def test_a_run_that_goes_on_is_not_judged_by_its_rest(tmp_path: Path, warnings: list[str]) -> None:
+    settings = {"learning_rate": 2e-2, "max_steps": 120, "save_strategy": "steps", "save_steps": 90}
+    _, run = watched(tmp_path, **settings)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-90"))
+    assert not warnings
 
 
 def test_own_logs_are_enough(tmp_path: Path) -> None:
