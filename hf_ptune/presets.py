@@ -104,8 +104,10 @@ _DEFAULTS: dict[str, Defaults] = {
     ),
     "bitfit": Defaults(
         {},
-        {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "weight_decay": 0.0},
-        "upper end of what Ben Zaken et al. 2022 search; not yet swept",
+        {"learning_rate": 3e-3, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "weight_decay": 0.0},
+        "TREC with MiniLM, one seed, validation: .805 at 1e-3 (upper end of what Ben Zaken et al. 2022 search), .885 at "
+        "3e-3, .878 at 1e-2; .910 at 3e-3 with the head at 2e-2",
+        head_learning_rate=2e-2,
     ),
 }
 # where a kind of task asks for something else, as far as it differs
@@ -387,6 +389,7 @@ def list_presets() -> str:
     for where, table in tables.items():
         lines += ["", f"where a recipe names no preset and is silent{where}:"]
         for method, found in table.items():
-            said = ", ".join(f"{k}={v}" for k, v in (found.options | found.training).items())
+            head = {} if found.head_learning_rate is None else {"head_learning_rate": found.head_learning_rate}
+            said = ", ".join(f"{k}={v}" for k, v in (found.options | found.training | head).items())
             lines.append(f"{method:14} {said}\n{'':14} {found.source}")
     return "\n".join(lines)
