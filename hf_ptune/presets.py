@@ -105,7 +105,7 @@ _DEFAULTS: dict[str, Defaults] = {
     "bitfit": Defaults(
         {},
         {"learning_rate": 3e-3, "lr_scheduler_type": "linear", "warmup_steps": 0.06, "weight_decay": 0.0},
-        "TREC with MiniLM, one seed, validation: .805 at 1e-3 (upper end of what Ben Zaken et al. 2022 search), .885 at "
+        "TREC with MiniLM, one seed, validation: .805 at 1e-3 (the most that Ben Zaken et al. 2022 search), .885 at "
         "3e-3, .878 at 1e-2; .910 at 3e-3 with the head at 2e-2",
         head_learning_rate=2e-2,
     ),
