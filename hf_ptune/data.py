@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from string import Formatter
 from typing import Any
 
 from hf_ptune.errors import RecipeError
@@ -172,17 +173,32 @@ def _by_role(row: Row, task: Task, columns: Mapping[str, Column], where: str) ->
     absent += [
         role
         for role, column in columns.items()
-        if role in task.possible and role not in found and not (role in task.now_and_then and column in row)
+        if role in task.possible and role not in found and not (role in task.now_and_then and _has(row, column))
     ]
     if absent:
         column = columns.get(absent[0], absent[0])
-        if isinstance(column, str) and column in row:
+        if _has(row, column):
             raise RecipeError(f"{where}: column {column!r} is empty; fill it, or take the row out.")
         raise RecipeError(
             f"{where}: has no column {column!r} for {absent[0]}; "
             f"it has {', '.join(map(str, row))}. Name the column under data.columns.{absent[0]}."
         )
     return found
+
+
+def _has(row: Row, column: Column) -> bool:
+    """Whether a row has a column, filled or not: all of a list, and all that a text names."""
+    if isinstance(column, list):
+        return all(_has(row, c) for c in column)
+    if column in row:
+        return True
+    if "{" in column:
+        with contextlib.suppress(ValueError):
+            return all(name in row for _, name, _, _ in Formatter().parse(column) if name is not None)
+        return False
+    first, _, rest = column.partition(".")
+    inner = row.get(first)
+    return bool(rest) and isinstance(inner, Mapping) and _has(dict(inner), rest)
 
 
 class _Filled(dict[str, Any]):
@@ -216,7 +232,7 @@ def _value(row: Row, column: Column) -> Any:
     """What a row has in a column: `a`, `a.b` inside it, a text with `{a}`, or several columns as one list."""
     if isinstance(column, list):
         several = [_value(row, c) for c in column]
-        return None if any(v is None and c not in row for v, c in zip(several, column, strict=True)) else several
+        return several if _has(row, column) else None
     if "{" in column:
         try:
             return column.format_map(_Filled(row))

@@ -109,7 +109,7 @@ def test_tags_that_are_numbers_want_names(tmp_path: Path) -> None:
 def test_an_empty_cell_is_no_data(tmp_path: Path) -> None:
     source = write(tmp_path, "r.jsonl", [{"title": "a", "body": None, "label": "x"}])
     columns = {"text": "{title}: {body}"}
-    assert "has no column '{title}: {body}'" in said(tmp_path, "SEQ_CLS", source=source, columns=columns)
+    assert "row 1: column '{title}: {body}' is empty" in said(tmp_path, "SEQ_CLS", source=source, columns=columns)
     rows = [{"p": "a", "r1": "b", "r2": "c", "r3": gap} for gap in (None, "", float("nan"), "d")]
     source = write(tmp_path, "g.jsonl", rows)
     columns = {"prompt": "p", "references": ["r1", "r2", "r3"]}
@@ -135,8 +135,9 @@ def test_a_role_is_of_all_rows_or_of_none(tmp_path: Path) -> None:
     assert "have a predicate_index, but some" in said(tmp_path, "TOKEN_CLS", source=write(tmp_path, "t.jsonl", rows))
     rows = [{"instruction": "a", "input": text, "output": "b"} for text in ("", None, "c", "d")]
     source = write(tmp_path, "i.jsonl", rows)
-    columns = {"instruction": "instruction", "input": "input", "output": "output"}
-    assert len(load_rows(recipe_for(tmp_path, "CAUSAL_LM", source=source, columns=columns)).train) == 3
+    for column in ("input", "{input}"):
+        columns = {"instruction": "instruction", "input": column, "output": "output"}
+        assert len(load_rows(recipe_for(tmp_path, "CAUSAL_LM", source=source, columns=columns)).train) == 3
 
 
 # files -----------------------------------------------------------------------------------------------------
