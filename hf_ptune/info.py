@@ -82,7 +82,10 @@ def _nearest_tokens(prompt: Tensor, config: PTuneConfig) -> list[str]:
     if found is None:
         return ["nearest tokens: the base's embeddings are not at hand"]
     path, name = found
-    tokenizer = AutoTokenizer.from_pretrained(resolve(str(config.base_model_name_or_path)))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(str(config.base_model_name_or_path)))
+    except (OSError, ValueError):
+        return ["nearest tokens: the base's tokenizer is not at hand"]
     prompt = torch.nn.functional.normalize(prompt, dim=-1)
     best = torch.empty(len(prompt), 0)
     ids = torch.empty(len(prompt), 0, dtype=torch.long)

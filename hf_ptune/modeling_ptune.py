@@ -467,7 +467,11 @@ def _wrap(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: Any) -> PTu
             f"that cannot be moved, so that {config.method} cannot share its prompt over a batch there. "
             "Methods that work there: p_tuning_v2, prefix_tuning, bitfit."
         )
-    prompt_start.initialise(model, tokenizer)
+    try:
+        prompt_start.initialise(model, tokenizer)
+    except BaseException:
+        model.unwrap()
+        raise
     return model
 
 

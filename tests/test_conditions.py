@@ -338,3 +338,14 @@ def test_grouped_query_heads_are_counted() -> None:
     )
     model = get_ptune_model(LlamaForCausalLM(config), PTuneConfig(num_virtual_tokens=3))
     assert model.prompt.weight.shape == (3, 2 * 8)
+
+
+def test_a_start_that_fails_leaves_the_backbone_as_it_was() -> None:
+    backbone = build("llama")
+    before = logits(backbone, **batch("llama"))
+    config = PTuneConfig(num_virtual_tokens=3, prompt_tuning_init="TEXT", prompt_tuning_init_text="a")
+    with pytest.raises(ConfigError, match="tokenizer"):
+        get_ptune_model(backbone, config)
+    assert all(p.requires_grad for p in backbone.parameters())
+    assert torch.equal(logits(backbone, **batch("llama")), before)
+    get_ptune_model(backbone, PTuneConfig(num_virtual_tokens=3))
