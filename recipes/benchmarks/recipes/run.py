@@ -60,10 +60,9 @@ def told(name: str, folder: Path) -> Record:
     """The main metric of a run (of test rows where there are some), its peak memory, and the device."""
     from hf_ptune.cards import RunFacts
     from hf_ptune.recipe import read_recipe
-    from hf_ptune.tasks import get_task
 
     facts = RunFacts.load(folder / "adapter")
-    metric, found = get_task(read_recipe(ROOT / "recipes" / f"{name}.yaml").task).metric, facts.metrics[-1]
+    metric, found = read_recipe(ROOT / "recipes" / f"{name}.yaml").build_task().metric, facts.metrics[-1]
     value = found.get(f"test_{metric}", found[metric])
     peak, device = round(facts.memory["rss_peak"]), facts.hardware
     return {"metric": metric, "value": round(value, 4), "peak_mib": peak, "device": device}
