@@ -143,6 +143,11 @@ def load_backbone(task: str, base: str, config: PreTrainedConfig, **kwargs: Any)
     return backbone, set(info["missing_keys"]) | other
 
 
+def has_head(task: str) -> bool:
+    """Whether models of a task have a head of their own, which a fresh base lacks."""
+    return bool(_TABLE[task][2])
+
+
 def head_names(backbone: PreTrainedModel, task: str, further: list[str] | None = None) -> set[str]:
     """Names of the backbone's parameters and buffers that an adapter trains and keeps: its task head, and more.
 

@@ -32,6 +32,15 @@ class Rows:
     test: list[Row] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one file or split, the names of their labels where data, file or dataset tells them, and their places."""
+
+    rows: list[Row]
+    names: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+
+
 def load_rows(recipe: Recipe) -> Rows:
     """Read a recipe's rows and hold some out.
 
@@ -48,17 +57,21 @@ def load_rows(recipe: Recipe) -> Rows:
                 "data.source 'chatterbot' is for task SEQ_CLS and needs neither columns nor eval_source; "
                 "remove them, or name a file."
             )
-        train, names = chatterbot_rows(), list[str]()
+        parts = [_Part(chatterbot_rows())]
     else:
-        train, names = _read(recipe, task, data.source, data.split)
-    held_out = _read_further(recipe, task, data.eval_source, data.eval_split)
-    test = _read_further(recipe, task, data.test_source, data.test_split)
+        parts = [_read(recipe, task, data.source, data.split)]
+    parts.append(_read_further(recipe, task, data.eval_source, data.eval_split))
+    parts.append(_read_further(recipe, task, data.test_source, data.test_split))
+    if task.label_role is not None and data.source != "chatterbot":
+        _name_labels(parts, task.label_role, task.known_labels())
+    train, held_out, test = (part.rows for part in parts)
+    names = parts[0].names
     if not held_out:
         train, held_out = split_rows(train, data.eval_fraction, data.split_seed, task.group_role)
     train = take_rows(train, data.limit, data.split_seed)
     held_out, test = (take_rows(part, data.eval_limit, data.split_seed) for part in (held_out, test))
-    for role in task.possible:
-        _check_everywhere(role, task, [("training", train), ("held-out", held_out), ("test", test)])
+    for role in task.everywhere:
+        _check_everywhere(role, [("training", train), ("held-out", held_out), ("test", test)])
     labels = names or task.label_names(train)
     task.check_labels(labels)
     for part, what in ((held_out, "held-out"), (test, "test")):
@@ -67,10 +80,8 @@ def load_rows(recipe: Recipe) -> Rows:
     return Rows(train, held_out, labels, test)
 
 
-def _check_everywhere(role: str, task: Task, parts: Sequence[tuple[str, list[Row]]]) -> None:
+def _check_everywhere(role: str, parts: Sequence[tuple[str, list[Row]]]) -> None:
     """Refuse rows of which some have a role that changes what is asked, and others have not."""
-    if role in task.now_and_then:
-        return
     having, lacking = ([what for what, rows in parts if any((role in r) is has for r in rows)] for has in (True, False))
     if having and lacking:
         raise RecipeError(
@@ -79,17 +90,17 @@ def _check_everywhere(role: str, task: Task, parts: Sequence[tuple[str, list[Row
         )
 
 
-def _read_further(recipe: Recipe, task: Task, source: str | None, split: str | None) -> list[Row]:
+def _read_further(recipe: Recipe, task: Task, source: str | None, split: str | None) -> _Part:
     """Rows of another file, or of another split of the same dataset; none where neither is named."""
     if source is None and split is None:
-        return []
+        return _Part([])
     if source is None and not recipe.data.source.startswith(HUB):
         raise RecipeError(f"the split {split!r} is named, but {recipe.data.source} is a file; name another file.")
-    return _read(recipe, task, source or recipe.data.source, split or recipe.data.split)[0]
+    return _read(recipe, task, source or recipe.data.source, split or recipe.data.split)
 
 
-def _read(recipe: Recipe, task: Task, source: str, split: str) -> tuple[list[Row], list[str]]:
-    """Rows by role, and the names of their labels where data, file or dataset tells them."""
+def _read(recipe: Recipe, task: Task, source: str, split: str) -> _Part:
+    """Rows by role, with labels as they stand there."""
     columns = recipe.data.columns
     if wrong := sorted(set(columns) - set(task.roles())):
         raise RecipeError(f"data.columns names the role {wrong[0]!r}; {recipe.task} has {', '.join(task.roles())}.")
@@ -114,58 +125,68 @@ def _read(recipe: Recipe, task: Task, source: str, split: str) -> tuple[list[Row
         if not numbered:
             raise RecipeError(f"{place}: no row has {wanted}, as data.where asks.")
     places = [f"{place}, row {n}" for n, _ in numbered]
-    rows = [task.check_row(_by_role(row, task, columns, at), at) for (_, row), at in zip(numbered, places, strict=True)]
-    role = task.label_role
-    if role is None:
-        return rows, []
-    for row, at in zip(rows, places, strict=True):
-        row[role] = _plain(row[role], at)
-    column = columns.get(role, role)
+    cells = source.endswith(".csv")
+    rows = [
+        task.check_row(_by_role(row, task, columns, at, cells), at)
+        for (_, row), at in zip(numbered, places, strict=True)
+    ]
+    column = columns.get(task.label_role, task.label_role) if task.label_role else None
     names = named if isinstance(named, list) else named.get(column, []) if isinstance(column, str) else []
-    if names:
-        count = _counts([row[role] for row in rows], names)
-        for row, at in zip(rows, places, strict=True):
-            row[role] = _name(row[role], names, count, at)
-    return rows, list(names)
+    return _Part(rows, list(names), places)
 
 
 def _flat(values: Sequence[Any]) -> list[Any]:
     return [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
 
 
-def _plain(value: Any, where: str) -> Any:
-    """A label as it is told: a whole number that was read as 1.0 is 1.
+def _name_labels(parts: Sequence[_Part], role: str, known: Sequence[str]) -> None:
+    """Give labels their names; whether numbers count the names is decided for all parts, since some lack classes."""
+    for part in parts:
+        for row, where in zip(part.rows, part.places, strict=True):
+            row[role] = _plain(row[role], part.names or known, where)
+    numbers = [
+        (value, part.names)
+        for part in parts
+        for value in _flat([row[role] for row in part.rows])
+        if part.names and isinstance(value, int) and not isinstance(value, bool)
+    ]
+    # they do, unless they can only be names themselves
+    count = all(0 <= n < len(names) for n, names in numbers) or not all(str(n) in names for n, names in numbers)
+    for part in parts:
+        if part.names:
+            for row, where in zip(part.rows, part.places, strict=True):
+                row[role] = _name(row[role], part.names, count, where)
+
+
+def _plain(value: Any, names: Sequence[str], where: str) -> Any:
+    """A label as it is told: a name as it is, and a whole number that was read as 1.0 as 1.
 
     Raises:
         RecipeError: it is empty, or a number between the classes.
     """
     if isinstance(value, (list, tuple)):
-        return [_plain(v, where) for v in value]
+        return [_plain(v, names, where) for v in value]
     if missing(value) or value == "":
         raise RecipeError(f"{where}: a label is empty; fill it, or take the row out.")
     if isinstance(value, float):
+        if str(value) in names:
+            return str(value)
         if not value.is_integer():
             raise RecipeError(
-                f"{where}: has the label {value!r}; expected the name or number of a class. Numbers to be predicted "
-                "(regression) are none of the tasks."
+                f"{where}: has the label {value!r}; expected the name or number of a class. Where such numbers are "
+                "classes, name them under data.labels; numbers to be predicted (regression) are none of the tasks."
             )
         return int(value)
     return value
 
 
-def _counts(values: Sequence[Any], names: Sequence[str]) -> bool:
-    """Whether labels that are numbers count the names from 0; they do, unless they can only be names themselves."""
-    numbers = [v for v in _flat(values) if isinstance(v, int) and not isinstance(v, bool)]
-    return all(0 <= n < len(names) for n in numbers) or not all(str(n) in names for n in numbers)
-
-
-def _by_role(row: Row, task: Task, columns: Mapping[str, Column], where: str) -> Row:
+def _by_role(row: Row, task: Task, columns: Mapping[str, Column], where: str, cells: bool) -> Row:
     # a role is read where the recipe names its column, or a column has the role's own name
     values = {role: _value(row, columns.get(role, role)) for role in task.roles()}
     found = {
-        role: read_list(value, f"{where}: {role}") if role in task.lists else value
+        role: _read_cell(value, role in task.objects, f"{where}: {role}") if cells and role in task.lists else value
         for role, value in values.items()
-        if not missing(value) and not (value == "" and role in task.now_and_then)
+        if not missing(value) and not (value == "" and role in task.possible and role not in task.everywhere)
     }
     named = [[role for role in form if role in columns] for form in task.forms]
     lacking = [[role for role in form if role not in found] for form in task.forms]
@@ -173,7 +194,7 @@ def _by_role(row: Row, task: Task, columns: Mapping[str, Column], where: str) ->
     absent += [
         role
         for role, column in columns.items()
-        if role in task.possible and role not in found and not (role in task.now_and_then and _has(row, column))
+        if role in task.possible and role not in found and (role in task.everywhere or not _has(row, column))
     ]
     if absent:
         column = columns.get(absent[0], absent[0])
@@ -211,7 +232,7 @@ class _Filled(dict[str, Any]):
         return value
 
 
-def read_list(value: Any, where: str) -> Any:
+def _read_cell(value: Any, objects: bool, where: str) -> Any:
     """The list that a cell of CSV holds as JSON, or as Python prints it; what looks like none stays as it is.
 
     Raises:
@@ -219,10 +240,12 @@ def read_list(value: Any, where: str) -> Any:
     """
     if not isinstance(value, str) or not _LIST.fullmatch(value.strip()):
         return value
+    kinds = (list, dict) if objects else (list,)
+    with contextlib.suppress(ValueError):
+        return found if isinstance(found := json.loads(value), kinds) else value
     if not _ARRAY.search(value):
-        for read in (json.loads, ast.literal_eval):
-            with contextlib.suppress(ValueError, SyntaxError):
-                return read(value)
+        with contextlib.suppress(ValueError, SyntaxError):
+            return found if isinstance(found := ast.literal_eval(value), kinds) else value
     if value.strip()[1:].lstrip()[:1] not in "'\"":
         return value  # a text that begins with a number in brackets
     raise RecipeError(f"{where} holds {value[:60]!r}, which is no list in JSON; write it with json.dumps.")

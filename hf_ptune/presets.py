@@ -364,8 +364,6 @@ def fill_from_preset(content: Mapping[str, Any], where: str = "recipe") -> dict[
             f"{where}: method is {filled['method']!r}, and the preset {name} is for {found.method}; leave one out."
         )
     filled.setdefault("base", found.base)
-    if found.backbone_learning_rate is not None:
-        filled.setdefault("backbone_learning_rate", found.backbone_learning_rate)
     sections: list[tuple[str, dict[str, Any]]] = [("options", found.options), ("training", found.training)]
     if found.max_length is not None:
         sections.append(("data", {"max_length": found.max_length}))
@@ -375,6 +373,9 @@ def fill_from_preset(content: Mapping[str, Any], where: str = "recipe") -> dict[
             # transformers would let a preset's max_steps win over a recipe's own epochs
             beaten = {"max_steps"} if "num_train_epochs" in own else set()
             filled[section] = {k: v for k, v in values.items() if k not in beaten} | dict(own)
+    options = filled["options"]
+    if found.backbone_learning_rate is not None and isinstance(options, Mapping) and options.get("train_backbone"):
+        filled.setdefault("backbone_learning_rate", found.backbone_learning_rate)
     return filled
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
+from hf_ptune.backbone import has_head
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import RecipeError
 from hf_ptune.methods import method_names
@@ -144,7 +145,7 @@ class Recipe:
         backbone, head = self.backbone_learning_rate, self.head_learning_rate
         if backbone is None and self.options.get("train_backbone"):
             backbone = _BACKBONE_RATE
-        if head is None and "learning_rate" not in self.training:
+        if head is None and "learning_rate" not in self.training and has_head(self.build_task().model_task):
             head = self.defaults().head_learning_rate
         return backbone, head
 

@@ -77,9 +77,9 @@ def _read_csv(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         try:
             for row in reader:
-                if None in row:
+                if any(row.pop(None, [])):  # type: ignore[call-overload]
                     raise RecipeError(
-                        f"{path}, line {reader.line_num}: has {len(row[None])} cells more than the header; texts with "
+                        f"{path}, line {reader.line_num}: has more cells than the header; texts with "
                         'commas stand in quotes ("a, b").'
                     )
                 rows.append(row)

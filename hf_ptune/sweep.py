@@ -197,6 +197,9 @@ def sweep(
             bar.update()
             said = trial.metrics.get(task.metric)
             bar.set_postfix_str(f"{place[0]:g}, {place[1]} tokens: " + ("failed" if said is None else f"{said:.3f}"))
+    head = recipe.rates()[1]
+    if head is not None and recipe.head_learning_rate is None:  # a default that a named learning rate would end
+        command += f" --head_learning_rate={head:g}"
     found = Sweep(done, task.metric, command)
     _write_table(found, folder, len(rows.held_out))
     return found

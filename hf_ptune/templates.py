@@ -1,6 +1,7 @@
 """Templates: where in a text the fields of a row, virtual tokens and the word to predict stand."""
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -138,10 +139,11 @@ class Template:
 
     @property
     def behind(self) -> str:
-        """The character that the word to predict follows, where that is one of the template's own and no space."""
+        """The sign of punctuation, or end of a line, of the template's own that the word to predict follows, if any."""
         kinds = [kind for kind, _ in self.parts]
         at = kinds.index("mask") if self.has_mask else 0
-        return self.parts[at - 1][1][-1].strip(" ") if at and kinds[at - 1] == "words" else ""
+        last = self.parts[at - 1][1][-1] if at and kinds[at - 1] == "words" else ""
+        return last if last == "\n" or (last and unicodedata.category(last).startswith("P")) else ""
 
     def check_causal(self) -> None:
         """Refuse a template that a causal model could not answer.

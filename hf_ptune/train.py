@@ -81,6 +81,9 @@ def run(recipe: Recipe) -> Outcome:
     tokenizer = load_tokenizer(recipe.base)
     model = wrap_base(recipe, rows, tokenizer)
     trainer = make_trainer(recipe, arguments, model, tokenizer, rows)
+    test_features = task.encode(rows.test, tokenizer, rows.labels, held_out=True) if rows.test else []
+    if test_features:
+        check_features(model, task, tokenizer, test_features, held_out=True)
 
     first = trainer.is_world_process_zero()
     if first:
@@ -91,7 +94,7 @@ def run(recipe: Recipe) -> Outcome:
     trainer.train(checkpoint_of(arguments))
     before = numbers(next(e for e in trainer.state.log_history if any(k.startswith("eval_") for k in e)), "eval")
     after = evaluate(trainer)
-    test = evaluate(trainer, task.encode(rows.test, tokenizer, rows.labels, held_out=True)) if rows.test else {}
+    test = evaluate(trainer, test_features) if test_features else {}
     if arguments.push_to_hub:
         trainer.push_to_hub()
 
@@ -127,6 +130,8 @@ def card_facts(recipe: Recipe, rows: Rows) -> dict[str, Any]:
     source = recipe.data.source
     given.setdefault("datasets", [source.removeprefix(HUB) if source.startswith(HUB) else Path(source).stem])
     first = rows.held_out[0] if rows.held_out else {}
+    rates = zip(("backbone_learning_rate", "head_learning_rate"), recipe.rates(), strict=True)
+    given["hyperparameters"] = {name: rate for name, rate in rates if rate is not None}
     example = next((first[role] for role in ("text", "prompt", "instruction", "question") if role in first), None)
     return given if example is None else given | {"example": str(example)}
 
@@ -204,7 +209,8 @@ def make_trainer(
     scorer = task.scorer(tokenizer, rows.labels)
     train = task.encode(rows.train, tokenizer, rows.labels)
     held_out = task.encode(rows.held_out, tokenizer, rows.labels, held_out=True)
-    check_features(model, task, tokenizer, [*train, *held_out])
+    check_features(model, task, tokenizer, train)
+    check_features(model, task, tokenizer, held_out, held_out=True)
     return TaskTrainer(
         task=task,
         labels=rows.labels,
@@ -225,9 +231,13 @@ def make_trainer(
 
 
 def check_features(
-    model: PTunePreTrainedModel, task: Task, tokenizer: PreTrainedTokenizerBase, features: Sequence[Feature]
+    model: PTunePreTrainedModel,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    features: Sequence[Feature],
+    held_out: bool = False,
 ) -> None:
-    """Refuse features that the model could not read, whichever batch they will be in.
+    """Refuse features that the model could not read, whichever batch they will be in, or could not answer.
 
     Raises:
         RecipeError: a row has no tokens.
@@ -242,9 +252,10 @@ def check_features(
         with torch.random.fork_rng(devices=[]):  # collators may mask at random
             longest = task.collator(tokenizer)([features[counts.index(max(counts))]])
         check_positions(model, longest)
-    if isinstance(task, GenerationTask) and task.generate:
+    if held_out and isinstance(task, GenerationTask) and task.generate:
         width = max(len(f["source_ids"]) for f in features)
-        check_positions(model, {"input_ids": torch.zeros(1, width)}, further=task.max_new_tokens)
+        # the last token that is written is not read
+        check_positions(model, {"input_ids": torch.zeros(1, width)}, further=task.max_new_tokens - 1)
 
 
 def _count(ids: Sequence[Any], of: Callable[[Sequence[int]], int]) -> int:

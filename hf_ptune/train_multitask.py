@@ -238,7 +238,8 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
         model, arguments, parts, tokenizer, recipe.temperature, callbacks=watched_by, optimizer_cls_and_kwargs=rates
     )
     for name, part in parts.items():
-        check_features(model.model_of(name), part.task, tokenizer, [*part.train, *part.held_out])
+        check_features(model.model_of(name), part.task, tokenizer, part.train)
+        check_features(model.model_of(name), part.task, tokenizer, part.held_out, held_out=True)
         check_batch(model.model_of(name), part.task.collator(tokenizer)(part.train[:_GUARDED_ROWS]))
     before = trainer.evaluate()
     trainer.train(checkpoint_of(arguments))

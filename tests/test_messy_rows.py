@@ -67,11 +67,32 @@ def test_numbers_count_the_names(names: list[str], values: list[Any], expected: 
     assert [told[str(n)] for n in range(12)] == expected * 4
 
 
+def test_files_that_lack_a_class_are_read_like_the_others(tmp_path: Path) -> None:
+    train = write(tmp_path, "t.jsonl", [{"text": str(n), "label": n} for n in (1, 2, 3, 4, 5)])
+    held_out = write(tmp_path, "e.jsonl", [{"text": "4", "label": 4}, {"text": "1", "label": 1}])
+    names = list("12345")
+    found = load_rows(recipe_for(tmp_path, "SEQ_CLS", source=train, eval_source=held_out, labels=names))
+    assert all(r["label"] == r["text"] for r in found.train + found.held_out)
+
+
+@pytest.mark.parametrize("names", [["0.5", "1.0", "2.0"], None])
+def test_numbers_with_points_are_classes_where_they_are_named(names: list[str] | None, tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": v} for v in (0.5, 1.0, 2.0, 1.0)]
+    source = write(tmp_path, "r.jsonl", rows * 4)
+    if names is None:
+        assert "has the label 0.5" in said(tmp_path, "SEQ_CLS", source=source)
+    else:
+        found = load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, labels=names))
+        assert {r["label"] for r in found.train} == set(names)
+
+
 def test_a_number_that_is_no_choice_s_name_counts_the_choices() -> None:
     row = {"text": "a", "choices": ["1", "2", "0"]}
     assert MultipleChoice().check_row(row | {"label": 1}, "here")["label"] == 1
     assert MultipleChoice().check_row(row | {"label": "1"}, "here")["label"] == 0
     assert MultipleChoice().check_row(row | {"label": 2.0}, "here")["label"] == 2
+    assert MultipleChoice().check_row({"text": "a", "choices": [10, 20], "label": 20}, "here")["label"] == 1
+    assert MultipleChoice().check_row({"text": "a", "choices": [1.5, 2.5], "label": 2.5}, "here")["label"] == 1
 
 
 def test_whole_numbers_are_one_label_however_they_are_written(tmp_path: Path) -> None:
@@ -157,6 +178,13 @@ def test_lists_in_cells(tmp_path: Path) -> None:
     found = load_rows(recipe_for(tmp_path, "CAUSAL_LM", source=source))
     told = {r["prompt"]: r["references"] for r in found.train + found.held_out}
     assert told == {"a": ["x y", "z"], "b": ["[1] is a text"], "c": ["[1] and [2]"]}
+    told = [{"prompt": "a", "references": text} for text in ("[1, 2]", '{"name": "A"}', '["x"]')] * 2
+    found = load_rows(recipe_for(tmp_path, "CAUSAL_LM", source=write(tmp_path, "t.jsonl", told)))
+    assert {r["references"][0] for r in found.train + found.held_out} == {"[1, 2]", '{"name": "A"}', '["x"]'}
+    source = write(tmp_path, "q.csv", "prompt,references\n" + 'a,"[""the dogs\' \'home\'"", ""b""]"\n' * 4)
+    found = load_rows(recipe_for(tmp_path, "CAUSAL_LM", source=source))
+    assert found.train[0]["references"] == ["the dogs' 'home'", "b"]
+    assert CausalLM().check_row({"prompt": "a", "answer": "", "references": ["x"]}, "here")["references"] == ["x"]
     assert CausalLM().check_row({"prompt": "a", "answer": ["b", "c"]}, "here")["references"] == ["b", "c"]
 
 
@@ -181,7 +209,9 @@ def test_files_of_another_making(tmp_path: Path) -> None:
     source = write(tmp_path, "bom.csv", "\ufefftext,label\r\n" + "a,x\r\nb,y\r\n" * 4)
     assert load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source)).labels == ["x", "y"]
     source = write(tmp_path, "more.csv", "text,label\nwell, then,pos\n")
-    assert "line 2: has 1 cells more than the header" in said(tmp_path, "SEQ_CLS", source=source)
+    assert "line 2: has more cells than the header" in said(tmp_path, "SEQ_CLS", source=source)
+    source = write(tmp_path, "comma.csv", "text,label\n" + "a,x,\nb,y,\n" * 4)
+    assert load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source)).labels == ["x", "y"]
     (tmp_path / "gbk.csv").write_bytes("text,label\n好,x\n".encode("gbk"))
     assert "is not in UTF-8" in said(tmp_path, "SEQ_CLS", source="gbk.csv")
     source = write(tmp_path, "long.csv", f"text,label\n{'a ' * 100_000},x\n" + "a,x\n" + "b,y\n" * 4)
@@ -211,9 +241,10 @@ def test_words_keep_their_spaces() -> None:
     assert [labelled[place] for place in sorted(labelled)] == [0, 1, 2]
     windows = TokenClassification(max_length=5, stride=0).encode([row], tokenizer, ["B-X", "I-X", "O"])
     assert sorted(w for f in windows for w in f["words"].values()) == [0, 1, 2] and len(windows) > 1
-    characters = {"tokens": ["好", "大"], "tags": ["B-X", "O"]}
-    ids = TokenClassification().encode([characters], tokenizer, ["B-X", "O"])[0]["input_ids"]
-    assert ids == tokenizer("好大")["input_ids"]
+    for text in ("我在20年", "สวัสดี"):
+        characters = {"tokens": list(text), "tags": ["O"] * len(text)}
+        ids = TokenClassification().encode([characters], tokenizer, ["O"])[0]["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 def test_a_long_predicate_leaves_room() -> None:
@@ -306,14 +337,15 @@ def test_what_will_be_written_has_room_too() -> None:
     model = get_ptune_model(build("gpt2"), PTuneConfig(num_virtual_tokens=3))
     room = model.backbone.config.n_positions
     rows = [{"prompt": "a", "references": ["b"]}]
-    for new, fits in ((room - 8, True), (room, False)):
+    for new, fits in ((room - 4, True), (room - 3, False)):  # 2 of the prompt, 3 virtual, and the last is not read
         task = CausalLM(generate=True, max_new_tokens=new)
         features = task.encode(rows, tokenizer, [], held_out=True)
         if fits:
-            check_features(model, task, tokenizer, features)
+            check_features(model, task, tokenizer, features, held_out=True)
         else:
-            with pytest.raises(GuardError, match="virtual tokens make"):
-                check_features(model, task, tokenizer, features)
+            check_features(model, task, tokenizer, features)  # nothing is written for training rows
+            with pytest.raises(GuardError, match=r"of them to be written\) and 3 virtual tokens make"):
+                check_features(model, task, tokenizer, features, held_out=True)
 
 
 def test_a_long_sentence_is_asked_in_windows(tmp_path: Path) -> None:

@@ -202,3 +202,10 @@ def test_heads_keep_their_own_rate(recipe: Recipe) -> None:
     silent = replace(recipe, method="prefix_tuning", training={})
     assert silent.rates() == (None, 2e-2)
     assert replace(silent, training={"learning_rate": 1e-4}).rates() == (None, None)
+    assert replace(silent, task="CAUSAL_LM").rates() == (None, None)
+
+
+def test_the_best_command_says_the_head_s_rate(recipe: Recipe, tmp_path: Path) -> None:
+    training = {k: v for k, v in recipe.training.items() if k != "learning_rate"} | {"max_steps": 1}
+    found = sweep(replace(recipe, method="prefix_tuning", training=training), tmp_path / "grid", [1e-2], [2], [0])
+    assert "--head_learning_rate=0.02 --training.learning_rate=0.01" in found.best_command()

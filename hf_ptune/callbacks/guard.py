@@ -236,9 +236,11 @@ def check_positions(model: PTunePreTrainedModel, inputs: Mapping[str, Any], furt
         room = module.num_embeddings - offset
         if length + virtual > room:
             prompt = f" and {virtual} virtual tokens make {length + virtual} positions" if virtual else ""
+            written = f" ({further + 1} of them to be written)" if further else ""
             raise GuardError(
-                f"sequences of {length} tokens{prompt}, but {name} has {room}. "
-                f"Shorten the samples to {room - virtual} tokens (max_length of the tokenizer)"
+                f"sequences of {length} tokens{written}{prompt}, but {name} has {room}. "
+                f"Shorten the samples to {room - virtual - further} tokens (max_length of the tokenizer)"
+                + (", or write fewer new tokens" if further else "")
                 + (", or take fewer virtual tokens." if virtual else ".")
             )
 

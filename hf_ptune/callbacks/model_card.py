@@ -51,6 +51,7 @@ class ModelCardCallback(TrainerCallback):
         example: an input for the card's snippet.
         limits: sentences on what to know before use.
         base: the base's id on the Hub, where it was loaded by another name.
+        hyperparameters: settings that no TrainingArguments tell, by their names.
 
     Attributes:
         facts: of the run, after training.
@@ -64,6 +65,7 @@ class ModelCardCallback(TrainerCallback):
         example: str | None = None,
         limits: list[str] | None = None,
         base: str | None = None,
+        hyperparameters: dict[str, Any] | None = None,
     ) -> None:
         given = {
             "datasets": datasets,
@@ -72,6 +74,7 @@ class ModelCardCallback(TrainerCallback):
             "example": example,
             "limits": limits,
             "base": base,
+            "hyperparameters": hyperparameters,
         }
         self.given = {k: v for k, v in given.items() if v is not None}
         self.facts: RunFacts | None = None
@@ -109,7 +112,8 @@ def gather_facts(
     chosen = {n: getattr(args, n) for n in _HYPERPARAMETERS}
     chosen = {n: getattr(v, "value", v) for n, v in chosen.items()}
     always = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
-    facts.hyperparameters = {k: v for k, v in chosen.items() if k in always or (v and v != unset[k])}
+    chosen = {k: v for k, v in chosen.items() if k in always or (v and v != unset[k])}
+    facts.hyperparameters = chosen | facts.hyperparameters  # which are those that were given
     facts.seeds = [args.seed]
     facts.history = [
         {

@@ -57,9 +57,10 @@ class Task:
         name: the recipe's `task`.
         model_task: key of `backbone.TASKS` by which the base is loaded.
         forms: sets of roles, any one of which a row must have whole.
-        possible: roles that a row may have besides: all rows do, or none.
-        now_and_then: those of them that some rows may have, and others not.
+        possible: roles that a row may have besides.
+        everywhere: those of them that all rows have, or none: they change what is asked.
         lists: roles that hold lists, which a cell of CSV may tell as JSON.
+        objects: roles that hold objects, likewise.
         label_role: role that holds names of labels, one or a list; `None` where the head has no names.
         group_role: role by which rows are split in strata, and by which unlike rows are asked.
         main_metric: name of the number that tells how good a model is; greater is better.
@@ -71,8 +72,9 @@ class Task:
     model_task: ClassVar[str]
     forms: ClassVar[tuple[tuple[str, ...], ...]]
     possible: ClassVar[tuple[str, ...]] = ()
-    now_and_then: ClassVar[tuple[str, ...]] = ()
+    everywhere: ClassVar[tuple[str, ...]] = ()
     lists: ClassVar[tuple[str, ...]] = ()
+    objects: ClassVar[tuple[str, ...]] = ()
     label_role: ClassVar[str | None] = None
     group_role: ClassVar[str | None] = None
     main_metric: ClassVar[str]
@@ -103,6 +105,10 @@ class Task:
         if self.label_role is None:
             return []
         return sorted({str(name) for row in rows for name in _as_list(row[self.label_role])})
+
+    def known_labels(self) -> list[str]:
+        """Names of labels that the options tell; none where only rows do."""
+        return []
 
     def check_labels(self, labels: Sequence[str]) -> None:
         """Check the names of the labels that the training rows have.

@@ -41,7 +41,6 @@ class CausalLM(GenerationTask):
     model_task = "CAUSAL_LM"
     forms = (("prompt", "answer"), ("prompt", "references"), ("instruction", "output"))
     possible = ("input",)
-    now_and_then = ("input",)
     target_role = "answer"
 
     def __post_init__(self) -> None:
@@ -61,13 +60,13 @@ class CausalLM(GenerationTask):
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
     ) -> list[Feature]:
         pairs = self.pairs(rows, held_out)
-        features, cut = zip(*(self._encode_one(row, target, tokenizer) for row, target in pairs), strict=True)
-        if any(cut):
+        encoded = [self._encode_one(row, target, tokenizer) for row, target in pairs]
+        if cut := sum(was_cut for _, was_cut in encoded):
             logger.warning(
-                f"{sum(cut)} of {len(pairs)} rows are longer than data.max_length={self.max_length}: of their prompts "
+                f"{cut} of {len(pairs)} rows are longer than data.max_length={self.max_length}: of their prompts "
                 "the end is kept, and of their answers the beginning."
             )
-        return list(features)
+        return [feature for feature, _ in encoded]
 
     def _encode_one(self, row: Row, target: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Feature, bool]:
         """A row's feature, and whether it was cut."""

@@ -87,6 +87,9 @@ class _Cloze(Task):
     def config_options(self) -> dict[str, Any]:
         return {"template": self.template} | ({"verbalizer": dict(self.verbalizer)} if self.verbalizer else {})
 
+    def known_labels(self) -> list[str]:
+        return list(self.verbalizer)
+
     def check_labels(self, labels: Sequence[str]) -> None:
         if self.verbalizer and (differ := set(labels) - set(self.verbalizer)):
             raise RecipeError(

@@ -59,6 +59,9 @@ class GenerationTask(Task):
         if isinstance(own, (list, tuple)):  # several answers under the one's name
             row = {"references": own} | {role: value for role, value in row.items() if role != self.target_role}
             own = None
+        elif own == "" and "references" in row:
+            row = {role: value for role, value in row.items() if role != self.target_role}
+            own = None
         given = row.get("references", own)
         references = [str(r) for r in (given if isinstance(given, (list, tuple)) else [given]) if not missing(r)]
         references = [r for r in references if r.strip()]

@@ -45,7 +45,6 @@ class MultipleChoice(Task):
     model_task = "MULTIPLE_CHOICE"
     forms = (("text", "choices", "label"),)
     possible = ("question",)
-    now_and_then = ("question",)
     lists = ("choices",)
     main_metric = "accuracy"
 
@@ -57,8 +56,9 @@ class MultipleChoice(Task):
             raise RecipeError(f"{where}: choices are {choices!r}, of which one is empty; fill it.")
         choices = [str(choice) for choice in choices]
         label, number = row["label"], whole(row["label"])
-        if isinstance(label, str) and label in choices:
-            number = choices.index(label)
+        # text is looked up first, a number counts first
+        if str(label) in choices and (isinstance(label, str) or number is None or not 0 <= number < len(choices)):
+            number = choices.index(str(label))
         elif number is None:
             number = _LETTERS.find(label) if isinstance(label, str) and len(label) == 1 else -1
         if not 0 <= number < len(choices):

@@ -60,6 +60,7 @@ class QuestionAnswering(Task):
     model_task = "QUESTION_ANS"
     forms = (("context", "question", "answers"),)
     lists = ("answers",)
+    objects = ("answers",)
     main_metric = "f1"
 
     def __post_init__(self) -> None:

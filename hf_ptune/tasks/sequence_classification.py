@@ -22,6 +22,7 @@ class SequenceClassification(Task):
     model_task = "SEQ_CLS"
     forms = (("text", "label"),)
     possible = ("text_pair",)
+    everywhere = ("text_pair",)
     label_role = "label"
     group_role = "label"
     main_metric = "accuracy"

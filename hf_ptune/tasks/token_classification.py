@@ -1,10 +1,8 @@
 """TOKEN_CLS: a tag for every word; the roles of one predicate where a row names it."""
 
 import re
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +28,8 @@ from hf_ptune.tasks.base import (
 from hf_ptune.tasks.registry import register_task
 
 _OUTSIDE = "O"
-_EAST_ASIAN = re.compile(f"[{EAST_ASIAN}]")
+# Chinese, Japanese, Thai, Lao, Burmese, Khmer
+_RUN_ON = re.compile(rf"[{EAST_ASIAN}\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 
 
 @register_task
@@ -60,6 +59,7 @@ class TokenClassification(Task):
     model_task = "TOKEN_CLS"
     forms = (("tokens", "tags"),)
     possible = ("predicate_index",)
+    everywhere = ("predicate_index",)
     lists = ("tokens", "tags")
     label_role = "tags"
     main_metric = "f1"
@@ -128,8 +128,8 @@ class TokenClassification(Task):
     ) -> Iterator[tuple[Feature, list[int | None]]]:
         """Inputs of every window, and of which word of the sentence each of its tokens is, `[T]`.
 
-        Where a tokenizer keeps the space before a word in the word's token (RoBERTa, GPT-2), words are read as the
-        text that they are in: one by one they would lose their spaces, and become other tokens than those of a text.
+        Where a tokenizer keeps the space before a word in the word's token (RoBERTa, GPT-2), words are given with
+        their spaces: without, they would become other tokens than those of a text.
         """
         second = None if predicate is None else words[predicate]
         told = 0 if second is None else len(tokenizer(second, add_special_tokens=False)["input_ids"]) + 1
@@ -138,25 +138,17 @@ class TokenClassification(Task):
             raise RecipeError(
                 f"data.max_length={self.max_length} leaves no room for a sentence beside {second!r}; raise it."
             )
-        by_word = not any(map(_spaced, words)) or _keeps_words_apart(tokenizer)
-        text, pair = (words, None if second is None else [second]) if by_word else (" ".join(words), second)
         encoded = tokenizer(
-            text,
-            pair,
-            is_split_into_words=by_word,
+            words if _keeps_words_apart(tokenizer) else _with_spaces(words),
+            None if second is None else [second],
+            is_split_into_words=True,
             truncation="only_first",
             max_length=self.max_length,
             stride=max(0, min(self.stride, room // 2)),
             return_overflowing_tokens=True,
-            return_offsets_mapping=not by_word,
         )
-        starts = [0, *accumulate(len(word) + 1 for word in words)]
         for n in range(len(encoded["input_ids"])):
-            if by_word:
-                numbers = encoded.word_ids(n)
-            else:
-                numbers = [_word_at(" ".join(words), starts, *place) for place in encoded["offset_mapping"][n]]
-            segments = encoded.sequence_ids(n)
+            numbers, segments = encoded.word_ids(n), encoded.sequence_ids(n)
             places = [word if segment == 0 else None for word, segment in zip(numbers, segments, strict=True)]
             yield {name: list(encoded[name][n]) for name in tokenizer.model_input_names if name in encoded}, places
 
@@ -217,21 +209,19 @@ class TokenClassification(Task):
         )
 
 
-def _spaced(word: str) -> bool:
-    """Whether a word stands between spaces in a text, as those of Chinese and Japanese do not."""
-    return any(c.isalnum() and not _EAST_ASIAN.match(c) for c in word)
+def _with_spaces(words: Sequence[str]) -> list[str]:
+    """Words as they stand in a text, with the space before them; texts in scripts without spaces have none."""
+    written = [any(c.isalnum() for c in word) for word in words]
+    run_on = [_RUN_ON.search(word) is not None for word in words]
+    if sum(run_on) > sum(written) / 2:
+        return list(words)
+    return [word if n == 0 or (run_on[n] and run_on[n - 1]) else f" {word}" for n, word in enumerate(words)]
 
 
 def _keeps_words_apart(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether words one by one become the tokens that they are in a text."""
     one_by_one = tokenizer(["x", "x"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
     return bool(one_by_one == tokenizer("x x", add_special_tokens=False)["input_ids"])
-
-
-def _word_at(text: str, starts: Sequence[int], first: int, last: int) -> int | None:
-    """Number of the word that the characters of a token are of; `None` for a token of space, or of none."""
-    first += len(text[first:last]) - len(text[first:last].lstrip())
-    return bisect_right(starts, first) - 1 if first < last else None
 
 
 def _ask(model: Any, tokenizer: PreTrainedTokenizerBase, row: Row) -> Answer:
