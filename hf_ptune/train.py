@@ -20,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainingArguments,
     set_seed,
 )
@@ -91,7 +92,7 @@ def run(recipe: Recipe) -> Outcome:
         model.print_trainable_parameters()
     # before the first step, but not before training: engines that split have none to evaluate with until then
     arguments.eval_on_start = True
-    trainer.train(checkpoint_of(arguments))
+    train_on(trainer)
     before = numbers(next(e for e in trainer.state.log_history if any(k.startswith("eval_") for k in e)), "eval")
     after = evaluate(trainer)
     test = evaluate(trainer, test_features) if test_features else {}
@@ -150,10 +151,23 @@ def make_arguments(recipe: Recipe) -> TrainingArguments:
         raise RecipeError(f"training: {error}") from error
 
 
-def checkpoint_of(arguments: TrainingArguments) -> str | None:
-    """The checkpoint that training goes on from: the one that is named, or of `true` the last of the output folder."""
-    resume = arguments.resume_from_checkpoint
-    return last_checkpoint(arguments.output_dir) if resume in (True, "true") else resume
+def train_on(trainer: Trainer) -> None:
+    """Train, from the checkpoint that is named, or of `true` from the last one of the output folder.
+
+    Raises:
+        RecipeError: the checkpoint is of a run with other learning rates of their own.
+    """
+    resume = trainer.args.resume_from_checkpoint
+    checkpoint = last_checkpoint(str(trainer.args.output_dir)) if resume in (True, "true") else resume
+    try:
+        trainer.train(checkpoint)
+    except ValueError as error:
+        if checkpoint is None or "parameter group" not in str(error):
+            raise
+        raise RecipeError(
+            f"{checkpoint} is of a run in which other parameters had learning rates of their own ({error}); give "
+            "head_learning_rate and backbone_learning_rate as that run had them, or train anew."
+        ) from error
 
 
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:

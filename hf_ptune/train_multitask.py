@@ -41,7 +41,6 @@ from hf_ptune.train import (
     ADAPTER_FOLDER,
     card_facts,
     check_features,
-    checkpoint_of,
     command,
     evaluate,
     leave,
@@ -49,6 +48,7 @@ from hf_ptune.train import (
     load_tokenizer,
     make_arguments,
     make_config,
+    train_on,
 )
 
 _OWN = ("task", "data", "task_options", "card")  # what each task says by itself
@@ -242,7 +242,7 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
         check_features(model.model_of(name), part.task, tokenizer, part.held_out, held_out=True)
         check_batch(model.model_of(name), part.task.collator(tokenizer)(part.train[:_GUARDED_ROWS]))
     before = trainer.evaluate()
-    trainer.train(checkpoint_of(arguments))
+    train_on(trainer)
     after = trainer.evaluate()
     folder = Path(recipe.shared.output_dir) / ADAPTER_FOLDER
     found: dict[str, dict[str, float]] = {}

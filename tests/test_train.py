@@ -206,3 +206,14 @@ def test_backbone_and_head_have_rates_of_their_own(further: dict[str, Any], tmp_
     assert {v for n, v in named.items() if "classifier" in n} == {further.get("head_learning_rate", own)}
     assert {v for n, v in named.items() if "bert." in n} == {further.get("backbone_learning_rate", 1e-5)}
     assert named["prompt.weight"] == own == trainer.optimizer.param_groups[0]["lr"]
+
+
+def test_a_checkpoint_of_other_rates_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
+    content = write_recipe(tmp_path, "SEQ_CLS", base)
+    content["training"] |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    run(make_recipe(content, folder=tmp_path))
+    content["training"] |= {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2")}
+    run(make_recipe(content, folder=tmp_path))
+    with pytest.raises(RecipeError, match="give head_learning_rate and backbone_learning_rate as that run had them"):
+        run(make_recipe(content | {"head_learning_rate": 0.5}, folder=tmp_path))
