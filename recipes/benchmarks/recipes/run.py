@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 sys.path.insert(0, str(ROOT))
 RESULTS, TABLE = HERE / "results.json", ROOT / "recipes" / "README.md"
-_NUMBER = re.compile(r"[\d.]+( ± [\d.]+)?( \(\d seeds\))?")
+_NUMBER = re.compile(r"(?:^|(?<= ))[\d.]+( ± [\d.]+)?( \(\d seeds\))?")  # and not that of F1
 Record = dict[str, Any]
 
 
