@@ -254,8 +254,7 @@ def _read_cell(value: Any, objects: bool, where: str) -> Any:
 def _value(row: Row, column: Column) -> Any:
     """What a row has in a column: `a`, `a.b` inside it, a text with `{a}`, or several columns as one list."""
     if isinstance(column, list):
-        several = [_value(row, c) for c in column]
-        return several if _has(row, column) else None
+        return [_value(row, c) for c in column] if _has(row, column) else None
     if "{" in column:
         try:
             return column.format_map(_Filled(row))

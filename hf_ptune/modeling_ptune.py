@@ -207,19 +207,20 @@ class PTunePreTrainedModel(SavedAdapter):
             raise PTuneError("torch.nn.DataParallel is not supported; start one process per device: accelerate launch.")
         if self.prompt is not None and self._injector is None:
             raise PTuneError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
-        if (
-            self.config.places_tokens
-            and self.task == "CAUSAL_LM"
-            and isinstance(labels := kwargs.get("labels"), Tensor)
-        ):
-            # virtual tokens that a template placed are no words to be told
-            placed = torch.tensor(self.config.virtual_token_ids, device=labels.device)
-            kwargs["labels"] = labels.masked_fill(torch.isin(labels, placed), IGNORED)
+        if isinstance(labels := kwargs.get("labels"), Tensor):
+            kwargs["labels"] = self.labels_of_words(labels)
         if (places := kwargs.pop("logits_at", None)) is not None:
             return run_with_logits_at(self.backbone, self.task, places, bind(self.backbone, args, kwargs))
         if self._loss_at_labels is not None and (output := self._loss_at_labels(args, kwargs)) is not None:
             return output
         return self.backbone(*args, **kwargs)
+
+    def labels_of_words(self, labels: Tensor) -> Tensor:
+        """Labels without the virtual tokens that a causal model's template placed: they are no words to be told."""
+        if not self.config.places_tokens or self.task != "CAUSAL_LM":
+            return labels
+        placed = torch.tensor(self.config.virtual_token_ids, device=labels.device)
+        return labels.masked_fill(torch.isin(labels, placed), IGNORED)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -451,28 +452,32 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
 def _wrap(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: Any) -> PTunePreTrainedModel:
     """Wrap, and let the backbone run: to see whether it shares a prompt rightly, and to start the prompt from it."""
     model = CLASSES[task_of(backbone)](config, backbone)
-    injector = model._injector
-    places = None if injector is None else injector.placeholders
-    if injector is not None and places is not None and not places.agrees(injector.body, config.num_virtual_tokens):
-        model.unwrap()
-        raise BackboneError(
-            f"{type(backbone).__name__} reads token ids in more places than its word embeddings, so that a template "
-            "cannot place virtual tokens there. A template of words and fields alone works, with any method."
-        )
-    shared = injector is not None and injector.kind is PromptKind.EMBEDDINGS and injector.in_attention
-    if injector is not None and shared and not injector.prompts_agree():
-        model.unwrap()
-        raise BackboneError(
-            f"{type(backbone).__name__} carries more from token to token than keys and values, or counts positions "
-            f"that cannot be moved, so that {config.method} cannot share its prompt over a batch there. "
-            "Methods that work there: p_tuning_v2, prefix_tuning, bitfit."
-        )
     try:
+        _try_prompt(model)
         prompt_start.initialise(model, tokenizer)
     except BaseException:
         model.unwrap()
         raise
     return model
+
+
+def _try_prompt(model: PTunePreTrainedModel) -> None:
+    injector, config, name = model._injector, model.config, type(model.backbone).__name__
+    if injector is None:
+        return
+    places = injector.placeholders
+    if places is not None and not places.agrees(injector.body, config.num_virtual_tokens):
+        raise BackboneError(
+            f"{name} reads token ids in more places than its word embeddings, so that a template cannot place virtual "
+            "tokens there. A template of words and fields alone works, with any method."
+        )
+    shared = injector.kind is PromptKind.EMBEDDINGS and injector.in_attention
+    if shared and not injector.prompts_agree():
+        raise BackboneError(
+            f"{name} carries more from token to token than keys and values, or counts positions that cannot be moved, "
+            f"so that {config.method} cannot share its prompt over a batch there. "
+            "Methods that work there: p_tuning_v2, prefix_tuning, bitfit."
+        )
 
 
 for _task, _auto_class in TASKS.items():

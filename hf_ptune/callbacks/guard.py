@@ -228,8 +228,10 @@ def check_positions(model: PTunePreTrainedModel, inputs: Mapping[str, Any], furt
             continue
         in_decoder = model.config.is_encoder_decoder and "decoder" in name.split(".")
         length = _length(inputs, ("decoder_input_ids", "labels") if in_decoder else ("input_ids", "inputs_embeds"))
-        if in_decoder or not model.config.is_encoder_decoder:
-            length = max(length, further) if in_decoder else length + further
+        if in_decoder:
+            length = max(length, further)
+        elif not model.config.is_encoder_decoder:
+            length += further
         offset = getattr(module, "offset", None)  # BART, OPT: rows before position 0
         if not isinstance(offset, int):
             offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa
@@ -266,8 +268,8 @@ def _check_labels(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> None:
         cure = "Use the backbone's own tokenizer, or resize its embeddings"
     else:
         return
-    placed = torch.tensor(config.virtual_token_ids or [IGNORED], device=labels.device)
-    counted = labels[(labels != IGNORED) & ~torch.isin(labels, placed)]
+    labels = model.labels_of_words(labels)
+    counted = labels[labels != IGNORED]
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < limit:
         raise GuardError(
             f"labels run from {int(counted.min())} to {int(counted.max())}, expected 0 to {limit - 1} "

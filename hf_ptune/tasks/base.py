@@ -210,7 +210,7 @@ def make_collator(
 def pad_behind(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Feature]], Any]:
     """What pads behind the tokens whatever the tokenizer's side, so that a feature's places are the batch's.
 
-    Labels are one of a feature, or as many as its tokens.
+    Labels are one of a feature, or a list, of its tokens or of a target's; lists are padded to the longest.
     """
 
     def pad(features: list[Feature]) -> Any:
@@ -219,9 +219,9 @@ def pad_behind(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Feature]], 
         if "labels" in features[0]:
             labels = [f["labels"] for f in features]
             if isinstance(labels[0], list):
-                width = batch["input_ids"].shape[1]
-                labels = [one + [IGNORED] * (width - len(one)) for one in labels]
-            batch["labels"] = torch.tensor(labels)  # [B] or [B, T]
+                longest = max(map(len, labels))
+                labels = [one + [IGNORED] * (longest - len(one)) for one in labels]
+            batch["labels"] = torch.tensor(labels)  # [B], [B, T], or [B, S] of targets
         return batch
 
     return pad

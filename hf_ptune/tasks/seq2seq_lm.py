@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.tasks.base import Answer, Collator, Feature, Row, kept_pairs, make_collator, pad_behind
 from hf_ptune.tasks.causal_lm import one_line, token_metrics
 from hf_ptune.tasks.generation import GenerationTask
@@ -49,16 +47,7 @@ class Seq2SeqLM(GenerationTask):
         return features
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        inner = pad_behind(tokenizer)
-
-        def pad(features: list[Feature]) -> Any:
-            batch = inner([{name: value for name, value in f.items() if name != "labels"} for f in features])
-            longest = max(len(f["labels"]) for f in features)
-            labels = [f["labels"] + [IGNORED] * (longest - len(f["labels"])) for f in features]
-            batch["labels"] = torch.tensor(labels)  # [B, S]
-            return batch
-
-        return make_collator(tokenizer, pad)
+        return make_collator(tokenizer, pad_behind(tokenizer))
 
     def compute_metrics(
         self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]

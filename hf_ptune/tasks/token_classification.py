@@ -104,17 +104,27 @@ class TokenClassification(Task):
         need_fast(tokenizer, "word")
         number = {name: n for n, name in enumerate(labels)}
         everywhere = self.label_subwords == "all" and not held_out
-        return [feature | {"row": row} for row in rows for feature in self._windows(row, tokenizer, number, everywhere)]
+        spaced = not _keeps_words_apart(tokenizer)
+        return [
+            feature | {"row": row}
+            for row in rows
+            for feature in self._windows(row, tokenizer, spaced, number, everywhere)
+        ]
 
     def _windows(
-        self, row: Row, tokenizer: PreTrainedTokenizerBase, number: Mapping[str, int], everywhere: bool
+        self,
+        row: Row,
+        tokenizer: PreTrainedTokenizerBase,
+        spaced: bool,
+        number: Mapping[str, int],
+        everywhere: bool,
     ) -> list[Feature]:
         words = [str(word) for word in row["tokens"]]
         predicate = row.get("predicate_index")
         windows: list[Feature] = []
         seen: set[int] = set()
-        for inputs, places in self._encode_words(words, predicate, tokenizer):
-            feature = dict(inputs)
+        given = _with_spaces(words) if spaced else words
+        for feature, places in self._encode_words(given, None if predicate is None else words[predicate], tokenizer):
             if predicate is not None and "token_type_ids" in feature:
                 types = feature["token_type_ids"]
                 feature["token_type_ids"] = [
@@ -124,14 +134,9 @@ class TokenClassification(Task):
         return windows
 
     def _encode_words(
-        self, words: list[str], predicate: int | None, tokenizer: PreTrainedTokenizerBase
+        self, words: list[str], second: str | None, tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[tuple[Feature, list[int | None]]]:
-        """Inputs of every window, and of which word of the sentence each of its tokens is, `[T]`.
-
-        Where a tokenizer keeps the space before a word in the word's token (RoBERTa, GPT-2), words are given with
-        their spaces: without, they would become other tokens than those of a text.
-        """
-        second = None if predicate is None else words[predicate]
+        """Inputs of every window, and of which word of the sentence each of its tokens is, `[T]`."""
         told = 0 if second is None else len(tokenizer(second, add_special_tokens=False)["input_ids"]) + 1
         room = self.max_length - told - tokenizer.num_special_tokens_to_add(pair=second is not None)
         if room < 1:
@@ -139,7 +144,7 @@ class TokenClassification(Task):
                 f"data.max_length={self.max_length} leaves no room for a sentence beside {second!r}; raise it."
             )
         encoded = tokenizer(
-            words if _keeps_words_apart(tokenizer) else _with_spaces(words),
+            words,
             None if second is None else [second],
             is_split_into_words=True,
             truncation="only_first",
@@ -210,7 +215,10 @@ class TokenClassification(Task):
 
 
 def _with_spaces(words: Sequence[str]) -> list[str]:
-    """Words as they stand in a text, with the space before them; texts in scripts without spaces have none."""
+    """Words as they stand in a text, with the space before them; texts in scripts without spaces have none.
+
+    For tokenizers that keep a word's space in its token (RoBERTa, GPT-2): without it, words would become other tokens.
+    """
     written = [any(c.isalnum() for c in word) for word in words]
     run_on = [_RUN_ON.search(word) is not None for word in words]
     if sum(run_on) > sum(written) / 2:

@@ -10,7 +10,6 @@ stays in both, with what it said.
 import argparse
 import json
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -104,14 +103,13 @@ def write_table(found: dict[str, Record]) -> None:
 
 def write_card(name: str, folders: list[Path]) -> None:
     """Make a recipe's card of its seeds' runs."""
-    from hf_ptune.cards import CARD_NAME, CURVES_NAME, RunFacts, make_card, merge_seeds
+    from hf_ptune.cards import RunFacts, merge_seeds
+    from hf_ptune.publishing import remake_card
 
     card = ROOT / "model_cards" / name
     card.mkdir(exist_ok=True)
-    facts = merge_seeds([RunFacts.load(folder / "adapter") for folder in folders])
-    facts.save(card)
-    shutil.copy(folders[0] / "adapter" / CURVES_NAME, card / CURVES_NAME)
-    (card / CARD_NAME).write_text(str(make_card(facts, f"user/{name}", CURVES_NAME)))
+    merge_seeds([RunFacts.load(folder / "adapter") for folder in folders]).save(card)
+    remake_card(card, [], f"user/{name}")
 
 
 def main() -> None:
