@@ -35,7 +35,7 @@ STRUCTURE = (
     "template",
     "virtual_token_ids",
     "position_shift",
-    "pooled_token",
+    "pooling",
 )
 # more than anybody has trained, and little enough that nothing runs out of memory before it is compared with the file
 _MOST = {"num_virtual_tokens": 2**20, "encoder_hidden_size": 2**20, "encoder_num_layers": 64}
@@ -100,11 +100,11 @@ class PTuneConfig(PreTrainedConfig):
         sites: attention sites of an encoder-decoder that take a prefix, of "encoder", "decoder", "cross".
         position_shift: whether own tokens stand after the virtual ones in the position count. Unset: yes in
             causal models that take `position_ids`, no in encoders, so that their full length stays usable.
-        pooled_token: whether one more virtual token stands first in an encoder, for the head to pool in place of the
-            first own one, which goes on as it was. "auto": for classification and multiple choice, where encoders
-            normalise their embeddings, and where the prompt starts from an adapter only if that has one. Unset: "auto"
-            for prompts among the inputs, no beside a prefix.
-            `get_ptune_model` makes it a yes or no. The papers have no such token.
+        pooling: what an encoder's head reads in classification and multiple choice: "cls", what it reads by itself,
+            the state of the first token as a rule; "mean", the mean of the row's own tokens in its place. "auto": the
+            mean in encoders that normalise their embeddings, as BERT and its kin do, and what an adapter has that
+            brings its head. Unset: "auto" for prompts among the inputs, "cls" beside a prefix. `get_ptune_model` makes
+            it one of the first two. The papers read the first token.
         loss_at_labels: whether language models compute logits only where a label counts while they train; loss
             and gradients stay the same. Logits that somebody asks for all the same cost a second forward pass.
         modules_to_save: further modules of the backbone that are trained and saved; a task's head always is.
@@ -131,7 +131,7 @@ class PTuneConfig(PreTrainedConfig):
     layers: list[int] | None = None
     sites: list[str] | None = None
     position_shift: bool | None = None
-    pooled_token: bool | str | None = None
+    pooling: str | None = None
     loss_at_labels: bool = True
     modules_to_save: list[str] | None = None
     train_backbone: bool = False
@@ -185,11 +185,11 @@ class PTuneConfig(PreTrainedConfig):
             )
         if method.kind is PromptKind.EMBEDDINGS and self.layers is not None:
             raise ConfigError(f"layers is for prefixes; {self.method} puts its prompt into the input only.")
-        if self.pooled_token not in (None, True, False, "auto"):
-            raise ConfigError(f"pooled_token={self.pooled_token!r}; expected True, False, 'auto' or None.")
-        if self.pooled_token is True and (method.kind is None or self.places_tokens):
-            why = "a template places the virtual tokens" if self.places_tokens else f"{self.method} has none"
-            raise ConfigError(f"pooled_token=True is one more virtual token, but {why}.")
+        if self.pooling not in (None, "cls", "mean", "auto"):
+            raise ConfigError(f"pooling={self.pooling!r}; expected 'cls', 'mean', 'auto' or None.")
+        if self.pooling == "mean" and (method.kind is None or self.places_tokens):
+            why = "a template places the virtual tokens" if self.places_tokens else f"{self.method} has no prompt"
+            raise ConfigError(f"pooling='mean' comes with a prompt before the text, but {why}.")
         self._check_template(method.kind)
         if self.geometry:
             _check_geometry(self.geometry)

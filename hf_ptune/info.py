@@ -55,7 +55,7 @@ def describe_adapter(source: str, **hub: Any) -> str:
         state = (
             "flattened" if config.flattened else "with its reparameterisation" if method.reparameterised else "direct"
         )
-        pooled = ", and one that the head pools" if config.pooled_token else ""
+        pooled = ", the head reads the mean of the own tokens" if config.pooling == "mean" else ""
         lines.append(f"virtual tokens: {config.num_virtual_tokens}, {state}{pooled}")
     if config.template is not None:
         lines.append(f"template: {config.template}")

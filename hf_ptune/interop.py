@@ -87,7 +87,7 @@ def load_peft(source: FilePath, backbone: PreTrainedModel | None = None, **kwarg
         base_model_name_or_path=backbone.name_or_path or settings.get("base_model_name_or_path"),
         base_model_revision=settings.get("revision"),
         position_shift=_shift_of(backbone, method),
-        pooled_token=False,
+        pooling="cls",
     )
     return _fill(get_ptune_model(backbone, config), {"weight": prompt}, kept, name)
 
@@ -182,8 +182,11 @@ def prompt_embeds(model: PTunePreTrainedModel) -> Tensor:
     """
     if model.config.places_tokens:
         raise ConfigError(f"the prompt stands among the tokens ({model.config.template!r}), not before them.")
-    if model.config.pooled_token:
-        raise ConfigError("a prompt with a pooled_token is more than its embeddings; train with pooled_token=False.")
+    if model.config.pooling == "mean":
+        raise ConfigError(
+            "the head reads the mean of the own tokens, which is more than prompt embeddings by themselves; train with "
+            "pooling='cls'."
+        )
     if get_method(model.config.method).kind is not PromptKind.EMBEDDINGS or model.prompt is None:
         raise ConfigError(
             f"{model.config.method} puts nothing among the inputs, so that it has no prompt embeddings. "
@@ -410,8 +413,8 @@ def _exportable(model: PTunePreTrainedModel) -> Injector:
     if injector is None:
         raise ConfigError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
     if injector.kind is PromptKind.PREFIX:
-        if config.pooled_token:
-            raise ConfigError("PEFT has no pooled_token; train with pooled_token=False what is to go there.")
+        if config.pooling == "mean":
+            raise ConfigError("PEFT has no pooling='mean'; train with pooling='cls' what is to go there.")
         shapes = {s.shape for s in injector.sites}
         if config.layers is not None or config.sites is not None or config.geometry["skipped"]:
             raise ConfigError("PEFT puts a prefix into every layer; this one is in some alone.")

@@ -22,9 +22,9 @@ from hf_ptune.injection import Injector, bind, find_geometry, word_embeddings
 from hf_ptune.logits_at import run_with_logits_at
 from hf_ptune.loss_at_labels import LossAtLabels
 from hf_ptune.methods import PromptKind, get_method
-from hf_ptune.methods.base import DirectEmbeddings, PromptEncoder
+from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
-from hf_ptune.placement import choose_sites, has_pooled_token, shifts_positions
+from hf_ptune.placement import choose_pooling, choose_sites, shifts_positions
 from hf_ptune.saving import SavedAdapter
 from hf_ptune.sharding import running, units_of, whole, write
 from hf_ptune.templates import name_virtual_tokens
@@ -57,14 +57,13 @@ class PTunePreTrainedModel(SavedAdapter):
             self.accepts_loss_kwargs = backbone.accepts_loss_kwargs
         self._was_trainable = {n for n, p in backbone.named_parameters() if p.requires_grad}
         self.prompt: PromptEncoder | None = None
-        self.pooled_token: DirectEmbeddings | None = None
         self._injector: Injector | None = None
         self._loss_at_labels = LossAtLabels(self, backbone, self.task) if config.loss_at_labels else None
         method = get_method(config.method)
         self._adopt(backbone)
         if not config.geometry:
             config.geometry = find_geometry(backbone)
-        config.pooled_token = has_pooled_token(config, backbone, self.task)
+        config.pooling = choose_pooling(config, backbone, self.task)
         if method.kind is not None:
             self._build_prompt(method.kind)
         self.post_init()
@@ -104,8 +103,6 @@ class PTunePreTrainedModel(SavedAdapter):
         # in full precision beside a half-precision base: updates would be lost below its resolution
         dtype = torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
         self.prompt = config.make_encoder(chosen).to(device=device, dtype=dtype)
-        if config.pooled_token:
-            self.pooled_token = DirectEmbeddings(1, geometry["embedding_dim"]).to(device=device, dtype=dtype)
         self._injector = Injector(
             self.backbone,
             geometry,
@@ -115,7 +112,7 @@ class PTunePreTrainedModel(SavedAdapter):
             chosen,
             shifts_positions(self.backbone, config),
             config.virtual_token_ids,
-            self.pooled_token,
+            config.pooling == "mean",
         )
 
     def _encode(self) -> Tensor:
@@ -139,8 +136,7 @@ class PTunePreTrainedModel(SavedAdapter):
             self.backbone, config.method, self.task, config.modules_to_save, whole=config.train_backbone
         )
         prompt = [] if self.prompt is None else [f"prompt.{n}" for n, _ in self.prompt.named_parameters()]
-        pooled = [] if self.pooled_token is None else ["pooled_token.weight"]
-        return {f"backbone.{n}" for n in names} | {*prompt, *pooled}
+        return {f"backbone.{n}" for n in names} | {*prompt}
 
     def adapter_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The adapter's tensors by name, buffers of the prompt included; whole ones, where ranks hold parts.

@@ -123,9 +123,8 @@ def get_multitask_model(
         share_base(first, backbone, task)
     if config.train_backbone:
         raise ConfigError("train_backbone=True: tasks share a base that is frozen; leave it out.")
-    if config.pooled_token is True:
-        raise ConfigError("pooled_token=True: tasks share a prompt, but no token that one head pools; leave it out.")
-    config = type(config).from_dict(config.to_dict() | {"pooled_token": False})
+    if config.pooling == "mean":  # of the tasks whose heads pool; tags and spans do not
+        config = type(config).from_dict(config.to_dict() | {"pooling": "auto"})
     models = {task: get_ptune_model(backbone, config, tokenizer) for task, backbone in backbones.items()}
     prompt = next(iter(models.values())).prompt
     for task, model in models.items():

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from hf_ptune.backbone import describe
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
-from hf_ptune.injection import body_of, normalises_embeddings, parameters_of, text_of
+from hf_ptune.injection import body_of, normalises_embeddings, parameters_of, reads_first_token, text_of
 from hf_ptune.methods import PromptKind, get_method
 
 # layers that a pooled head never reads: a prefix there would get no gradient
@@ -92,10 +92,8 @@ def check_base(backbone: PreTrainedModel, config: PTuneConfig) -> None:
         raise BackboneError(f"the backbone has another shape than the adapter's base: {listed}.")
 
 
-def has_pooled_token(config: PTuneConfig, backbone: PreTrainedModel, task: str) -> bool:
-    """Whether one more virtual token is pooled by the head, in place of the first own token.
-
-    The first own token of an encoder takes up attention that no other wants, and its state may say little of the row.
+def choose_pooling(config: PTuneConfig, backbone: PreTrainedModel, task: str) -> str:
+    """What the head of an encoder reads: "mean" of the own tokens, or "cls", what it reads by itself.
 
     Args:
         config: with its geometry.
@@ -103,27 +101,31 @@ def has_pooled_token(config: PTuneConfig, backbone: PreTrainedModel, task: str) 
         task: a key of `TASKS`.
 
     Raises:
-        ConfigError: asked for in a model that reads from left to right, or has a decoder.
+        ConfigError: the mean is asked for where no head reads the first token of an encoder.
     """
-    kind, asked = get_method(config.method).kind, config.pooled_token
+    kind, asked = get_method(config.method).kind, config.pooling
     encoder = not config.geometry["causal"] and not backbone.config.is_encoder_decoder
-    if asked is True and not encoder:
-        raise ConfigError(f"pooled_token=True is for encoders, not {type(backbone).__name__}.")
-    if isinstance(asked, bool):
+    pools_first = encoder and task in _POOLED and reads_first_token(body_of(backbone))
+    if asked == "mean" and not pools_first:
+        raise ConfigError(
+            f"pooling='mean' is for encoders whose head reads the first token, in {' and '.join(_POOLED)}; "
+            f"{type(backbone).__name__} does not do so. Leave it out."
+        )
+    if asked in ("cls", "mean"):
         return asked
-    if kind is None or config.places_tokens or (asked is None and kind is PromptKind.PREFIX):
-        return False
-    if config.prompt_tuning_init == "ADAPTER" and not _pools(config.prompt_tuning_init_adapter):
-        return False  # a head that comes along reads what it has learnt to read
-    return encoder and task in _POOLED and normalises_embeddings(body_of(backbone))
+    if kind is None or config.places_tokens or (asked is None and kind is PromptKind.PREFIX) or not pools_first:
+        return "cls"
+    if config.prompt_tuning_init == "ADAPTER" and config.prompt_tuning_init_head:
+        return _pooling_of(config.prompt_tuning_init_adapter)  # the head reads what it has learnt to read
+    return "mean" if normalises_embeddings(body_of(backbone)) else "cls"
 
 
-def _pools(adapter: str | None) -> bool:
-    """Whether an adapter that a prompt starts from has a pooled token; what is wrong with it is told elsewhere."""
+def _pooling_of(adapter: str | None) -> str:
+    """What the head of an adapter reads that a prompt starts from; what is wrong with it is told elsewhere."""
     try:
-        return PTuneConfig.from_pretrained(adapter).pooled_token is True
+        return "mean" if PTuneConfig.from_pretrained(adapter).pooling == "mean" else "cls"
     except (OSError, ValueError, PTuneError):
-        return False
+        return "cls"
 
 
 def shifts_positions(backbone: PreTrainedModel, config: PTuneConfig) -> bool:

@@ -35,8 +35,6 @@ def initialise(model: Any, tokenizer: Any = None) -> None:
         return
     kind, start = prompt.kind, config.prompt_tuning_init
     virtual = config.num_virtual_tokens
-    if model.pooled_token is not None:
-        _start_pooled_token(model, tokenizer)
     if start == "ADAPTER":
         transfer(model, config.prompt_tuning_init_adapter)
         return
@@ -54,24 +52,6 @@ def initialise(model: Any, tokenizer: Any = None) -> None:
             else:
                 encoded = join_prefix(_keys_of(injector, [row[0] for row in rows]))
         prompt.start_from(encoded)
-
-
-def _start_pooled_token(model: Any, tokenizer: Any) -> None:
-    """Start the token that heads pool at the one that ends a text, which sees the text as no virtual token does.
-
-    It is as large as a random prompt is (`_random`), or random itself where no such token is known.
-    """
-    injector, base = model._injector, model.backbone.config
-    ids = [getattr(base, name, None) for name in ("sep_token_id", "eos_token_id")]
-    if tokenizer is None and not any(isinstance(i, int) for i in ids):
-        try:
-            tokenizer = base_tokenizer(model.config)
-        except ConfigError:
-            logger.warning("the token that the head pools starts at random: pass tokenizer=… to name a separator.")
-    ids += [getattr(tokenizer, name, None) for name in ("sep_token_id", "eos_token_id")]
-    known = [i for i in ids if isinstance(i, int)]
-    row = _embed(injector, [known[:1]]) if known else _random(model, injector, PromptKind.EMBEDDINGS, 1)
-    model.pooled_token.start_from(row / row.std() if normalises_embeddings(injector.body) else row)
 
 
 def _random(model: Any, injector: Injector, kind: PromptKind, virtual: int) -> Tensor:

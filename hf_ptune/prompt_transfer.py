@@ -18,7 +18,6 @@ from hf_ptune.placement import choose_sites
 
 logger = logging.get_logger(__name__)
 _PROMPT = "prompt."
-_POOLED = "pooled_token.weight"
 
 
 def transfer(model: Any, source: str) -> None:
@@ -51,9 +50,6 @@ def transfer(model: Any, source: str) -> None:
     encoder = config.make_encoder(chosen).to(next(model.prompt.parameters()))
     encoder.load_state_dict({n.removeprefix(_PROMPT): t for n, t in tensors.items() if n.startswith(_PROMPT)})
     _start(model.prompt, encoder)
-    pooled = tensors.pop(_POOLED, None)
-    if model.pooled_token is not None and pooled is not None:
-        model.pooled_token.start_from(pooled)
     if model.config.prompt_tuning_init_head:
         _copy_head(model, config, {n: t for n, t in tensors.items() if not n.startswith(_PROMPT)}, source)
 
@@ -135,7 +131,7 @@ def _start(prompt: PromptEncoder, source: PromptEncoder) -> None:
 
 
 def _copy_head(model: Any, source: PTuneConfig, head: dict[str, Tensor], where: str) -> None:
-    ours = {n: t for n, t in model.adapter_state_dict().items() if not n.startswith(_PROMPT) and n != _POOLED}
+    ours = {n: t for n, t in model.adapter_state_dict().items() if not n.startswith(_PROMPT)}
     shapes = [{n: tuple(t.shape) for n, t in part.items()} for part in (head, ours)]
     labels = [list((c.id2label or {}).values()) for c in (source, model.config)]
     if shapes[0] != shapes[1] or labels[0] != labels[1]:

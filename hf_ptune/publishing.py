@@ -167,8 +167,8 @@ def method_options(config: Any) -> dict[str, Any]:
         "verbalizer",
     ]
     found = {name: getattr(config, name) for name in names}
-    if config.pooled_token is True:  # what is unset has become a yes or no
-        found["pooled_token"] = True
+    if config.pooling == "mean":  # what is unset has become one of the two
+        found["pooling"] = "mean"
     return {k: v for k, v in found.items() if k == "num_virtual_tokens" or v != getattr(unset, k)}
 
 

@@ -179,7 +179,7 @@ class SavedAdapter(PreTrainedModel):
             config, rest = PTuneConfig.from_pretrained(source, return_unused_kwargs=True, **own, **kwargs)
             kwargs = {k: v for k, v in kwargs.items() if k in rest or k not in config.__dict__}
         path, found, structure, config = find_adapter(source, config, **own)
-        config.pooled_token = config.pooled_token is True  # unset, it is decided for new prompts alone
+        config.pooling = "mean" if config.pooling == "mean" else "cls"  # unset, it is decided for new prompts alone
         check_prompt(config, cls.task, found, source)
         prompt = read_tensors(path, [n for n in found if n.startswith("prompt.")])
         if backbone is None:

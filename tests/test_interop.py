@@ -234,7 +234,7 @@ def test_prompts_without_an_equal_are_refused(family: str, method: str, task: st
 
 def test_peft_s_prompts_of_encoders_really_differ(tmp_path: Path) -> None:
     theirs = theirs_of("bert", "prompt_tuning", "SEQ_CLS", tmp_path / "theirs")
-    ours = ours_of("bert", "prompt_tuning", pooled_token=False)
+    ours = ours_of("bert", "prompt_tuning", pooling="cls")
     with torch.no_grad():
         ours.prompt.weight.copy_(load_file(tmp_path / "theirs/adapter_model.safetensors")["prompt_embeddings"])
         for name in ("weight", "bias"):

@@ -56,7 +56,7 @@ def alone(model: MultiTaskPrompt, method: str, family: str) -> dict[str, PTunePr
     """The same tasks as wrapped models that share nothing."""
     made = {}
     for task, backbone in backbones(family).items():
-        config = PTuneConfig(method=method, num_virtual_tokens=4, pooled_token=False)
+        config = PTuneConfig(method=method, num_virtual_tokens=4)
         single = get_ptune_model(backbone, config).double().eval()
         single.prompt.load_state_dict(model.prompt.state_dict())
         made[task] = single

@@ -174,7 +174,7 @@ def test_row_34_pooling_picks_the_last_real_token(method: str, model_class: type
 
 def test_row_35_cls_is_pooled(wrap: Wrap) -> None:
     """The pooled state is that of the first own token, computed here by hand among the inserted embeddings."""
-    model, inputs = wrap("bert", "prompt_tuning", pooled_token=False), batch("bert")
+    model, inputs = wrap("bert", "prompt_tuning", pooling="cls"), batch("bert")
     ids, prompt = inputs["input_ids"], model.prompt.weight[None].expand(2, -1, -1)
     with torch.no_grad():
         words = model.get_input_embeddings()(ids)

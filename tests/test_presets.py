@@ -57,7 +57,7 @@ def test_the_recipe_s_own_keys_win() -> None:
     given |= {"options": {"num_virtual_tokens": 16}, "training": {"learning_rate": "1e-3"}}
     recipe = make_recipe(SILENT | given | {"data": {"source": "rows.jsonl", "max_length": 64}})
     assert recipe.base == "roberta-base" and recipe.data.max_length == 64
-    published = {"prompt_tuning_init": "RANDOM", "prefix_dropout": 0.1, "pooled_token": False}
+    published = {"prompt_tuning_init": "RANDOM", "prefix_dropout": 0.1, "pooling": "cls"}
     assert recipe.options == {"num_virtual_tokens": 16} | published
     assert recipe.training["learning_rate"] == 1e-3 and recipe.training["num_train_epochs"] == 100
     epochs = {"preset": "prompt_tuning/superglue/t5-base", "training": {"num_train_epochs": 2}}
@@ -132,5 +132,5 @@ def test_few_shot_presets_train_the_base_too() -> None:
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_no_paper_has_a_pooled_token(name: str) -> None:
-    assert preset(name).options["pooled_token"] is False
+def test_papers_read_the_first_token(name: str) -> None:
+    assert preset(name).options["pooling"] == "cls"

@@ -3,6 +3,7 @@
 from hf_ptune.injection.calls import bind, parameters_of
 from hf_ptune.injection.embeddings import normalises_embeddings, word_embeddings
 from hf_ptune.injection.injector import Injector
+from hf_ptune.injection.pooling import reads_first_token
 from hf_ptune.injection.probe import PROBE_TOKENS, body_of, evaluating, find_geometry, text_of
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "find_geometry",
     "normalises_embeddings",
     "parameters_of",
+    "reads_first_token",
     "text_of",
     "word_embeddings",
 ]

@@ -23,14 +23,12 @@ class InputPrompt:
         encoder: the module whose forward takes `input_ids` or `inputs_embeds`.
         embed: the word embeddings.
         index: number of own tokens before the prompt.
-        pooled: whether the prompt is one token whose states are given out as those of the first own token.
     """
 
-    def __init__(self, encoder: nn.Module, embed: nn.Module, index: int, pooled: bool = False) -> None:
+    def __init__(self, encoder: nn.Module, embed: nn.Module, index: int) -> None:
         self.encoder = encoder
         self.embed = embed
         self.index = index
-        self.pooled = pooled
         self.accepted = parameters_of(encoder)
 
     def insert(self, prompt: Tensor, named: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +84,7 @@ class InputPrompt:
     def cut(self, output: Any, virtual: int, mask: Tensor | None) -> Any:
         """Take the virtual positions out of everything that has them; `mask` is the one with the prompt."""
         batch, length = output[0].shape[0], output[0].shape[1] - virtual
-        at = self.places(mask, batch, output[0].device) + self.pooled  # in its place the first own token goes
+        at = self.places(mask, batch, output[0].device)
         return _map(output, lambda t: cut_tensor(t, at, virtual, length))
 
 

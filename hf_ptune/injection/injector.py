@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from hf_ptune.injection.bridge import bridge
 from hf_ptune.injection.calls import bind, parameters_of
 from hf_ptune.injection.embeddings import InputPrompt
 from hf_ptune.injection.placeholders import Placeholders
+from hf_ptune.injection.pooling import MeanPooling
 from hf_ptune.injection.probe import body_of, close, evaluating, text_of, vocabulary_of
 from hf_ptune.injection.sites import Site
 from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_prefix
@@ -53,7 +53,7 @@ class Injector:
         chosen: the sites that take a prefix.
         shift: whether own tokens stand P positions later.
         virtual_token_ids: where the sequence itself has a place for every virtual token: their ids, in order.
-        pooled: gives the token `[1, H]` that the head of an encoder pools in place of the first own one.
+        pools_mean: whether the head of an encoder reads the mean of the own tokens in place of the first one.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Injector:
         chosen: list[dict[str, Any]],
         shift: bool,
         virtual_token_ids: list[int] | None = None,
-        pooled: Callable[[], Tensor] | None = None,
+        pools_mean: bool = False,
     ) -> None:
         self.backbone = backbone
         self.body = body_of(backbone)
@@ -99,8 +99,8 @@ class Injector:
         elif kind is PromptKind.EMBEDDINGS and not self.causal:
             self.inputs = self._input_prompt()
         self._attach()
-        if pooled is not None:
-            self._attach_pooled(pooled)
+        if pools_mean:
+            self.handles += MeanPooling(self.body, self.inputs, num_virtual_tokens, self._active).handles
 
     def _site(self, found: dict[str, Any]) -> Site:
         shape = SiteShape(found["heads"], found["key_dim"], found["value_dim"])
@@ -152,15 +152,13 @@ class Injector:
                 add(self.body.get_encoder().register_forward_pre_hook(self._before_part))
             return
         assert self.inputs is not None
-        before = partial(self._before_encoder, self.inputs, self.encode)
-        add(self.inputs.encoder.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        add(self.inputs.encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True, prepend=True))
         if self.backbone.config.is_encoder_decoder:
             decoder = self.body.get_decoder()
             add(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True, prepend=True))
             add(self.backbone.register_forward_hook(self._after_seq2seq, with_kwargs=True))
         else:
-            after = partial(self._after_encoder, self.inputs, self.num_virtual_tokens)
-            add(self.inputs.encoder.register_forward_hook(after, with_kwargs=True))
+            add(self.inputs.encoder.register_forward_hook(self._after_encoder, with_kwargs=True))
 
     def install(self) -> None:
         """Make the attention functions that the backbone uses now see the prefixes."""
@@ -170,14 +168,8 @@ class Injector:
             if name not in (None, "eager"):
                 attention.install(name)
 
-    def _attach_pooled(self, pooled: Callable[[], Tensor]) -> None:
-        """Before all other hooks of the body come in, and after they have gone out."""
-        place = InputPrompt(self.body, self.words(), index=0, pooled=True)
-        before, after = partial(self._before_encoder, place, pooled), partial(self._after_encoder, place, 1)
-        self.handles += [
-            self.body.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-            self.body.register_forward_hook(after, with_kwargs=True),
-        ]
+    def _active(self) -> bool:
+        return self.enabled and not self.busy
 
     def detach(self) -> None:
         """Give the backbone back as it was."""
@@ -391,24 +383,17 @@ class Injector:
 
     # input prompts -----------------------------------------------------------------------------------------
 
-    def _before_encoder(
-        self,
-        place: InputPrompt,
-        encode: Callable[[], Tensor],
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if self.busy or not self.enabled:
+    def _before_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._active():
             return None
-        return (), place.insert(encode(), bind(module, args, kwargs))
+        assert self.inputs is not None
+        return (), self.inputs.insert(self.encode(), bind(module, args, kwargs))
 
-    def _after_encoder(
-        self, place: InputPrompt, virtual: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        if self.busy or not self.enabled:
+    def _after_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not self._active():
             return None
-        return place.cut(output, virtual, kwargs.get("attention_mask"))
+        assert self.inputs is not None
+        return self.inputs.cut(output, self.num_virtual_tokens, kwargs.get("attention_mask"))
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.enabled:
