@@ -1,11 +1,12 @@
-"""What a prompt among the inputs of MiniLM gains where the pooled position is trained too (TREC, 10 tokens).
+"""What a prompt among the inputs of MiniLM gains by what its head pools (TREC, 10 tokens).
 
 python recipes/benchmarks/quality/pooling.py [--data FOLDER] [--epochs 2] [--seeds 0,1,2] [--lr 0.1] [--only PART]
 
 Variants in plain torch, without either library: where the virtual tokens stand, how large they start, whether their
 positions are counted (as PEFT does, which moves the own tokens on) or all that of [CLS] (as hf_ptune does), whether
-[CLS] bears a trained offset, and whether the pooled virtual token starts at the separator (hf_ptune's `pooled_token`).
-The schedule is that of five epochs; training stops after `--epochs` of them.
+[CLS] bears a trained offset, whether a virtual token that is pooled starts at the separator, and whether the mean of
+the own tokens is pooled (hf_ptune's `pooling="mean"`). The schedule is that of five epochs; training stops after
+`--epochs` of them.
 """
 
 import argparse
@@ -25,9 +26,11 @@ import transformers
 from tasks import TASKS, load
 from torch import Tensor, nn
 from training import evaluate, fit
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 # first: virtual tokens before [CLS], the first of them pooled; spread: deviation of their start;
-# offset: deviation of what is added to [CLS], or none; separator: the first virtual token starts at [SEP]'s direction
+# offset: deviation of what is added to [CLS], or none; separator: the first virtual token starts at [SEP]'s direction;
+# mean: of the own tokens' last states, in place of the first one
 VARIANTS: dict[str, dict[str, Any]] = {
     "virtual first, 0.056": {"first": True, "spread": 0.056},
     "virtual first, 1": {"first": True, "spread": 1.0},
@@ -35,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "virtual first, 1, separator": {"first": True, "spread": 1.0, "separator": True},
     "virtual first, 1, counted, separator": {"first": True, "spread": 1.0, "counted": True, "separator": True},
     "after [CLS], 1": {"spread": 1.0},
+    "after [CLS], 1, mean (hf_ptune)": {"spread": 1.0, "mean": True},
     "after [CLS], 1, counted": {"spread": 1.0, "counted": True},
     "after [CLS], 0.056, offset 0": {"spread": 0.056, "offset": 0.0},
     "after [CLS], 1, counted, offset 1": {"spread": 1.0, "counted": True, "offset": 1.0},
@@ -56,6 +60,7 @@ class Prompted(nn.Module):
         counted: bool = False,
         offset: float | None = None,
         separator: bool = False,
+        mean: bool = False,
     ) -> None:
         super().__init__()
         self.model = columns.base_of(TASKS["trec"], labels).requires_grad_(False)
@@ -66,7 +71,7 @@ class Prompted(nn.Module):
             row = self.model.base_model.embeddings.word_embeddings.weight[_SEPARATOR]
             self.prompt.data[0] = row / row.std() * spread
         self.offset = None if offset is None else nn.Parameter(torch.randn(width) * offset)
-        self.before, self.counted = 0 if first else 1, counted
+        self.before, self.counted, self.mean = 0 if first else 1, counted, mean
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None, **rest: Any) -> Any:
         embeds = self.model.base_model.embeddings.word_embeddings(input_ids)
@@ -79,9 +84,16 @@ class Prompted(nn.Module):
         positions = torch.arange(own + virtual)
         if not self.counted:
             positions = torch.cat([torch.arange(at), torch.zeros(virtual, dtype=torch.long), torch.arange(at, own)])
-        return self.model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions[None].expand(rows, -1), labels=labels
-        )
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions[None].expand(rows, -1)}
+        if not self.mean:
+            return self.model(**inputs, labels=labels)
+        states = self.model.base_model(**inputs).last_hidden_state
+        own = attention_mask[..., None].float()
+        states = torch.cat([states[:, :at], states[:, at + virtual :]], 1) * own
+        pooled = self.model.base_model.pooler(states.sum(1, keepdim=True) / own.sum(1, keepdim=True))
+        logits = self.model.classifier(self.model.dropout(pooled))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 class _EnoughError(Exception):
