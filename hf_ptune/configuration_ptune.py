@@ -11,6 +11,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hf_ptune.adapter_file import shorten
+from hf_ptune.base_settings import Live, tell
 from hf_ptune.errors import AdapterFileError, ConfigError, PTuneError
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import EncoderSpec, PromptEncoder, SiteShape, direct_prompt
@@ -59,6 +60,7 @@ _UP_TO_THE_LOADER = {
     "_experts_implementation",
     "_experts_implementation_internal",
 }
+_INNER = ("_base", "_live")
 _NOT_OF_A_BASE = _UP_TO_THE_LOADER | {"auto_map", "custom_pipelines", "quantization_config", "transformers_weights"}
 # answered by the base's own configuration, so that scripts and pipelines see what they would see there
 _FROM_BASE = (
@@ -305,7 +307,11 @@ class PTuneConfig(PreTrainedConfig):
         try:
             settings = _without(config_dict, _UP_TO_THE_LOADER)
             _check_counts(settings)
-            return super().from_dict(settings, **kwargs)
+            made = super().from_dict(settings, **kwargs)
+            config = made[0] if isinstance(made, tuple) else made
+            for name, value in kwargs.items():
+                tell(config.__dict__.get("_base"), name, value, set(cls.__annotations__))
+            return made
         except PTuneError:
             raise
         except Exception as error:  # whatever a field raises that holds something else
@@ -368,6 +374,15 @@ class PTuneConfig(PreTrainedConfig):
         self.base_config.pop("quantization_config", None)  # how a base is loaded is up to whoever loads it
         self._mirror_base()
 
+    def follow(self, live: PreTrainedConfig) -> None:
+        """Let a wrapped backbone's configuration have what is written here from now on, as scripts and trainers do."""
+        object.__setattr__(self, "_live", Live(live))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if (live := self.__dict__.get("_live")) is not None:
+            tell(live.config, name, value, set(PTuneConfig.__annotations__))
+
     @property
     def base(self) -> PreTrainedConfig:
         """The base's configuration, a copy of the one its model holds."""
@@ -404,13 +419,11 @@ class PTuneConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         settings: dict[str, Any] = super().to_dict()
-        settings.pop("_base", None)
-        return settings
+        return {k: v for k, v in settings.items() if k not in _INNER}
 
     def to_diff_dict(self) -> dict[str, Any]:
         settings: dict[str, Any] = super().to_diff_dict()
-        settings.pop("_base", None)
-        return settings
+        return {k: v for k, v in settings.items() if k not in _INNER}
 
 
 def _are_words(words: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import check_tensors, digest_of, find_weights, read_header, shorten
@@ -152,6 +152,21 @@ def load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[P
         "unless modules_to_save names the embeddings."
     )
     return backbone, absent
+
+
+def read_generation(source: str, backbone: PreTrainedModel, own: dict[str, Any]) -> GenerationConfig:
+    """How an adapter generates, as it was saved; as its base does, where nothing was.
+
+    Args:
+        source: adapter folder or Hub id.
+        backbone: the base.
+        own: options of reading it from the Hub.
+    """
+    try:
+        return GenerationConfig.from_pretrained(source, **own)
+    except OSError:  # there is no such file
+        kept: GenerationConfig = backbone.generation_config
+        return kept
 
 
 @contextmanager

@@ -64,9 +64,11 @@ class LossAtLabels:
             return None
         named = bind(self.backbone, args, kwargs)
         labels = named.get("labels")
-        if not isinstance(labels, Tensor) or labels.dim() != 2 or any(named.get(name) for name in _OTHERWISE):
+        if not isinstance(labels, Tensor) or labels.dim() != 2 or any(_given(named.get(name)) for name in _OTHERWISE):
             return None
         if named.get("return_dict") is False:
+            return None
+        if named.get("decoder_inputs_embeds") is not None:
             return None
         if self.agrees is None:
             self.agrees = self._same_loss(labels.device)
@@ -142,6 +144,10 @@ class LossAtLabels:
         return named | {"decoder_input_ids": prepare(labels=named["labels"])}
 
 
+def _given(value: Any) -> bool:
+    return isinstance(value, Tensor) or bool(value)
+
+
 class _LogitsOnDemand:
     """Mixed into an output class: `logits` are computed when they are asked for, and are no item before."""
 
@@ -157,7 +163,12 @@ class _LogitsOnDemand:
         self.__dict__["_logits"] = value
 
     def __getitem__(self, key: Any) -> Any:
-        return self.logits if key == "logits" else super().__getitem__(key)  # type: ignore[misc]
+        if key == "logits":
+            return self.logits
+        if isinstance(key, str) or key == 0:  # the loss
+            return super().__getitem__(key)  # type: ignore[misc]
+        loss, *rest = super().to_tuple()  # type: ignore[misc]
+        return (loss, self.logits, *rest)[key]
 
 
 _on_demand: dict[Any, type] = {}

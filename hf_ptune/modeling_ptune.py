@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
 from hf_ptune import prompt_start
@@ -31,6 +32,22 @@ from hf_ptune.templates import name_virtual_tokens
 
 logger = hf_logging.get_logger(__name__)
 _OWNER = "_ptune_owner"
+
+
+class _Owner:
+    """Which wrapper a backbone belongs to, without keeping it alive; a copied backbone belongs to the copied one."""
+
+    def __init__(self, wrapper: "PTunePreTrainedModel | None") -> None:
+        self.reference = None if wrapper is None else weakref.ref(wrapper)
+
+    def __call__(self) -> "PTunePreTrainedModel | None":
+        return None if self.reference is None else self.reference()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Owner":
+        return _Owner(memo.get(id(self())))
+
+    def __reduce__(self) -> Any:
+        return _Owner, (None,)
 
 
 class PTunePreTrainedModel(SavedAdapter):
@@ -58,7 +75,7 @@ class PTunePreTrainedModel(SavedAdapter):
         self._was_trainable = {n for n, p in backbone.named_parameters() if p.requires_grad}
         self.prompt: PromptEncoder | None = None
         self._injector: Injector | None = None
-        self._loss_at_labels = LossAtLabels(self, backbone, self.task) if config.loss_at_labels else None
+        self._loss_at_labels = self._watched_head()
         method = get_method(config.method)
         self._adopt(backbone)
         if not config.geometry:
@@ -67,6 +84,7 @@ class PTunePreTrainedModel(SavedAdapter):
         if method.kind is not None:
             self._build_prompt(method.kind)
         self.post_init()
+        config.follow(backbone.config)
         layers = getattr(self, "_no_split_modules", None) or ()
         self._no_split_modules = units_of(self, layers, word_embeddings(backbone))
         self.freeze_backbone()
@@ -80,17 +98,17 @@ class PTunePreTrainedModel(SavedAdapter):
     def _adopt(self, backbone: PreTrainedModel) -> None:
         owner = backbone.__dict__.get(_OWNER)
         previous = owner() if owner is not None else None
-        if previous is not None:
+        if previous is not None and previous.backbone is backbone:
             if previous._injector is not None:
                 warnings.warn(
                     "the backbone had a prompt already; the new one takes its place and the old wrapper stops working.",
                     stacklevel=4,
                 )
             previous._release()
-        backbone.__dict__[_OWNER] = weakref.ref(self)
+        backbone.__dict__[_OWNER] = _Owner(self)
 
     def _build_prompt(self, kind: PromptKind) -> None:
-        config, geometry = self.config, self.config.geometry
+        config = self.config
         if config.places_tokens and config.virtual_token_ids is None:
             raise ConfigError(
                 "the template places virtual tokens, but virtual_token_ids are not set; wrap the backbone by "
@@ -103,17 +121,36 @@ class PTunePreTrainedModel(SavedAdapter):
         # in full precision beside a half-precision base: updates would be lost below its resolution
         dtype = torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
         self.prompt = config.make_encoder(chosen).to(device=device, dtype=dtype)
-        self._injector = Injector(
+        self._injector = self._attached(self.prompt)
+
+    def _attached(self, prompt: PromptEncoder) -> Injector:
+        config = self.config
+        return Injector(
             self.backbone,
-            geometry,
-            self.prompt,
+            config.geometry,
+            prompt,
             self._encode,
             config.num_virtual_tokens,
-            chosen,
+            choose_sites(config, prompt.kind, self.task),
             shifts_positions(self.backbone, config),
             config.virtual_token_ids,
             config.pooling == "mean",
         )
+
+    def _watched_head(self) -> LossAtLabels | None:
+        return LossAtLabels(self, self.backbone, self.task) if self.config.loss_at_labels else None
+
+    def _reattach(self) -> None:
+        """Let go of embeddings and a projection that have been replaced, and hold those that have come."""
+        before = self._injector
+        if before is None and self.prompt is not None:
+            return  # unwrapped
+        self._release()
+        self._loss_at_labels = self._watched_head()
+        if before is None or self.prompt is None:
+            return
+        self._injector = self._attached(self.prompt)
+        self._injector.enabled = before.enabled
 
     def _encode(self) -> Tensor:
         assert self.prompt is not None
@@ -126,6 +163,15 @@ class PTunePreTrainedModel(SavedAdapter):
     def architecture(self) -> str:
         """Name of the class that loads it, whatever it has been specialised to."""
         return CLASSES[self.task].__name__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # its class was made for the backbone's, and stands in no module
+        return _blank, (type(self).__mro__[1], type(self.backbone)), self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.backbone.__dict__[_OWNER] = _Owner(self)
+        self.config.follow(self.backbone.config)
 
     # what is adapter ---------------------------------------------------------------------------------------
 
@@ -222,13 +268,14 @@ class PTunePreTrainedModel(SavedAdapter):
     def disable_adapter(self) -> Iterator[None]:
         """Let the backbone answer as if it had no prompt; trained heads and biases stay."""
         injector = self._injector
-        if injector is not None:
-            injector.enabled = False
+        if injector is None:
+            yield
+            return
+        before, injector.enabled = injector.enabled, False
         try:
             yield
         finally:
-            if injector is not None:
-                injector.enabled = True
+            injector.enabled = before
 
     def unwrap(self) -> PreTrainedModel:
         """Give the backbone back as it was before it was wrapped, with the head that has been trained."""
@@ -263,13 +310,19 @@ class PTunePreTrainedModel(SavedAdapter):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.backbone.set_input_embeddings(value)
+        self._reattach()
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.backbone.get_output_embeddings()
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_output_embeddings(value)
+        self._reattach()
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         resized = self.backbone.resize_token_embeddings(*args, **kwargs)
         self.config.set_base(self.backbone.config)
+        self._reattach()
         return cast(nn.Embedding, resized)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -318,6 +371,12 @@ def _with_signature(cls: Any, backbone_class: Any) -> type:
     return _SPECIALISED[cls, backbone_class]
 
 
+def _blank(cls: Any, backbone_class: Any) -> Any:
+    """A wrapper that copying or unpickling has still to fill."""
+    specialised: Any = _with_signature(cls, backbone_class)
+    return specialised.__new__(specialised)
+
+
 # what looks the text's tokens up in the logits, or in the vocabulary
 _LOOKING_UP = (
     "repetition_penalty",
@@ -361,6 +420,11 @@ class PTuneForSeq2SeqLM(_Generating, GenerationMixin):
     """Turn text into text with a prompted encoder-decoder."""
 
     task = "SEQ_2_SEQ_LM"
+
+    @property
+    def prepare_decoder_input_ids_from_labels(self) -> Any:
+        """The backbone's own, where it has one: collators make the decoder's inputs by it."""
+        return self.backbone.prepare_decoder_input_ids_from_labels
 
 
 class PTuneForMaskedLM(PTunePreTrainedModel):
@@ -478,3 +542,5 @@ def _try_prompt(model: PTunePreTrainedModel) -> None:
 
 for _task, _auto_class in TASKS.items():
     _auto_class.register(PTuneConfig, CLASSES[_task], exist_ok=True)
+# the Trainer shifts the labels that it smooths for classes of this list alone
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(PTuneConfig.model_type, PTuneForCausalLM.__name__)

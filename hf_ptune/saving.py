@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_ptune.adapter_file import check_tensors, digest_of, is_foreign, read_tensors, staged, write_tensors
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError
-from hf_ptune.loading import HUB_KEYS, check_prompt, find_adapter, load_base, settle_geometry
+from hf_ptune.loading import HUB_KEYS, check_prompt, find_adapter, load_base, read_generation, settle_geometry
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import check_base, choose_sites
@@ -68,6 +68,7 @@ class SavedAdapter(PreTrainedModel):
         """
         tensors = self.adapter_state_dict(state_dict)
         config = self.config
+        config.set_base(self.backbone.config)  # which may have changed since
         if flatten and self.prompt is not None and not config.flattened:
             tensors = self._folded(tensors)
             config = type(config).from_dict(config.to_dict() | {"flattened": True})
@@ -177,7 +178,7 @@ class SavedAdapter(PreTrainedModel):
             kwargs.pop(name, None)
         if not isinstance(config, PTuneConfig):
             config, rest = PTuneConfig.from_pretrained(source, return_unused_kwargs=True, **own, **kwargs)
-            kwargs = {k: v for k, v in kwargs.items() if k in rest or k not in config.__dict__}
+            kwargs = {k: v for k, v in kwargs.items() if k in rest or k not in config.__dict__ or k == "dtype"}
         path, found, structure, config = find_adapter(source, config, **own)
         config.pooling = "mean" if config.pooling == "mean" else "cls"  # unset, it is decided for new prompts alone
         check_prompt(config, cls.task, found, source)
@@ -198,6 +199,8 @@ class SavedAdapter(PreTrainedModel):
             raise BackboneError(f"the base {base!r} has no weights for {unknown[:5]}: it is not the adapter's own.")
         model.load_adapter_state_dict(prompt | read_tensors(path, set(found) - set(prompt)))
         model.eval()
+        if model.can_generate():
+            model.generation_config = backbone.generation_config = read_generation(source, backbone, own)
         info: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
         info["error_msgs"] = []
         return (model, info) if with_info else model

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from families import DECODERS, SEQ2SEQ, batch
-from transformers import Trainer, TrainingArguments
+from tokenizers_of import tokenizer_of
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from hf_ptune import PTunePreTrainedModel
 
@@ -87,3 +88,52 @@ def test_trainer_meets_no_logits(wrap: Wrap, tmp_path: Any) -> None:
     arguments = TrainingArguments(tmp_path, max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True)
     Trainer(model, arguments, train_dataset=rows).train()
     assert max(seen[2:]) == 9  # two rows of four labels, and the state that meets no label
+
+
+def test_calls_that_are_read_by_place(wrap: Wrap) -> None:
+    model, inputs = wrap("llama", "p_tuning_v2").train(), labelled("llama")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    loss, logits = model(**inputs)[:2]
+    assert loss.dim() == 0 and torch.allclose(logits, expected, atol=1e-9)
+    assert torch.allclose(model(**inputs)[1], expected, atol=1e-9)
+
+
+def test_arguments_that_are_tensors_count_as_given(wrap: Wrap) -> None:
+    model, inputs = wrap("llama", "p_tuning_v2").train(), labelled("llama")
+    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+    with torch.no_grad():
+        expected = model(**inputs).loss
+    assert torch.allclose(model(**inputs, shift_labels=shifted).loss, expected, atol=1e-6)
+    kept = torch.arange(inputs["input_ids"].shape[1])
+    assert torch.allclose(model(**inputs, logits_to_keep=kept).loss, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_a_decoder_may_be_given_embeddings(family: str, wrap: Wrap) -> None:
+    model, inputs = wrap(family, "p_tuning_v2").train(), labelled(family)
+    ids = inputs["labels"].clamp(min=0)
+    embeds = model.get_input_embeddings()(ids)
+    loss = model(**inputs, decoder_inputs_embeds=embeds).loss
+    assert torch.allclose(loss, model(**inputs, decoder_input_ids=ids).loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", *SEQ2SEQ])
+def test_smoothed_labels_are_those_of_the_next_token(family: str, wrap: Wrap, tmp_path: Any) -> None:
+    model, inputs = wrap(family, "p_tuning_v2"), labelled(family)
+    if family in SEQ2SEQ:
+        rows = [{n: t[i].tolist() for n, t in inputs.items()} for i in range(3)]
+        tokenizer = tokenizer_of("wordpiece")
+        inputs = dict(DataCollatorForSeq2Seq(tokenizer, model=model)(rows))
+        assert (
+            inputs["decoder_input_ids"].tolist()
+            == model.backbone.prepare_decoder_input_ids_from_labels(labels=inputs["labels"]).tolist()
+        )
+    args = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True)
+    found = Trainer(model, args).compute_loss(model, dict(inputs))
+    with torch.no_grad():
+        logits, labels = model(**inputs).logits, inputs["labels"]
+    if family not in SEQ2SEQ:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    assert torch.allclose(found, expected, rtol=1e-5)

@@ -1,10 +1,10 @@
-"""How a module is called: the arguments that its forward takes, and those of one call by name."""
+"""How a module is called: the arguments that its forward takes, those of one call by name, and whether they changed."""
 
 import functools
 import inspect
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @functools.lru_cache(maxsize=512)
@@ -33,3 +33,8 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             bound.update(bound.pop(name, {}))
     return dict(bound)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been written; one made in inference mode does not count that."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,6 +1,7 @@
 """The one seam: an encoder's prompt, embeddings or prefix, meets a backbone here and nowhere else."""
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection import attention, embeddings, joint, own_attention, positions, sites
 from hf_ptune.injection.bridge import bridge
-from hf_ptune.injection.calls import bind, parameters_of
+from hf_ptune.injection.calls import bind, parameters_of, version_of
 from hf_ptune.injection.embeddings import InputPrompt
 from hf_ptune.injection.placeholders import Placeholders
 from hf_ptune.injection.pooling import MeanPooling
@@ -22,6 +23,7 @@ from hf_ptune.injection.sites import Site
 from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_prefix
 from hf_ptune.sharding import whole_for_backward
 
+_ONE_AT_A_TIME = threading.RLock()
 _ROTATES = re.compile("rotary|rope|sinusoidal", re.IGNORECASE)
 
 
@@ -84,7 +86,7 @@ class Injector:
         self.moves_with_pads = rotary and self.causal and not self.places
         self.enabled = True
         self.inside = False  # while the body runs
-        self.busy = False  # while the prompt itself runs through the backbone
+        self.busy = False  # while the prompt itself runs through the backbone, in this thread
         self.layout: joint.Layout | None = None  # while prompt and rows run as one sequence
         self.joins: bool | None = None  # whether they may; tried when the first batch trains
         self.cached: Encoded | None = None
@@ -101,6 +103,15 @@ class Injector:
         self._attach()
         if pools_mean:
             self.handles += MeanPooling(self.body, self.inputs, num_virtual_tokens, self._active).handles
+
+    @property
+    def busy(self) -> bool:
+        # compiled code runs in one thread, and does not ask which
+        return self.runner is not None and (torch.compiler.is_compiling() or self.runner == threading.get_ident())
+
+    @busy.setter
+    def busy(self, runs: bool) -> None:
+        self.runner: int | None = threading.get_ident() if runs else None
 
     def _site(self, found: dict[str, Any]) -> Site:
         shape = SiteShape(found["heads"], found["key_dim"], found["value_dim"])
@@ -130,6 +141,8 @@ class Injector:
 
     def _attach(self) -> None:
         add = self.handles.append
+        add(self.body.register_load_state_dict_post_hook(self._forget))
+        add(self.prompt.register_load_state_dict_post_hook(self._forget))
         if self.placeholders is not None:
             self.handles += self.placeholders.handles
             return
@@ -205,7 +218,7 @@ class Injector:
         if self.busy or not self.enabled or self.layout is not None:
             return None
         named = bind(module, args, kwargs)
-        if self.places:
+        if self.places and not (named.get("input_ids") is None and named.get("inputs_embeds") is None):
             named["position_ids"] = self._shifted_positions(named)
         mask = named.get("attention_mask")
         if self.moves_with_pads and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):
@@ -249,17 +262,25 @@ class Injector:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.prompt.training:  # dropout draws it anew
             self.cached = None
             return make()
-        if self.cached is None or self.cached.version != self._version(self.cached.trained):
-            trained: list[Tensor] = []
-            if self.kind is PromptKind.EMBEDDINGS and self.in_attention:  # it runs through the body, which may train
-                trained = [p for p in self.body.parameters() if p.requires_grad]
-            self.cached = Encoded(self._version(trained), trained, settle(make()))
-        return self.cached.value
+        with _ONE_AT_A_TIME:  # the prompt's own pass is no matter for the rows of another thread
+            cached = self.cached
+            if cached is None or cached.version != self._version(cached.trained):
+                trained: list[Tensor] = []
+                if (
+                    self.kind is PromptKind.EMBEDDINGS and self.in_attention
+                ):  # it runs through the body, which may train
+                    trained = [p for p in self.body.parameters() if p.requires_grad]
+                cached = self.cached = Encoded(self._version(trained), trained, settle(make()))
+        return cached.value
+
+    def _forget(self, module: nn.Module, incompatible: Any) -> None:
+        """Let the prompt be made anew from weights that have been loaded."""
+        self.cached = None
 
     def _version(self, trained: list[Tensor]) -> Any:
         """What tells whether the encoded prompt is still what it would become."""
         tensors = [*self.prompt.parameters(), *self.prompt.buffers(), *trained]
-        return (self.backbone.dtype, *((t.data_ptr(), t._version, t.device) for t in tensors))
+        return (self.backbone.dtype, *((t.data_ptr(), version_of(t), t.device) for t in tensors))
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         encoded = self.encode()
@@ -348,10 +369,10 @@ class Injector:
                 for self.joins in (False, True):
                     output = self.body(**inputs)
                     answers.append(output[0].detach().float()[inputs["attention_mask"].bool()])
-        except (ValueError, TypeError, AttributeError, RuntimeError, InjectionError):
+        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, InjectionError):
             return False  # layers that look into their mask, or that mix tokens by themselves
         finally:
-            self.encode, self.inside = encode, True
+            self.encode, self.inside, self.joins = encode, True, False
         return close(answers[0], answers[1], self.backbone.dtype)
 
     def _reentrant(self) -> bool:

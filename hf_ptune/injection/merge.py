@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_ptune.injection.calls import version_of
 from hf_ptune.injection.kernels import Kernel, kernel_for
 from hf_ptune.injection.shared_prefix import shared_backward, shared_forward
 
@@ -117,7 +118,7 @@ def _causal(queries: int, before: int, dtype: torch.dtype, device: torch.device)
     global _causal_mask
     kept = None if _causal_mask is None or torch.compiler.is_compiling() else _causal_mask()
     shape = (1, 1, queries, before + queries)
-    if kept is None or kept.shape != shape or kept.dtype != dtype:
+    if kept is None or kept.shape != shape or kept.dtype != dtype or kept.is_inference():
         hidden = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
         kept = hidden.triu(before + 1)
         if not torch.compiler.is_compiling():
@@ -134,7 +135,8 @@ def _additive(mask: Tensor, dtype: torch.dtype, queries: int, keys: int, before:
     if torch.compiler.is_compiling():
         return _read(mask, dtype, queries, keys, before)
     kept: Any = mask.__dict__.get("_ptune_additive")
-    of = (mask._version, dtype, queries, keys, before)
+    # what inference mode has made cannot be kept for a backward pass
+    of = (version_of(mask), torch.is_inference_mode_enabled(), dtype, queries, keys, before)
     if kept is None or kept[0] != of:
         kept = mask.__dict__["_ptune_additive"] = (of, _read(mask, dtype, queries, keys, before))
     additive: Tensor = kept[1]

@@ -34,6 +34,8 @@ def own_positions(named: dict[str, Any], table: tuple[nn.Embedding, int] | None 
     mask = named.get("attention_mask")
     past = named.get("past_key_values")
     seen = past.get_seq_length() if past is not None and hasattr(past, "get_seq_length") else 0
+    if isinstance(seen, Tensor) and not torch.compiler.is_compiling():
+        seen = int(seen)  # of a static cache
     if isinstance(mask, Tensor) and mask.dim() == 2 and isinstance(seen, int):
         counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
         return counted[:, seen : seen + length].to(own.device)

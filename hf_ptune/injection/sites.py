@@ -38,6 +38,10 @@ class Site:
         self.recording = False
         self.probing = False  # a candidate may turn out not to attend
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has no part in the pass that is going on, nor in its graph
+        return vars(self) | {"key": None, "value": None, "recorded": None}
+
     def fill(self, pair: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         self.key, self.value = pair if pair is not None else (None, None)
 

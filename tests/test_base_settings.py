@@ -1,0 +1,82 @@
+"""What scripts write into a wrapper's configuration, or give while loading, reaches the base, and comes back."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import batch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_ptune import PTuneForCausalLM, PTuneForSequenceClassification, PTunePreTrainedModel
+
+Wrap = Callable[..., PTunePreTrainedModel]
+
+
+def test_pads_are_told_by_the_id_that_a_script_sets(wrap: Wrap) -> None:
+    model = wrap("gpt2", "p_tuning_v2", "SEQ_CLS")
+    ids = batch("gpt2")["input_ids"][:2].clamp(max=90)
+    model.config.pad_token_id = 98
+    assert model.backbone.config.pad_token_id == 98
+    padded = torch.cat([ids, ids.new_full((2, 3), 98)], 1)
+    mask = torch.cat([torch.ones_like(ids), ids.new_zeros(2, 3)], 1)
+    with torch.no_grad():
+        expected = torch.cat([model(input_ids=row[None]).logits for row in ids])
+        assert torch.allclose(model(input_ids=padded, attention_mask=mask).logits, expected, atol=1e-8)
+
+
+def test_the_kind_of_problem_decides_the_loss(wrap: Wrap) -> None:
+    model, ids = wrap("bert", "p_tuning_v2"), batch("bert")["input_ids"][:2]
+    model.config.problem_type = "regression"
+    wanted = torch.randn(2, model.config.num_labels, dtype=torch.float64)
+    output = model(input_ids=ids, labels=wanted)
+    assert torch.allclose(output.loss, torch.nn.functional.mse_loss(output.logits, wanted))
+
+
+def test_labels_named_after_wrapping_are_saved(wrap: Wrap, tmp_path: Path) -> None:
+    model = wrap("bert", "p_tuning_v2")
+    names = [f"topic {n}" for n in range(model.config.num_labels)]
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: n for n, name in enumerate(names)}
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    for config in (loaded.config, loaded.backbone.config):
+        assert list(config.id2label.values()) == names and config.label2id["topic 1"] == 1
+
+
+def test_a_copy_of_the_configuration_writes_into_no_base(wrap: Wrap) -> None:
+    model = wrap("bert", "p_tuning_v2")
+    deepcopy(model.config).pad_token_id = 7
+    assert model.backbone.config.pad_token_id != 7
+    twin = deepcopy(model)
+    twin.config.pad_token_id = 9
+    assert twin.backbone.config.pad_token_id == 9 and model.backbone.config.pad_token_id != 9
+    assert "_live" not in model.config.to_dict() and "_live" not in model.config.to_json_string()
+
+
+@pytest.mark.parametrize("loader", [AutoModelForSequenceClassification, PTuneForSequenceClassification])
+def test_options_of_loading_reach_the_base(loader: Any, wrap: Wrap, tmp_path: Path) -> None:
+    wrap("bert", "p_tuning_v2").save_pretrained(tmp_path)
+    model = loader.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, hidden_dropout_prob=0.3, output_hidden_states=True, use_cache=False
+    )
+    assert model.backbone.dtype == torch.bfloat16
+    assert {m.p for m in model.backbone.bert.modules() if isinstance(m, torch.nn.Dropout)} == {0.0, 0.3}
+    assert model(input_ids=batch("bert")["input_ids"]).hidden_states is not None
+    assert model.backbone.config.use_cache is False
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, PTuneForCausalLM])
+def test_an_adapter_generates_as_it_was_saved(loader: Any, wrap: Wrap, tmp_path: Path) -> None:
+    model = wrap("llama", "p_tuning_v2")
+    model.generation_config.max_new_tokens = 3
+    model.generation_config.eos_token_id = 7
+    model.save_pretrained(tmp_path)
+    loaded = loader.from_pretrained(tmp_path)
+    assert (loaded.generation_config.max_new_tokens, loaded.generation_config.eos_token_id) == (3, 7)
+    ids = batch("llama")["input_ids"][:1]
+    assert loaded.generate(ids).shape[1] <= ids.shape[1] + 3
+    (tmp_path / "generation_config.json").unlink()
+    assert loader.from_pretrained(tmp_path).generation_config.max_new_tokens is None

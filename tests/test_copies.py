@@ -1,0 +1,173 @@
+"""A wrapper's life beside training: copies, pickles, threads, inference mode, other embeddings and other weights."""
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import batch, build
+from torch import Tensor
+from transformers import StaticCache
+
+from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
+
+Wrap = Callable[..., PTunePreTrainedModel]
+KINDS = [
+    ("llama", "prompt_tuning"),
+    ("llama", "p_tuning_v2"),
+    ("bert", "p_tuning"),
+    ("bert", "prefix_tuning"),
+    ("gpt2", "bitfit"),
+    ("t5", "prompt_tuning"),
+    ("t5", "p_tuning_v2"),
+]
+
+
+def step(model: PTunePreTrainedModel, family: str) -> None:
+    model.train()
+    model(**batch(family)).loss.backward()
+    model.eval()
+
+
+def change(model: PTunePreTrainedModel) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in model.adapter_parameter_names():
+                parameter.add_(0.5)
+
+
+@pytest.mark.parametrize(("family", "method"), KINDS)
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_answers_alike_and_has_a_life_of_its_own(family: str, method: str, make: Any, wrap: Wrap) -> None:
+    model, inputs = wrap(family, method), batch(family)
+    step(model, family)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        twin = make(model)
+        assert type(twin) is type(model) and torch.allclose(twin(**inputs).logits, expected, atol=1e-10)
+        change(twin)
+        assert not torch.allclose(twin(**inputs).logits, expected, atol=1e-3)
+        again = get_ptune_model(twin.backbone, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=2))
+        again(**inputs)
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-10)
+    step(model, family)
+
+
+@pytest.mark.parametrize(("family", "method"), [k for k in KINDS if k[1] != "bitfit"])
+def test_inference_mode_answers_alike_and_leaves_nothing_that_training_meets(
+    family: str, method: str, wrap: Wrap
+) -> None:
+    model, inputs = wrap(family, method), dict(batch(family))
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, -2:] = 0
+    with torch.inference_mode():
+        found = model(**inputs).logits
+        with_own_mask = model(**inputs | {"attention_mask": inputs["attention_mask"].clone()}).logits
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    assert torch.allclose(found, expected, atol=1e-9) and torch.allclose(with_own_mask, expected, atol=1e-9)
+    step(model, family)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_the_first_calls_may_come_from_several_threads(method: str, wrap: Wrap) -> None:
+    model, inputs = wrap("llama", method), batch("llama")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    found: list[Tensor] = []
+
+    def call() -> None:
+        with torch.no_grad():
+            found.append(model(**inputs).logits)
+
+    for _ in range(5):
+        model.eval()  # the prompt is made anew
+        threads = [threading.Thread(target=call) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(found) == 20 and all(torch.allclose(f, expected, atol=1e-9) for f in found)
+
+
+@pytest.mark.parametrize(("family", "method"), [*KINDS, ("bart", "prompt_tuning")])
+def test_resized_embeddings_change_no_answer_and_go_on_training(family: str, method: str, wrap: Wrap) -> None:
+    model, inputs = wrap(family, method), batch(family)
+    step(model, family)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        model.resize_token_embeddings(120)
+        found = model(**inputs).logits
+    assert torch.allclose(found[..., : expected.shape[-1]], expected, atol=1e-8)
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    step(model, family)
+    names = model.adapter_parameter_names()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if n in names)
+
+
+def test_a_template_prompt_outlives_resized_embeddings(wrap: Wrap) -> None:
+    options = {"template": "[P4] {text}", "virtual_token_ids": [95, 96, 97, 98]}
+    model = wrap("t5", "prompt_tuning", **options)
+    inputs = dict(batch("t5"))
+    inputs["input_ids"] = torch.cat([torch.tensor([[95, 96, 97, 98]] * 2), inputs["input_ids"][:2]], 1)
+    inputs = {"input_ids": inputs["input_ids"], "labels": inputs["labels"][:2]}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        model.resize_token_embeddings(120)
+        assert torch.allclose(model(**inputs).logits[..., : expected.shape[-1]], expected, atol=1e-8)
+
+
+def test_other_embeddings_are_those_that_are_read(wrap: Wrap) -> None:
+    model, inputs = wrap("bert", "prompt_tuning"), batch("bert")
+    table = torch.nn.Embedding.from_pretrained(torch.randn_like(model.get_input_embeddings().weight))
+    words = table(inputs["input_ids"])
+    with torch.no_grad():
+        expected = model(inputs_embeds=words, attention_mask=inputs["attention_mask"]).logits
+        model.set_input_embeddings(table)
+        found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    assert torch.allclose(found, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning"])
+def test_other_weights_of_the_base_make_the_shared_prompt_anew(method: str, wrap: Wrap) -> None:
+    model, inputs = wrap("llama", method), batch("llama")
+    with torch.no_grad():
+        before = model(**inputs).logits
+        model.backbone.load_state_dict({n: t * 1.1 for n, t in model.backbone.state_dict().items()})
+        found = model(**inputs).logits
+        model.eval()
+        assert torch.allclose(found, model(**inputs).logits, atol=1e-10)
+        assert not torch.allclose(found, before, atol=1e-3)
+
+
+def test_blocks_that_turn_the_adapter_off_nest(wrap: Wrap) -> None:
+    model, inputs = wrap("bert", "p_tuning_v2"), batch("bert")
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(**inputs).logits
+        with model.disable_adapter():
+            pass
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-10)
+    assert not torch.allclose(model(**inputs).logits, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_a_static_cache_over_two_calls_with_pads_on_the_left(family: str, method: str, wrap: Wrap) -> None:
+    model, ids = wrap(family, method), batch(family)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).logits[:, 4:]
+        cache = StaticCache(config=model.backbone.config, max_cache_len=16)
+        model(input_ids=ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache, use_cache=True)
+        found = model(input_ids=ids[:, 4:], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    assert torch.allclose(found, expected, atol=1e-8)
+
+
+def test_a_backbone_is_pickled_without_its_wrapper() -> None:
+    model = get_ptune_model(build("bert"), PTuneConfig(method="p_tuning_v2"))
+    assert pickle.loads(pickle.dumps(model.unwrap())).config.model_type == "bert"
