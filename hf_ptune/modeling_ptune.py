@@ -402,6 +402,11 @@ class _Generating(PTunePreTrainedModel, GenerationMixin):
                     )
         return self.backbone.generate(*args, **kwargs)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        if self.prompt is None:
+            return self.backbone.init_continuous_batching(*args, **kwargs)
+        raise InjectionError("paged caches of continuous batching have no place for a prompt; use generate().")
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
 

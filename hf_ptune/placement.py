@@ -57,7 +57,17 @@ def choose_sites(config: PTuneConfig, kind: PromptKind, task: str) -> list[dict[
                 f"prompt among the inputs cannot be shared by a batch. Methods that work there: p_tuning_v2, "
                 "prefix_tuning, bitfit."
             )
+        if getattr(config.base, "token_dropout", False) and not geometry["causal"]:
+            raise BackboneError(
+                f"{name} reads masks off the token ids (token_dropout), which a prompt among the inputs takes away. "
+                "Methods that work there: p_tuning_v2, prefix_tuning, bitfit."
+            )
         return list(geometry["sites"])
+    if getattr(config.base, "attention_type", None) == "block_sparse":
+        raise BackboneError(
+            f"{name} attends by blocks (attention_type='block_sparse'), beside which no prefix can stand. Load it with "
+            "attention_type='original_full'."
+        )
     unread = _UNREAD.get(config.base.model_type, "\0") if task in _POOLED else "\0"
     chosen = [s for s in geometry["sites"] if s["where"] in where and not s["name"].startswith(unread)]
     if config.layers is not None:

@@ -149,6 +149,6 @@ def word_embeddings(backbone: PreTrainedModel) -> nn.Module | None:
     owner = backbone.get_encoder() if backbone.config.is_encoder_decoder else backbone
     try:
         embed: nn.Module = owner.get_input_embeddings()
-    except NotImplementedError:
+    except (NotImplementedError, AttributeError):  # FSMT has no such method
         return None
     return embed

@@ -25,6 +25,7 @@ from hf_ptune.injection.sites import Site, key_groups, site_of
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _BIASED_PRODUCTS = {torch.baddbmm, Tensor.baddbmm}
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax}
+_SUMS = {torch.logsumexp, Tensor.logsumexp}
 _ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
 _MASKINGS = {torch.masked_fill, Tensor.masked_fill, Tensor.masked_fill_, torch.where, Tensor.where}
 _VIEWS = {Tensor.view, Tensor.reshape, torch.reshape}
@@ -188,6 +189,10 @@ class ScoreShadow(TorchFunctionMode):
                 both = func(torch.cat([shadow, own], dim=-1), *args[1:], **options)
                 virtual = shadow.shape[-1]
                 return self._track(both[..., virtual:], both[..., :virtual], number)
+        if func in _SUMS and self.site.key is not None:  # a sink's gate weighs all that is attended to
+            return func(
+                torch.cat([shadow, own], dim=-1), *args[1:], **{k: v for k, v in kwargs.items() if k != "input"}
+            )
         width = own.shape[-1]
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor) or result.dtype == torch.bool or result.dim() == 0:

@@ -60,7 +60,7 @@ def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
         BackboneError: it cannot run on plain tokens.
     """
     body = body_of(backbone)
-    with _quiet(backbone), torch.no_grad():
+    with _quiet(backbone), _sparse_as_it_was(body), torch.no_grad():
         seen, first = _watch(body)
         second = _run(body, changed=True)
     found: list[dict[str, Any]] = [
@@ -230,6 +230,18 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     """Whether two answers of a backbone of a precision are the same."""
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.1
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+@contextmanager
+def _sparse_as_it_was(body: nn.Module) -> Iterator[None]:
+    """Undo that BigBird and its kin turn to full attention for good where they meet a short row."""
+    sparse: list[Any] = [m for m in body.modules() if callable(getattr(m, "set_attention_type", None))]
+    kept = [(m, m.attention_type) for m in sparse]
+    try:
+        yield
+    finally:
+        for module, kind in kept:
+            module.set_attention_type(kind)
 
 
 @contextmanager

@@ -1,0 +1,88 @@
+"""Families with habits of their own: gates over all scores, blocks in place of full attention, ids that are read."""
+
+from typing import Any
+
+import pytest
+import torch
+from families import batch, build
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BigBirdConfig,
+    DynamicCache,
+    EsmConfig,
+)
+
+from hf_ptune import PTuneConfig, get_ptune_model
+from hf_ptune.errors import BackboneError, InjectionError
+from hf_ptune.methods.base import join_prefix
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+
+
+def test_a_gate_over_all_scores_sees_the_prefix() -> None:
+    """Granite's sinks scale by the log-sum-exp; the base's own keys as a prefix answer as its tokens do."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("granite_swa", **_SMALL, num_key_value_heads=2, sliding_window=64, pad_token_id=0)
+    base = AutoModelForCausalLM.from_config(config).double().eval()
+    ids = torch.randint(5, 80, (1, 10))
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.normal_(0, 0.3)
+        expected = base(input_ids=ids).logits[:, 4:]
+        cache = DynamicCache()
+        base(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
+        model = get_ptune_model(base, PTuneConfig(num_virtual_tokens=4)).eval()
+        model.prompt.weight.copy_(join_prefix([(layer.keys[0], layer.values[0]) for layer in cache.layers]))
+        assert torch.allclose(model(input_ids=ids[:, 4:]).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_wrapping_leaves_blocks_as_they_were() -> None:
+    """BigBird turns to full attention for good where it meets a short row, such as the one that it is tried with."""
+    torch.manual_seed(0)
+    config = BigBirdConfig(**_SMALL, block_size=4, num_random_blocks=1)
+    ids = torch.randint(5, 99, (2, 64))
+    base = AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        for method in ("prompt_tuning", "bitfit"):
+            model = get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=4))
+            with model.disable_adapter():
+                assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-6)
+            base = model.unwrap().eval()
+        with pytest.raises(BackboneError, match="original_full"):
+            get_ptune_model(base, PTuneConfig(method="p_tuning_v2"))
+        assert torch.allclose(base(input_ids=ids).logits, expected, atol=1e-6)
+
+
+def test_masks_that_are_read_off_the_ids_leave_no_room_for_a_prompt() -> None:
+    config = EsmConfig(**_SMALL, token_dropout=True, mask_token_id=4, pad_token_id=0)
+    with pytest.raises(BackboneError, match="token_dropout"):
+        get_ptune_model(AutoModelForMaskedLM.from_config(config), PTuneConfig(method="prompt_tuning"))
+    get_ptune_model(AutoModelForMaskedLM.from_config(config), PTuneConfig(method="p_tuning_v2"))
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_a_rotary_encoder_decoder_generates(method: str) -> None:
+    part = _SMALL | {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
+    config = AutoConfig.for_model("t5gemma", encoder=part, decoder=part, vocab_size=99)
+    torch.manual_seed(0)
+    model = get_ptune_model(AutoModelForSeq2SeqLM.from_config(config), PTuneConfig(method=method)).eval()
+    written = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3, decoder_start_token_id=2)
+    assert written.shape == (1, 4)
+
+
+def test_paged_caches_are_refused() -> None:
+    model = get_ptune_model(build("llama"), PTuneConfig(num_virtual_tokens=4))
+    with pytest.raises(InjectionError, match="generate"):
+        model.generate_batch(batch("llama")["input_ids"].tolist())
