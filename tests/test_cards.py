@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import batch, build
 from huggingface_hub import ModelCard
+from tokenizers_of import tokenizer_of
 from transformers import Trainer, TrainingArguments
 
 from hf_ptune import MemoryCallback, ModelCardCallback, PTuneConfig, PTunePreTrainedModel, get_ptune_model
@@ -126,10 +127,22 @@ def test_seeds_are_summarised() -> None:
         merge_seeds(runs)
 
 
-def test_the_snippet_runs(wrap: Wrap, tmp_path: Path, base_folder: Callable[..., Path]) -> None:
-    """As printed, with the folder for the id; the tiny base has no tokenizer, so the model is called."""
-    model = wrap("t5", "p_tuning_v2")
-    write_repository(model, tmp_path / "adapter", "user/adapter", tokenizer=NoTokenizer())
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [
+        ("t5", "SEQ_2_SEQ_LM"),
+        ("bert", "QUESTION_ANS"),
+        ("bert", "MULTIPLE_CHOICE"),
+        ("bert", "MASKED_LM"),
+        ("bert", "SEQ_CLS"),
+        ("bert", "TOKEN_CLS"),
+        ("llama", "CAUSAL_LM"),
+    ],
+)
+def test_the_snippet_runs(family: str, task: str, wrap: Wrap, tmp_path: Path) -> None:
+    """As printed, with the folder for the id."""
+    model = wrap(family, "p_tuning_v2", task)
+    write_repository(model, tmp_path / "adapter", "user/adapter", tokenizer=tokenizer_of("wordpiece"))
     text = ModelCard.load(tmp_path / "adapter" / "README.md").text
     snippet = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0].replace("user/adapter", str(tmp_path / "adapter"))
     exec(snippet, {})
