@@ -65,18 +65,24 @@ def load_rows(recipe: Recipe) -> Rows:
     if task.label_role is not None and data.source != "chatterbot":
         _name_labels(parts, task.label_role, task.known_labels())
     train, held_out, test = (part.rows for part in parts)
-    names = parts[0].names
+    labels = parts[0].names or task.label_names(train)  # of all rows: a split or limit may leave a rare one out
     if not held_out:
         train, held_out = split_rows(train, data.eval_fraction, data.split_seed, task.group_role)
-    train = take_rows(train, data.limit, data.split_seed)
-    held_out, test = (take_rows(part, data.eval_limit, data.split_seed) for part in (held_out, test))
+    train, held_out, test = (
+        take_rows(part, limit, data.split_seed, task.group_role)
+        for part, limit in ((train, data.limit), (held_out, data.eval_limit), (test, data.eval_limit))
+    )
     for role in task.everywhere:
         _check_everywhere(role, [("training", train), ("held-out", held_out), ("test", test)])
-    labels = names or task.label_names(train)
     task.check_labels(labels)
+    if not parts[0].names:
+        task.check_labels(task.label_names(train))
     for part, what in ((held_out, "held-out"), (test, "test")):
         if unknown := sorted(set(task.label_names(part)) - set(labels)):
-            raise RecipeError(f"{what} rows have the labels {unknown[:5]}, which no training row has; add such rows.")
+            raise RecipeError(
+                f"{what} rows have the labels {unknown[:5]}, which no training row has; add such rows, or name all "
+                "labels under data.labels."
+            )
     return Rows(train, held_out, labels, test)
 
 
@@ -283,12 +289,35 @@ def _name(value: Any, names: Sequence[str], count: bool, where: str) -> Any:
     )
 
 
-def take_rows(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
-    """At most `limit` rows drawn by a seed, in the order they had."""
+def take_rows(rows: Sequence[Row], limit: int | None, seed: int, by: str | None = None) -> list[Row]:
+    """Draw rows; groups keep their shares, and none is left out while the limit has room for one of each.
+
+    Args:
+        rows: all rows.
+        limit: how many are drawn at most; all when unset.
+        seed: seed of the choice.
+        by: role whose values make the groups; one group when unset.
+
+    Returns:
+        Rows in the order they had.
+    """
     if limit is None or limit >= len(rows):
         return list(rows)
-    drawn = random.Random(seed).sample(range(len(rows)), limit)
-    return [rows[n] for n in sorted(drawn)]
+    generator = random.Random(seed)
+    ranked: list[tuple[float, float, int]] = []
+    for numbers in _groups(rows, by):
+        drawn = generator.sample(numbers, min(limit, len(numbers)))
+        # the k-th of n stands in the middle of its n-th part, the first before all others
+        ranked += [((k + 0.5) / len(numbers) if k else 0.0, generator.random(), n) for k, n in enumerate(drawn)]
+    return [rows[n] for n in sorted(n for *_, n in sorted(ranked)[:limit])]
+
+
+def _groups(rows: Sequence[Row], by: str | None) -> list[list[int]]:
+    """Numbers of the rows that have the same value of a role."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for n, row in enumerate(rows):
+        groups[row[by] if by else None].append(n)
+    return list(groups.values())
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int, by: str | None = None) -> tuple[list[Row], list[Row]]:
@@ -306,12 +335,9 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int, by: str | None =
     Raises:
         RecipeError: one of the two would be empty.
     """
-    groups: dict[Any, list[int]] = defaultdict(list)
-    for n, row in enumerate(rows):
-        groups[row[by] if by else None].append(n)
     generator = random.Random(seed)
     held: set[int] = set()
-    for numbers in groups.values():
+    for numbers in _groups(rows, by):
         held.update(generator.sample(numbers, round(len(numbers) * fraction)))
     if not held or len(held) == len(rows):
         raise RecipeError(
