@@ -36,6 +36,7 @@ from hf_ptune.callbacks import (
 )
 from hf_ptune.callbacks.guard import check_positions
 from hf_ptune.callbacks.model_card import gather_facts
+from hf_ptune.cards import TIMES
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.engines import last_checkpoint
@@ -284,9 +285,10 @@ def evaluate(trainer: TaskTrainer, test: list[Feature] | None = None) -> dict[st
 
 
 def numbers(log: dict[str, Any], prefix: str) -> dict[str, float]:
-    """The measurements of an evaluation's log, by their plain names."""
+    """The measurements of an evaluation's log, by their plain names; how long it took is none."""
     start = f"{prefix}_"
-    return {k.removeprefix(start): v for k, v in log.items() if k.startswith(start) and isinstance(v, float)}
+    found = {k.removeprefix(start): v for k, v in log.items() if k.startswith(start) and isinstance(v, float)}
+    return {k: v for k, v in found.items() if not k.endswith(TIMES)}
 
 
 def ask(folder: Path, task: Task, rows: Sequence[Row], seed: int) -> list[Answer]:

@@ -65,6 +65,7 @@ class Task:
         label_role: role that holds names of labels, one or a list; `None` where the head has no names.
         group_role: role by which rows are split in strata, and by which unlike rows are asked.
         main_metric: name of the number that tells how good a model is; greater is better.
+        percent: metrics that go up to 100, as all others go up to 1.
     """
 
     max_length: int = 128
@@ -80,6 +81,7 @@ class Task:
     label_role: ClassVar[str | None] = None
     group_role: ClassVar[str | None] = None
     main_metric: ClassVar[str]
+    percent: ClassVar[tuple[str, ...]] = ()
 
     @property
     def metric(self) -> str:
