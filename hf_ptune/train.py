@@ -24,9 +24,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 from hf_ptune.adapter_file import WEIGHTS_NAME
-from hf_ptune.backbone import TASKS, head_names, load_backbone, resolve
+from hf_ptune.backbone import POOLER, TASKS, head_names, load_backbone, resolve
 from hf_ptune.callbacks import (
     FreezeBackboneCallback,
     GuardCallback,
@@ -50,6 +51,7 @@ from hf_ptune.sources import HUB
 from hf_ptune.tasks import Answer, Feature, Row, Task, TaskTrainer
 from hf_ptune.tasks.generation import GenerationTask
 
+logger = logging.get_logger(__name__)
 ADAPTER_FOLDER = "adapter"
 _QUESTIONS = 3
 
@@ -116,8 +118,9 @@ def run(recipe: Recipe) -> Outcome:
 def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> PTunePreTrainedModel:
     """Load a recipe's base and wrap it; the method's defaults fill the options that the recipe leaves out."""
     task = recipe.build_task()
-    base = load_base(recipe.base, task.model_task, rows.labels, tokenizer)
-    return get_ptune_model(base, make_config(recipe, task.config_options()), tokenizer)
+    config = make_config(recipe, task.config_options())
+    base = load_base(recipe.base, task.model_task, rows.labels, tokenizer, config)
+    return get_ptune_model(base, config, tokenizer)
 
 
 def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None) -> PTuneConfig:
@@ -186,7 +189,11 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    base: str, task: str, labels: Sequence[str] = (), tokenizer: PreTrainedTokenizerBase | None = None
+    base: str,
+    task: str,
+    labels: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    adapter: PTuneConfig | None = None,
 ) -> PreTrainedModel:
     """Load a base for a task, with a fresh head where it has none.
 
@@ -195,9 +202,10 @@ def load_base(
         task: a key of `backbone.TASKS`.
         labels: names of the head's labels.
         tokenizer: gives the padding id where the base has none.
+        adapter: what will be trained; where the checkpoint lacks a pooler, that comes among its `modules_to_save`.
 
     Raises:
-        BackboneError: the checkpoint lacks weights other than the head's.
+        BackboneError: the checkpoint lacks weights that are not trained.
     """
     named: dict[str, Any] = {}
     if labels:
@@ -207,8 +215,17 @@ def load_base(
     if tokenizer is not None and text.pad_token_id is None:
         text.pad_token_id = tokenizer.pad_token_id
     backbone, absent = load_backbone(task, base, config)
-    if unknown := sorted(absent - head_names(backbone, task)):
-        raise BackboneError(f"the checkpoint of {base} has no weights for {unknown[:5]}; it does not fit {task}.")
+    unknown = absent - head_names(backbone, task, None if adapter is None else adapter.modules_to_save)
+    if adapter is not None and unknown and all(f".{POOLER}." in f".{name}" for name in unknown):
+        adapter.modules_to_save = [*(adapter.modules_to_save or []), POOLER]
+        logger.warning(
+            f"the checkpoint of {base} has no pooler, through which a {type(backbone).__name__} reads it: a fresh one "
+            "is trained, and saved with the adapter (modules_to_save)."
+        )
+    elif unknown:
+        raise BackboneError(
+            f"the checkpoint of {base} has no weights for {sorted(unknown)[:5]}; it does not fit {task}."
+        )
     return backbone
 
 
