@@ -116,11 +116,31 @@ def run(recipe: Recipe) -> Outcome:
 
 
 def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> PTunePreTrainedModel:
-    """Load a recipe's base and wrap it; the method's defaults fill the options that the recipe leaves out."""
+    """Load a recipe's base and wrap it; the method's defaults fill the options that the recipe leaves out.
+
+    Raises:
+        PTuneError: the base does not fit the task, or cannot take the method.
+    """
     task = recipe.build_task()
     config = make_config(recipe, task.config_options())
     base = load_base(recipe.base, task.model_task, rows.labels, tokenizer, config)
-    return get_ptune_model(base, config, tokenizer)
+    model = get_ptune_model(base, config, tokenizer)
+    check_direction(model, task)
+    return model
+
+
+def check_direction(model: PTunePreTrainedModel, task: Task) -> None:
+    """Refuse a model that reads the very tokens which it is to tell next.
+
+    Raises:
+        RecipeError: it is to go on after text, and its tokens read those behind them.
+    """
+    if task.model_task == "CAUSAL_LM" and not model.config.geometry["causal"]:
+        raise RecipeError(
+            f"task {task.name} asks for the next token, but every token of a {type(model.backbone).__name__} "
+            f"(base {model.config.base_model_name_or_path}) reads those behind it, and so the answer; expected a "
+            "causal model. Take a decoder such as gpt2 as base, or a masked task (MASKED_LM, CLOZE_MASKED_LM)."
+        )
 
 
 def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None) -> PTuneConfig:

@@ -40,6 +40,7 @@ from hf_ptune.tasks import Feature, Task, TaskTrainer
 from hf_ptune.train import (
     ADAPTER_FOLDER,
     card_facts,
+    check_direction,
     check_features,
     command,
     evaluate,
@@ -302,7 +303,10 @@ def build(recipe: MultiTaskRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[
         parts[name] = Part(task, rows.labels, rows, train, held_out, test)
         backbones[name] = load_base(one.base, task.model_task, rows.labels, tokenizer)
         share_base(next(iter(backbones.values())), backbones[name], name)  # before the next one takes memory
-    return get_multitask_model(backbones, make_config(recipe.shared), tokenizer), parts
+    model = get_multitask_model(backbones, make_config(recipe.shared), tokenizer)
+    for name, part in parts.items():
+        check_direction(model.model_of(name), part.task)
+    return model, parts
 
 
 def names_tasks(recipe: str | Path) -> bool:

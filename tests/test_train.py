@@ -15,7 +15,7 @@ from families import build
 from test_data import words_tokenizer
 from transformers import AutoConfig
 
-from hf_ptune import PTuneConfig
+from hf_ptune import PTuneConfig, train_multitask
 from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts
 from hf_ptune.data import load_rows
@@ -188,6 +188,29 @@ def test_modules_that_a_recipe_trains_may_be_absent(tmp_path: Path) -> None:
     content["training"] |= {"max_steps": 1}
     folder = run(make_recipe(content, folder=tmp_path)).folder
     assert PTuneConfig.from_pretrained(folder).modules_to_save == ["pooler"]
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "CLOZE_CAUSAL_LM"])
+def test_an_encoder_goes_on_after_no_text(task: str, tmp_path: Path) -> None:
+    content = write_recipe(tmp_path, "CAUSAL_LM", write_base(tmp_path / "base", "bert", "MASKED_LM"))
+    if task == "CLOZE_CAUSAL_LM":
+        content |= {"task": task, "task_options": {"template": "{prompt} [MASK]"}}
+    with pytest.raises(
+        RecipeError, match=rf"task {task} asks for the next token, but every token of a BertLMHeadModel"
+    ):
+        run(make_recipe(content, folder=tmp_path))
+    several = {"name": "one", "task": "CAUSAL_LM", "data": content.pop("data")}
+    del content["task"]
+    content.pop("task_options", None)
+    with pytest.raises(RecipeError, match="expected a causal model"):
+        train_multitask.run(train_multitask.make_multitask_recipe(content | {"tasks": [several]}, folder=tmp_path))
+
+
+def test_an_encoder_that_was_made_a_decoder_goes_on(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "bert", "CAUSAL_LM", is_decoder=True)
+    content = write_recipe(tmp_path, "CAUSAL_LM", base, task_options={"max_new_tokens": 4})
+    content["training"] |= {"max_steps": 1}
+    assert run(make_recipe(content, folder=tmp_path)).answers
 
 
 def test_refused_arguments(tmp_path: Path) -> None:
