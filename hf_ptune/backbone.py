@@ -41,7 +41,8 @@ _TABLE: dict[str, tuple[Any, str, bool]] = {
 TASKS: dict[str, Any] = {task: row[0] for task, row in _TABLE.items()}
 _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
-_HEAD_NAMES = ("classifier", "score", "qa_outputs", "classification_head", "head", "pooler", "sequence_summary")
+POOLER = "pooler"  # part of some bases, which those made by masked language modelling alone lack
+_HEAD_NAMES = ("classifier", "score", "qa_outputs", "classification_head", "head", POOLER, "sequence_summary")
 
 
 def task_of(backbone: PreTrainedModel) -> str:

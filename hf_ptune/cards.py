@@ -17,6 +17,7 @@ from hf_ptune.methods import get_method
 from hf_ptune.templates import Template
 
 FACTS_NAME = "run_facts.json"
+TIMES = ("runtime", "per_second", "preparation_time")  # how names end that measure no model
 CARD_NAME = "README.md"
 CURVES_NAME = "curves.png"
 _TEMPLATE = "adapter_card.md.jinja"
@@ -176,7 +177,7 @@ def draw_curves(facts: RunFacts, path: Path) -> str | None:
     measured: dict[str, list[tuple[float, float]]] = {}
     for entry in facts.history:
         for name, value in entry.items():
-            if name.startswith("eval_") and not name.endswith(("runtime", "per_second")) and "step" in entry:
+            if name.startswith("eval_") and not name.endswith(TIMES) and "step" in entry:
                 measured.setdefault(name, []).append((entry["step"], value))
     if not losses and not measured:
         return None
@@ -240,7 +241,7 @@ def _metadata(facts: RunFacts, repo_id: str) -> ModelCardData:
             metric_value=round(mean, 4),
         )
         for name, (mean, _) in summarise(facts.metrics).items()
-        if not name.endswith(("runtime", "per_second", "epoch"))
+        if not name.endswith((*TIMES, "epoch"))
     ]
     known = is_hub_id(facts.base)
     return ModelCardData(
@@ -268,7 +269,7 @@ def _by_epoch(history: list[dict[str, float]]) -> list[dict[str, Any]]:
     for entry in history:
         loss = entry.get("loss", loss)
         measured = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
-        measured = {k: v for k, v in measured.items() if not k.endswith(("runtime", "per_second"))}
+        measured = {k: v for k, v in measured.items() if not k.endswith(TIMES)}
         if measured:
             rows.append({"epoch": entry.get("epoch", 0.0), "step": entry.get("step", 0), "train loss": loss} | measured)
     return rows

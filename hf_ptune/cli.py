@@ -53,7 +53,7 @@ def init(
     task = task or ("SEQ_CLS" if num_labels else _task_of_base(base))
     tokenizer = train.load_tokenizer(base)
     labels = [f"LABEL_{n}" for n in range(num_labels or 0)]
-    model = get_ptune_model(train.load_base(base, task, labels, tokenizer), config, tokenizer)
+    model = get_ptune_model(train.load_base(base, task, labels, tokenizer, config), config, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model.print_trainable_parameters()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any
 
+from hf_ptune.adapter_file import shorten
 from hf_ptune.errors import RecipeError
 from hf_ptune.recipe import Column, Recipe
 from hf_ptune.sources import HUB, chatterbot_rows, read_file, read_hub, read_label_names
@@ -65,18 +66,24 @@ def load_rows(recipe: Recipe) -> Rows:
     if task.label_role is not None and data.source != "chatterbot":
         _name_labels(parts, task.label_role, task.known_labels())
     train, held_out, test = (part.rows for part in parts)
-    names = parts[0].names
+    labels = parts[0].names or task.label_names(train)  # of all rows: a split or limit may leave a rare one out
     if not held_out:
         train, held_out = split_rows(train, data.eval_fraction, data.split_seed, task.group_role)
-    train = take_rows(train, data.limit, data.split_seed)
-    held_out, test = (take_rows(part, data.eval_limit, data.split_seed) for part in (held_out, test))
+    train, held_out, test = (
+        take_rows(part, limit, data.split_seed, task.group_role)
+        for part, limit in ((train, data.limit), (held_out, data.eval_limit), (test, data.eval_limit))
+    )
     for role in task.everywhere:
         _check_everywhere(role, [("training", train), ("held-out", held_out), ("test", test)])
-    labels = names or task.label_names(train)
     task.check_labels(labels)
+    if not parts[0].names:
+        task.check_labels(task.label_names(train))
     for part, what in ((held_out, "held-out"), (test, "test")):
         if unknown := sorted(set(task.label_names(part)) - set(labels)):
-            raise RecipeError(f"{what} rows have the labels {unknown[:5]}, which no training row has; add such rows.")
+            raise RecipeError(
+                f"{what} rows have the labels {unknown[:5]}, which no training row has; add such rows, or name all "
+                "labels under data.labels."
+            )
     return Rows(train, held_out, labels, test)
 
 
@@ -120,7 +127,9 @@ def _read(recipe: Recipe, task: Task, source: str, split: str) -> _Part:
     numbered = list(enumerate(found, 1))
     if wanted := recipe.data.where:
         numbered = [
-            (n, r) for n, r in numbered if all(str(_value(r, column)) == str(v) for column, v in wanted.items())
+            (n, r)
+            for n, r in numbered
+            if all(str(_value(r, column, f"{place}, row {n}")) == str(v) for column, v in wanted.items())
         ]
         if not numbered:
             raise RecipeError(f"{place}: no row has {wanted}, as data.where asks.")
@@ -130,9 +139,32 @@ def _read(recipe: Recipe, task: Task, source: str, split: str) -> _Part:
         task.check_row(_by_role(row, task, columns, at, cells), at)
         for (_, row), at in zip(numbered, places, strict=True)
     ]
+    _check_filled(rows, task, columns, place)
     column = columns.get(task.label_role, task.label_role) if task.label_role else None
     names = named if isinstance(named, list) else named.get(column, []) if isinstance(column, str) else []
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(
+            f"{place}: the names of its labels are {shorten(names)}, of which {twice[0]!r} is there more than once; "
+            "expected each once, in order of the numbers. Name them anew under data.labels."
+        )
     return _Part(rows, list(names), places)
+
+
+def _check_filled(rows: Sequence[Row], task: Task, columns: Mapping[str, Column], place: str) -> None:
+    """Refuse rows of which none has a word in a text that all of them need."""
+    for role in dict.fromkeys(role for form in task.forms for role in form):
+        if all(isinstance(text := row.get(role), str) and not text.strip() for row in rows):
+            raise RecipeError(
+                f"{place}: column {columns.get(role, role)!r} is empty in every row; fill it, or name the column of "
+                f"{role} under data.columns.{role}."
+            )
+
+
+def _is_text(value: Any, most: int) -> bool:
+    """Whether a value is text, or lists of text, at most so many in each other."""
+    if isinstance(value, (list, tuple)):
+        return most > 0 and all(_is_text(v, most - 1) for v in value)
+    return not isinstance(value, (Mapping, bytes))
 
 
 def _flat(values: Sequence[Any]) -> list[Any]:
@@ -182,7 +214,7 @@ def _plain(value: Any, names: Sequence[str], where: str) -> Any:
 
 def _by_role(row: Row, task: Task, columns: Mapping[str, Column], where: str, cells: bool) -> Row:
     # a role is read where the recipe names its column, or a column has the role's own name
-    values = {role: _value(row, columns.get(role, role)) for role in task.roles()}
+    values = {role: _value(row, columns.get(role, role), where) for role in task.roles()}
     found = {
         role: _read_cell(value, role in task.objects, f"{where}: {role}") if cells and role in task.lists else value
         for role, value in values.items()
@@ -204,7 +236,24 @@ def _by_role(row: Row, task: Task, columns: Mapping[str, Column], where: str, ce
             f"{where}: has no column {column!r} for {absent[0]}; "
             f"it has {', '.join(map(str, row))}. Name the column under data.columns.{absent[0]}."
         )
+    for role in (r for r in found if r not in task.objects):
+        most = task.depths.get(role, int(role in task.lists))
+        if not _is_text(found[role], most):
+            raise RecipeError(
+                f"{where}: column {columns.get(role, role)!r} holds {shorten(found[role], 60)} for {role}; expected "
+                f"text{' or a list of texts' if most else ''}. {_cure(columns.get(role, role), found[role], role)}"
+            )
     return found
+
+
+def _cure(column: Column, value: Any, role: str) -> str:
+    """How a text is told that stands inside a value, or in several columns."""
+    there = f"under data.columns.{role}"
+    if isinstance(column, list):
+        return f"Name one column {there}, or a text such as {' '.join(f'{{{c}}}' for c in column)!r}."
+    if isinstance(value, Mapping) and value and "{" not in column:
+        return f"Name a text inside it {there}, such as {f'{column}.{next(iter(value))}'!r}."
+    return f"Write it as text, or name another column {there}."
 
 
 def _has(row: Row, column: Column) -> bool:
@@ -220,6 +269,15 @@ def _has(row: Row, column: Column) -> bool:
     first, _, rest = column.partition(".")
     inner = row.get(first)
     return bool(rest) and isinstance(inner, Mapping) and _has(dict(inner), rest)
+
+
+class _Texts(Formatter):
+    """What fills a text with columns: a row's texts and numbers; its lists and objects are none."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if not _is_text(value, 0):
+            raise TypeError(shorten(value, 60))
+        return str(super().format_field(value, format_spec))
 
 
 class _Filled(dict[str, Any]):
@@ -251,13 +309,22 @@ def _read_cell(value: Any, objects: bool, where: str) -> Any:
     raise RecipeError(f"{where} holds {value[:60]!r}, which is no list in JSON; write it with json.dumps.")
 
 
-def _value(row: Row, column: Column) -> Any:
-    """What a row has in a column: `a`, `a.b` inside it, a text with `{a}`, or several columns as one list."""
+def _value(row: Row, column: Column, where: str) -> Any:
+    """What a row has in a column: `a`, `a.b` inside it, a text with `{a}`, or several columns as one list.
+
+    Raises:
+        RecipeError: a text with `{a}` is of a list or an object.
+    """
     if isinstance(column, list):
-        return [_value(row, c) for c in column] if _has(row, column) else None
+        return [_value(row, c, where) for c in column] if _has(row, column) else None
     if "{" in column:
         try:
-            return column.format_map(_Filled(row))
+            return _Texts().vformat(column, (), _Filled(row))
+        except TypeError as error:
+            raise RecipeError(
+                f"{where}: column {column!r} is to write {error}; expected text in each column that it names. Name a "
+                "text inside of it, such as {a[text]} or {a[0]}."
+            ) from error
         except (KeyError, IndexError, ValueError, AttributeError):
             return None
     if column in row:
@@ -283,12 +350,35 @@ def _name(value: Any, names: Sequence[str], count: bool, where: str) -> Any:
     )
 
 
-def take_rows(rows: Sequence[Row], limit: int | None, seed: int) -> list[Row]:
-    """At most `limit` rows drawn by a seed, in the order they had."""
+def take_rows(rows: Sequence[Row], limit: int | None, seed: int, by: str | None = None) -> list[Row]:
+    """Draw rows; groups keep their shares, and none is left out while the limit has room for one of each.
+
+    Args:
+        rows: all rows.
+        limit: how many are drawn at most; all when unset.
+        seed: seed of the choice.
+        by: role whose values make the groups; one group when unset.
+
+    Returns:
+        Rows in the order they had.
+    """
     if limit is None or limit >= len(rows):
         return list(rows)
-    drawn = random.Random(seed).sample(range(len(rows)), limit)
-    return [rows[n] for n in sorted(drawn)]
+    generator = random.Random(seed)
+    ranked: list[tuple[float, float, int]] = []
+    for numbers in _groups(rows, by):
+        drawn = generator.sample(numbers, min(limit, len(numbers)))
+        # the k-th of n stands in the middle of its n-th part, the first before all others
+        ranked += [((k + 0.5) / len(numbers) if k else 0.0, generator.random(), n) for k, n in enumerate(drawn)]
+    return [rows[n] for n in sorted(n for *_, n in sorted(ranked)[:limit])]
+
+
+def _groups(rows: Sequence[Row], by: str | None) -> list[list[int]]:
+    """Numbers of the rows that have the same value of a role."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for n, row in enumerate(rows):
+        groups[row[by] if by else None].append(n)
+    return list(groups.values())
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int, by: str | None = None) -> tuple[list[Row], list[Row]]:
@@ -306,12 +396,9 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int, by: str | None =
     Raises:
         RecipeError: one of the two would be empty.
     """
-    groups: dict[Any, list[int]] = defaultdict(list)
-    for n, row in enumerate(rows):
-        groups[row[by] if by else None].append(n)
     generator = random.Random(seed)
     held: set[int] = set()
-    for numbers in groups.values():
+    for numbers in _groups(rows, by):
         held.update(generator.sample(numbers, round(len(numbers) * fraction)))
     if not held or len(held) == len(rows):
         raise RecipeError(

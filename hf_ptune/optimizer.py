@@ -5,7 +5,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from hf_ptune.backbone import adapter_names, head_names
+from hf_ptune.backbone import POOLER, adapter_names, head_names
 from hf_ptune.errors import ConfigError
 
 _PROMPT, _HEAD, _BACKBONE = range(3)  # the prompt's group comes first: the Trainer logs the rate of the first
@@ -67,6 +67,10 @@ def make_optimizer(
 
 
 def _heads(model: Any) -> set[str]:
-    """Names of the parameters of a model's task head, or of the heads of several tasks."""
+    """Names of the parameters of a model's task head, with a pooler that trains, or of the heads of several tasks."""
     parts = {f"tasks.{t}.": model.model_of(t) for t in model.tasks} if hasattr(model, "model_of") else {"": model}
-    return {f"{place}backbone.{n}" for place, part in parts.items() for n in head_names(part.backbone, part.task)}
+    return {
+        f"{place}backbone.{n}"
+        for place, part in parts.items()
+        for n in head_names(part.backbone, part.task, [POOLER] if POOLER in (part.config.modules_to_save or []) else [])
+    }

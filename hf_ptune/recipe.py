@@ -49,13 +49,13 @@ class DataRecipe:
         test_source: source of rows that are evaluated once, at the end.
         test_split: their split, of the same dataset where `test_source` is unset.
         split_seed: seed of the split, and of `limit`.
-        limit: number of training rows that are drawn; all when unset.
-        eval_limit: number of held-out and of test rows that are drawn.
+        limit: number of training rows that are drawn, stratified by label; all when unset.
+        eval_limit: number of held-out and of test rows that are drawn, likewise.
         columns: role to column, where they differ. A column is a name, `a.b` for a value inside column a, a text
             with `{names}` of columns, or a list of columns. The roles are those of the task.
         labels: names of the labels in order of their numbers, or a .json file that holds them (a list, or lists
             by column); unset, a labels.json beside the file, the names that a dataset of the Hub has, or the
-            values in the training rows, sorted.
+            values in all rows of `source`, sorted.
         max_length: tokens that a row is cut to.
     """
 

@@ -24,9 +24,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 from hf_ptune.adapter_file import WEIGHTS_NAME
-from hf_ptune.backbone import TASKS, head_names, load_backbone, resolve
+from hf_ptune.backbone import POOLER, TASKS, head_names, load_backbone, resolve
 from hf_ptune.callbacks import (
     FreezeBackboneCallback,
     GuardCallback,
@@ -36,6 +37,7 @@ from hf_ptune.callbacks import (
 )
 from hf_ptune.callbacks.guard import check_positions
 from hf_ptune.callbacks.model_card import gather_facts
+from hf_ptune.cards import TIMES
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.engines import last_checkpoint
@@ -49,6 +51,7 @@ from hf_ptune.sources import HUB
 from hf_ptune.tasks import Answer, Feature, Row, Task, TaskTrainer
 from hf_ptune.tasks.generation import GenerationTask
 
+logger = logging.get_logger(__name__)
 ADAPTER_FOLDER = "adapter"
 _QUESTIONS = 3
 
@@ -113,10 +116,31 @@ def run(recipe: Recipe) -> Outcome:
 
 
 def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> PTunePreTrainedModel:
-    """Load a recipe's base and wrap it; the method's defaults fill the options that the recipe leaves out."""
+    """Load a recipe's base and wrap it; the method's defaults fill the options that the recipe leaves out.
+
+    Raises:
+        PTuneError: the base does not fit the task, or cannot take the method.
+    """
     task = recipe.build_task()
-    base = load_base(recipe.base, task.model_task, rows.labels, tokenizer)
-    return get_ptune_model(base, make_config(recipe, task.config_options()), tokenizer)
+    config = make_config(recipe, task.config_options())
+    base = load_base(recipe.base, task.model_task, rows.labels, tokenizer, config)
+    model = get_ptune_model(base, config, tokenizer)
+    check_direction(model, task)
+    return model
+
+
+def check_direction(model: PTunePreTrainedModel, task: Task) -> None:
+    """Refuse a model that reads the very tokens which it is to tell next.
+
+    Raises:
+        RecipeError: it is to go on after text, and its tokens read those behind them.
+    """
+    if task.model_task == "CAUSAL_LM" and not model.config.geometry["causal"]:
+        raise RecipeError(
+            f"task {task.name} asks for the next token, but every token of a {type(model.backbone).__name__} "
+            f"(base {model.config.base_model_name_or_path}) reads those behind it, and so the answer; expected a "
+            "causal model. Take a decoder such as gpt2 as base, or a masked task (MASKED_LM, CLOZE_MASKED_LM)."
+        )
 
 
 def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None) -> PTuneConfig:
@@ -185,7 +209,11 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    base: str, task: str, labels: Sequence[str] = (), tokenizer: PreTrainedTokenizerBase | None = None
+    base: str,
+    task: str,
+    labels: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    adapter: PTuneConfig | None = None,
 ) -> PreTrainedModel:
     """Load a base for a task, with a fresh head where it has none.
 
@@ -194,9 +222,10 @@ def load_base(
         task: a key of `backbone.TASKS`.
         labels: names of the head's labels.
         tokenizer: gives the padding id where the base has none.
+        adapter: what will be trained; where the checkpoint lacks a pooler, that comes among its `modules_to_save`.
 
     Raises:
-        BackboneError: the checkpoint lacks weights other than the head's.
+        BackboneError: the checkpoint lacks weights that are not trained.
     """
     named: dict[str, Any] = {}
     if labels:
@@ -206,8 +235,17 @@ def load_base(
     if tokenizer is not None and text.pad_token_id is None:
         text.pad_token_id = tokenizer.pad_token_id
     backbone, absent = load_backbone(task, base, config)
-    if unknown := sorted(absent - head_names(backbone, task)):
-        raise BackboneError(f"the checkpoint of {base} has no weights for {unknown[:5]}; it does not fit {task}.")
+    unknown = absent - head_names(backbone, task, None if adapter is None else adapter.modules_to_save)
+    if adapter is not None and unknown and all(f".{POOLER}." in f".{name}" for name in unknown):
+        adapter.modules_to_save = [*(adapter.modules_to_save or []), POOLER]
+        logger.warning(
+            f"the checkpoint of {base} has no pooler, through which a {type(backbone).__name__} reads it: a fresh one "
+            "is trained, and saved with the adapter (modules_to_save)."
+        )
+    elif unknown:
+        raise BackboneError(
+            f"the checkpoint of {base} has no weights for {sorted(unknown)[:5]}; it does not fit {task}."
+        )
     return backbone
 
 
@@ -284,9 +322,10 @@ def evaluate(trainer: TaskTrainer, test: list[Feature] | None = None) -> dict[st
 
 
 def numbers(log: dict[str, Any], prefix: str) -> dict[str, float]:
-    """The measurements of an evaluation's log, by their plain names."""
+    """The measurements of an evaluation's log, by their plain names; how long it took is none."""
     start = f"{prefix}_"
-    return {k.removeprefix(start): v for k, v in log.items() if k.startswith(start) and isinstance(v, float)}
+    found = {k.removeprefix(start): v for k, v in log.items() if k.startswith(start) and isinstance(v, float)}
+    return {k: v for k, v in found.items() if not k.endswith(TIMES)}
 
 
 def ask(folder: Path, task: Task, rows: Sequence[Row], seed: int) -> list[Answer]:

@@ -40,6 +40,7 @@ from hf_ptune.tasks import Feature, Task, TaskTrainer
 from hf_ptune.train import (
     ADAPTER_FOLDER,
     card_facts,
+    check_direction,
     check_features,
     command,
     evaluate,
@@ -75,13 +76,14 @@ class MultiTaskRecipe:
 
 @dataclass(frozen=True)
 class Part:
-    """Hold a task with its labels, its rows, and the features of those to train on and of those held out."""
+    """Hold a task with its labels, its rows, and the features of those to train on, held out, and to test."""
 
     task: Task
     labels: list[str]
     rows: Rows
     train: list[Feature]
     held_out: list[Feature]
+    test: list[Feature]
 
 
 def make_multitask_recipe(
@@ -123,8 +125,8 @@ def make_multitask_recipe(
 class MultiTaskTrainer(Trainer):
     """Train one prompt on batches of several tasks, and measure each task by itself.
 
-    Metrics are `eval_<task>_<metric>`, and `eval_mean`, the mean of the tasks' main metrics. A checkpoint holds an
-    adapter folder for each task.
+    Metrics are `eval_<task>_<metric>`, and `eval_mean`, the mean of the tasks' main metrics, each from 0 to 1. A
+    checkpoint holds an adapter folder for each task.
 
     Args:
         model: of `get_multitask_model`.
@@ -177,7 +179,10 @@ class MultiTaskTrainer(Trainer):
             for name, part in self.parts.items()
             for metric, value in self.measure(name, part.held_out).items()
         }
-        main = [metrics[f"{metric_key_prefix}_{n}_{p.task.metric}"] for n, p in self.parts.items()]
+        main = [
+            metrics[f"{metric_key_prefix}_{n}_{p.task.metric}"] / (100 if p.task.metric in p.task.percent else 1)
+            for n, p in self.parts.items()
+        ]
         metrics[f"{metric_key_prefix}_mean"] = sum(main) / len(main)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -239,7 +244,8 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
     )
     for name, part in parts.items():
         check_features(model.model_of(name), part.task, tokenizer, part.train)
-        check_features(model.model_of(name), part.task, tokenizer, part.held_out, held_out=True)
+        for features in filter(None, (part.held_out, part.test)):
+            check_features(model.model_of(name), part.task, tokenizer, features, held_out=True)
         check_batch(model.model_of(name), part.task.collator(tokenizer)(part.train[:_GUARDED_ROWS]))
     before = trainer.evaluate()
     train_on(trainer)
@@ -249,13 +255,14 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
     for name, part in parts.items():
         start = f"eval_{name}_"
         found[name] = {k.removeprefix(start): v for k, v in after.items() if k.startswith(start)}
-        if part.rows.test:
-            test = part.task.encode(part.rows.test, tokenizer, part.labels, held_out=True)
-            found[name] |= {f"test_{k}": v for k, v in trainer.measure(name, test).items()}
+        if part.test:
+            found[name] |= {f"test_{k}": v for k, v in trainer.measure(name, part.test).items()}
         if trainer.is_world_process_zero():
             metric = part.task.metric
             scores = f"{before[start + metric]:.3f} before, {found[name][metric]:.3f} after training"
             print(f"{name}: held-out {metric} {scores}")
+            if part.test:
+                print(f"  test {metric}: {found[name][f'test_{metric}']:.3f}")
             _finish(trainer, recipe, name, folder / name, found[name])
             print(f"  {folder / name}", flush=True)
     if push and trainer.is_world_process_zero():
@@ -289,14 +296,17 @@ def build(recipe: MultiTaskRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[
     backbones: dict[str, PreTrainedModel] = {}
     for name, one in recipe.tasks.items():
         task, rows = one.build_task(), load_rows(one)
-        train, held_out = (
-            task.encode(r, tokenizer, rows.labels, held_out=held)
-            for r, held in ((rows.train, False), (rows.held_out, True))
+        train, held_out, test = (
+            task.encode(r, tokenizer, rows.labels, held_out=held) if r else []
+            for r, held in ((rows.train, False), (rows.held_out, True), (rows.test, True))
         )
-        parts[name] = Part(task, rows.labels, rows, train, held_out)
+        parts[name] = Part(task, rows.labels, rows, train, held_out, test)
         backbones[name] = load_base(one.base, task.model_task, rows.labels, tokenizer)
         share_base(next(iter(backbones.values())), backbones[name], name)  # before the next one takes memory
-    return get_multitask_model(backbones, make_config(recipe.shared), tokenizer), parts
+    model = get_multitask_model(backbones, make_config(recipe.shared), tokenizer)
+    for name, part in parts.items():
+        check_direction(model.model_of(name), part.task)
+    return model, parts
 
 
 def names_tasks(recipe: str | Path) -> bool:

@@ -10,7 +10,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hf_ptune.data import load_rows, split_rows
+from hf_ptune.data import load_rows, split_rows, take_rows
 from hf_ptune.errors import RecipeError
 from hf_ptune.recipe import make_recipe
 from hf_ptune.sources import chatterbot_rows, read_file
@@ -64,7 +64,10 @@ def test_columns_and_files(tmp_path: Path) -> None:
         ({"source": "r.jsonl", "columns": {"texts": "q"}}, "names the role 'texts'"),
         ({"source": "none.jsonl"}, "there is no such file"),
         ({"source": "r.txt"}, "expected a file that ends in .jsonl, .csv, .parquet"),
-        ({"source": "r.jsonl", "eval_source": "e.jsonl", "columns": columns}, "have the labels ['z']"),
+        (
+            {"source": "r.jsonl", "eval_source": "e.jsonl", "columns": columns},
+            "add such rows, or name all labels under data.labels",
+        ),
         ({"source": "e.jsonl", "eval_source": "e.jsonl", "columns": columns}, "one label only"),
         ({"source": "e.jsonl", "columns": columns}, "holds out 0 of 1 rows"),
         (
@@ -196,3 +199,26 @@ def test_the_split_is_stratified_and_fixed() -> None:
     assert Counter(r["label"] for r in held) == {"a": 10, "b": 5}
     assert sorted(int(r["text"]) for r in train + held) == list(range(60))
     assert split_rows(rows, 0.25, 3, by="label") == (train, held) != split_rows(rows, 0.25, 4, by="label")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rare_label_stands_wherever_the_split_puts_it(seed: int, tmp_path: Path) -> None:
+    rows = [{"tokens": ["a"], "tags": ["B-EVENT" if n == 5 else "B-X"]} for n in range(12)]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for further in ({}, {"limit": 2}):
+        found = load_rows(recipe_for(tmp_path, "TOKEN_CLS", source="r.jsonl", split_seed=seed, **further))
+        assert found.labels == ["B-EVENT", "B-X"]
+    for kept in ({"eval_source": "r.jsonl", "limit": 2}, {"labels": ["B-X", "B-EVENT"], "limit": 2}):
+        load_rows(recipe_for(tmp_path, "TOKEN_CLS", source="r.jsonl", split_seed=seed, **kept))
+
+
+def test_rows_are_drawn_from_every_class() -> None:
+    rows = [{"text": str(n), "label": "abc"[0 if n < 90 else 1 if n < 98 else 2]} for n in range(100)]
+    for seed in range(5):
+        drawn = take_rows(rows, 20, seed, by="label")
+        counts = Counter(r["label"] for r in drawn)
+        assert sum(counts.values()) == 20 and min(counts.values()) >= 1 and counts["a"] >= 17
+        assert len({r["label"] for r in take_rows(rows, 3, seed, by="label")}) == 3
+        assert [int(r["text"]) for r in drawn] == sorted(int(r["text"]) for r in drawn)
+        assert len(take_rows(rows, 2, seed, by="label")) == 2
+    assert take_rows(rows, 20, 0, by="label") != take_rows(rows, 20, 1, by="label")

@@ -161,6 +161,69 @@ def test_a_role_is_of_all_rows_or_of_none(tmp_path: Path) -> None:
         assert len(load_rows(recipe_for(tmp_path, "CAUSAL_LM", source=source, columns=columns)).train) == 3
 
 
+@pytest.mark.parametrize(
+    ("task", "row", "columns", "message"),
+    [
+        ("SEQ_CLS", {"text": {"a": 1}}, {}, "column 'text' holds {'a': 1} for text; expected text. Name a text inside"),
+        ("SEQ_CLS", {"text": {"a": 1}}, {}, "under data.columns.text, such as 'text.a'"),
+        ("SEQ_CLS", {"text": ["a", "b"]}, {}, "holds ['a', 'b'] for text; expected text. Write it as text"),
+        ("SEQ_CLS", {"a": "b", "c": "d"}, {"text": ["a", "c"]}, "for text; expected text. Name one column"),
+        ("SEQ_CLS", {"a": "b", "c": "d"}, {"text": ["a", "c"]}, "or a text such as '{a} {c}'"),
+        ("SEQ_CLS", {"a": {"b": 1}}, {"text": "{a}: {a}"}, "column '{a}: {a}' is to write {'b': 1}; expected text in"),
+        ("SEQ_CLS", {"text": "a", "text_pair": ["b"]}, {}, "column 'text_pair' holds ['b'] for text_pair"),
+        ("SEQ_CLS", {"text": "a", "label": {"x": 1}}, {}, "column 'label' holds {'x': 1} for label"),
+        ("MULTIPLE_CHOICE", {"text": "a", "choices": ["b", {"c": 1}], "label": 0}, {}, "text or a list of texts"),
+        ("MULTIPLE_CHOICE", {"text": "a", "choices": ["b", "c"], "label": [0]}, {}, "holds [0] for label"),
+        ("TOKEN_CLS", {"tokens": [["a"]], "tags": ["O"]}, {}, "column 'tokens' holds [['a']] for tokens"),
+        ("CAUSAL_LM", {"prompt": "a", "references": [["b"]]}, {}, "column 'references' holds [['b']]"),
+        ("CAUSAL_LM", {"prompt": {"a": 1}, "answer": "b"}, {}, "column 'prompt' holds {'a': 1}"),
+        ("CAUSAL_LM", {"instruction": ["a"], "output": "b"}, {}, "column 'instruction' holds ['a']"),
+        ("QUESTION_ANS", {"context": ["a"], "question": "b", "answers": {}}, {}, "column 'context' holds ['a']"),
+        ("MASKED_LM", {"text": ["a"]}, {}, "column 'text' holds ['a']"),
+    ],
+)
+def test_lists_and_objects_are_no_text(
+    task: str, row: dict[str, Any], columns: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    rows = [{"label": "x"} | row] * 2 if task == "SEQ_CLS" else [row] * 2
+    found = said(tmp_path, task, source=write(tmp_path, "r.jsonl", rows), columns=columns)
+    assert message in found and "row 1: " in found
+
+
+def test_lists_where_a_task_reads_them(tmp_path: Path) -> None:
+    rows = [{"prompt": [["a", "b", 1], ["c", "d", True]], "answer": ["e", "f"]}] * 4
+    found = load_rows(recipe_for(tmp_path, "CAUSAL_LM", source=write(tmp_path, "g.jsonl", rows)))
+    assert found.train[0]["prompt"] == "a : b : 1 | c : d : True" and found.train[0]["references"] == ["e", "f"]
+    rows = [{"in": {"a": ["b"], "n": 2, "t": True}, "label": "xy"[n % 2]} for n in range(8)]
+    columns = {"text": "{in[a][0]} {in[n]:02d} {in[t]}"}
+    found = load_rows(recipe_for(tmp_path, "SEQ_CLS", source=write(tmp_path, "i.jsonl", rows), columns=columns))
+    assert found.train[0]["text"] == "b 02 True"
+    rows = [{"text": value, "label": "xy"[n % 2]} for n, value in enumerate([1, True, 0.5, "a"] * 2)]
+    assert load_rows(recipe_for(tmp_path, "SEQ_CLS", source=write(tmp_path, "n.jsonl", rows))).train[0]["text"] == 1
+
+
+def test_a_text_that_no_row_has(tmp_path: Path) -> None:
+    rows = [{"text": text, "label": "xy"[n % 2]} for n, text in enumerate(["", " "] * 4)]
+    assert "column 'text' is empty in every row; fill it" in said(
+        tmp_path, "SEQ_CLS", source=write(tmp_path, "r.jsonl", rows)
+    )
+    columns = {"prompt": "p", "answer": "a"}
+    source = write(tmp_path, "p.csv", "p,a\n" + ",b\n" * 4)
+    message = said(tmp_path, "CAUSAL_LM", source=source, columns=columns)
+    assert "p.csv: column 'p' is empty in every row" in message and "under data.columns.prompt" in message
+    source = write(tmp_path, "some.jsonl", [*rows, {"text": "a", "label": "x"}])
+    load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source))
+
+
+def test_each_label_is_named_once(tmp_path: Path) -> None:
+    source = write(tmp_path, "r.jsonl", [{"text": "a", "label": "pn"[n % 2]} for n in range(8)])
+    assert "'p' is there more than once; expected each once" in said(
+        tmp_path, "SEQ_CLS", source=source, labels=["p", "p", "n"]
+    )
+    (tmp_path / "labels.json").write_text('["n", "p", "n"]')
+    assert "'n' is there more than once" in said(tmp_path, "SEQ_CLS", source=source)
+
+
 # files -----------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The walk on tiny bases: recipe to folder to answers."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from families import build
 from test_data import words_tokenizer
 from transformers import AutoConfig
 
-from hf_ptune import PTuneConfig
+from hf_ptune import PTuneConfig, train_multitask
 from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts
 from hf_ptune.data import load_rows
@@ -152,6 +153,64 @@ def test_a_checkpoint_without_the_backbone_is_refused(tmp_path: Path) -> None:
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(BackboneError, match=r"has no weights for .*query\.weight"):
         load_base(base, "SEQ_CLS")
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "SEQ_CLS"), ("roberta", "MULTIPLE_CHOICE")])
+def test_a_base_without_a_pooler_gets_one(
+    family: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    base = write_base(tmp_path / "base", family, "MASKED_LM")
+    content = write_recipe(tmp_path, task, base, head_learning_rate=0.5)
+    content["training"] |= {"max_steps": 2}
+    recipe = make_recipe(content, folder=tmp_path)
+    outcome = run(recipe)
+    assert f"the checkpoint of {base} has no pooler" in caplog.text
+    assert PTuneConfig.from_pretrained(outcome.folder).modules_to_save == ["pooler"]
+    rows, tokenizer = load_rows(recipe), load_tokenizer(base)
+    model = wrap_base(recipe, rows, tokenizer).eval()
+    trainer = make_trainer(recipe, make_arguments(recipe), model, tokenizer, rows)
+    trainer.create_optimizer()
+    rates = {id(p): g["lr"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert {rates[id(p)] for n, p in model.named_parameters() if ".pooler." in n} == {0.5}
+    model.save_pretrained(tmp_path / "saved")
+    batch = trainer.data_collator(trainer.eval_dataset[:4])
+    torch.manual_seed(7)
+    again = TASKS[task].from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+def test_modules_that_a_recipe_trains_may_be_absent(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "bert", "MASKED_LM")
+    content = write_recipe(tmp_path, "SEQ_CLS", base)
+    content["options"] |= {"modules_to_save": ["pooler"]}
+    content["training"] |= {"max_steps": 1}
+    folder = run(make_recipe(content, folder=tmp_path)).folder
+    assert PTuneConfig.from_pretrained(folder).modules_to_save == ["pooler"]
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "CLOZE_CAUSAL_LM"])
+def test_an_encoder_goes_on_after_no_text(task: str, tmp_path: Path) -> None:
+    content = write_recipe(tmp_path, "CAUSAL_LM", write_base(tmp_path / "base", "bert", "MASKED_LM"))
+    if task == "CLOZE_CAUSAL_LM":
+        content |= {"task": task, "task_options": {"template": "{prompt} [MASK]"}}
+    with pytest.raises(
+        RecipeError, match=rf"task {task} asks for the next token, but every token of a BertLMHeadModel"
+    ):
+        run(make_recipe(content, folder=tmp_path))
+    several = {"name": "one", "task": "CAUSAL_LM", "data": content.pop("data")}
+    del content["task"]
+    content.pop("task_options", None)
+    with pytest.raises(RecipeError, match="expected a causal model"):
+        train_multitask.run(train_multitask.make_multitask_recipe(content | {"tasks": [several]}, folder=tmp_path))
+
+
+def test_an_encoder_that_was_made_a_decoder_goes_on(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "bert", "CAUSAL_LM", is_decoder=True)
+    content = write_recipe(tmp_path, "CAUSAL_LM", base, task_options={"max_new_tokens": 4})
+    content["training"] |= {"max_steps": 1}
+    assert run(make_recipe(content, folder=tmp_path)).answers
 
 
 def test_refused_arguments(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from transformers import AutoTokenizer
 
 from hf_ptune import PTuneConfig, train
 from hf_ptune.backbone import TASKS
+from hf_ptune.cards import RunFacts
 from hf_ptune.cli import main
-from hf_ptune.errors import ConfigError, RecipeError
+from hf_ptune.errors import ConfigError, GuardError, RecipeError
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.recipe import make_recipe
+from hf_ptune.tasks.causal_lm import CausalLM
 from hf_ptune.train import load_tokenizer, make_arguments
 from hf_ptune.train_multitask import MultiTaskTrainer, build, make_multitask_recipe, run
 
@@ -73,11 +76,38 @@ def test_from_recipe_to_adapters_to_one_task(
     assert PTuneConfig.from_pretrained(outcome.folder).prompt_tuning_init == "ADAPTER"
 
 
-def test_both_tasks_learn(content: dict[str, Any], tmp_path: Path) -> None:
+def test_both_tasks_learn(content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content["tasks"][0]["data"]["test_source"] = "SEQ_CLS.jsonl"
     found = run(make_multitask_recipe(content, folder=tmp_path))
     assert found["when"]["test_accuracy"] > 0.7 and "test_loss" not in found["letters"]
+    assert f"test accuracy: {found['when']['test_accuracy']:.3f}" in capsys.readouterr().out
+    facts = RunFacts.load(tmp_path / "out/adapter/when")
+    known = {"loss", "accuracy", "f1_macro"}
+    assert set(facts.metrics[0]) == known | {f"test_{name}" for name in known}
     assert set(found) == {"when", "letters"} and found["when"]["accuracy"] > 0.7 and found["letters"]["loss"] < 0.7
+
+
+def test_test_rows_are_looked_at_before_training(content: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps(ROWS["SEQ_CLS"](0) | {"text": "a " * 99}))
+    content["tasks"][0]["data"] |= {"test_source": "long.jsonl", "max_length": 1000}
+    content["training"] |= {"save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(GuardError, match="sequences of 101 tokens"):
+        run(make_multitask_recipe(content, folder=tmp_path))
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_the_mean_is_of_numbers_from_0_to_1(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_multitask_recipe(content, folder=tmp_path)
+    tokenizer = load_tokenizer(recipe.shared.base)
+    model, parts = build(recipe, tokenizer)
+    trainer = MultiTaskTrainer(model, make_arguments(recipe.shared), parts, tokenizer)
+    trainer.parts["letters"] = replace(parts["letters"], task=CausalLM(generate=True))
+    measured = {"when": {"accuracy": 0.75}, "letters": {"bleu": 25.0}}
+    monkeypatch.setattr(trainer, "measure", lambda name, features: measured[name])
+    found = trainer.evaluate()
+    assert (found["eval_letters_bleu"], found["eval_mean"]) == (25.0, 0.5)
 
 
 def test_a_run_goes_on_from_its_checkpoint(content: dict[str, Any], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 import hf_ptune
 from hf_ptune.adapter_file import WEIGHTS_NAME, read_tensors
-from hf_ptune.cards import RunFacts
+from hf_ptune.cards import TIMES, RunFacts
 from hf_ptune.engines import engine_name, splits
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.publishing import facts_of, finish_folder, inherit_license
@@ -38,7 +38,6 @@ _HYPERPARAMETERS = (
 _LIBRARIES = ("transformers", "torch", "accelerate", "datasets")
 _MEMORY = re.compile("mem_([a-z_]+)_mib(?:_rank([0-9]+))?")
 _SPEED = ("step_time_s", "tokens_per_second", "train_runtime")
-_TIMES = ("runtime", "per_second", "epoch", "flos", "preparation_time")
 
 
 class ModelCardCallback(TrainerCallback):
@@ -128,7 +127,7 @@ def gather_facts(
         last = {k.removeprefix("eval_"): v for k, v in evaluations[-1].items() if k.startswith("eval_")}
         for entry in facts.history:
             last |= {k: v for k, v in entry.items() if k.startswith("test_")}
-        facts.metrics = [{k: v for k, v in last.items() if not k.endswith(_TIMES)}]
+        facts.metrics = [{k: v for k, v in last.items() if not k.endswith((*TIMES, "epoch", "flos"))}]
     for entry in state.log_history:
         for key, value in entry.items():
             if found := _MEMORY.fullmatch(key):

@@ -1,6 +1,6 @@
 """What a task is: the rows it needs, what the model gets of them, what is measured, and how it is asked."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,9 +61,11 @@ class Task:
         everywhere: those of them that all rows have, or none: they change what is asked.
         lists: roles that hold lists, which a cell of CSV may tell as JSON.
         objects: roles that hold objects, likewise.
+        depths: how deep lists may be in roles that hold text as a rule; in those of `lists` they are plain.
         label_role: role that holds names of labels, one or a list; `None` where the head has no names.
         group_role: role by which rows are split in strata, and by which unlike rows are asked.
         main_metric: name of the number that tells how good a model is; greater is better.
+        percent: metrics that go up to 100, as all others go up to 1.
     """
 
     max_length: int = 128
@@ -75,9 +77,11 @@ class Task:
     everywhere: ClassVar[tuple[str, ...]] = ()
     lists: ClassVar[tuple[str, ...]] = ()
     objects: ClassVar[tuple[str, ...]] = ()
+    depths: ClassVar[Mapping[str, int]] = {}
     label_role: ClassVar[str | None] = None
     group_role: ClassVar[str | None] = None
     main_metric: ClassVar[str]
+    percent: ClassVar[tuple[str, ...]] = ()
 
     @property
     def metric(self) -> str:

@@ -1,8 +1,8 @@
 """CAUSAL_LM: an answer after a prompt or an instruction; the loss is on the answer's tokens alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
@@ -41,6 +41,7 @@ class CausalLM(GenerationTask):
     model_task = "CAUSAL_LM"
     forms = (("prompt", "answer"), ("prompt", "references"), ("instruction", "output"))
     possible = ("input",)
+    depths: ClassVar[Mapping[str, int]] = {"prompt": 3, "answer": 1, "output": 1}
     target_role = "answer"
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ class GenerationTask(Task):
     lists = ("references",)
     target_role: ClassVar[str]  # the answer
     main_metric = "accuracy"
+    percent = ("bleu",)
 
     def __post_init__(self) -> None:
         for option, least in (("max_new_tokens", 1), ("num_beams", 1), ("no_repeat_ngram_size", 0)):

@@ -1,8 +1,8 @@
 """SEQ_2_SEQ_LM: a text made of another one, by an encoder-decoder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
@@ -30,6 +30,7 @@ class Seq2SeqLM(GenerationTask):
     name = "SEQ_2_SEQ_LM"
     model_task = "SEQ_2_SEQ_LM"
     forms = (("text", "target"), ("text", "references"))
+    depths: ClassVar[Mapping[str, int]] = {"text": 3, "target": 1}
     target_role = "target"
 
     def check_row(self, row: Row, where: str) -> Row:

@@ -1,8 +1,8 @@
 """SEQ_CLS: a label for a sentence, or for a pair of sentences."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from transformers import EvalPrediction, PreTrainedTokenizerBase, pipeline
@@ -23,12 +23,13 @@ class SequenceClassification(Task):
     forms = (("text", "label"),)
     possible = ("text_pair",)
     everywhere = ("text_pair",)
+    depths: ClassVar[Mapping[str, int]] = {"label": 1}  # refused in its own words
     label_role = "label"
     group_role = "label"
     main_metric = "accuracy"
 
     def check_row(self, row: Row, where: str) -> Row:
-        if isinstance(row["label"], (list, tuple, dict)):
+        if isinstance(row["label"], (list, tuple)):
             raise RecipeError(
                 f"{where}: the label is {row['label']!r}; expected one. Rows with several are no task here."
             )
