@@ -95,6 +95,15 @@ def resolve(base: str) -> str:
     return str(path)
 
 
+def place_of(base: str) -> str:
+    """One spelling for all names of a base that is on this machine."""
+    try:
+        path = Path(resolve(base)).expanduser()
+    except BackboneError:
+        return base  # in a package that is not installed
+    return str(path.resolve()) if path.exists() else base
+
+
 def _folders(root: Path) -> list[str]:
     return [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("_")]
 

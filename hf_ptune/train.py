@@ -44,6 +44,7 @@ from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, read_recipe
+from hf_ptune.resuming import check_checkpoint
 from hf_ptune.sharding import loading_alone
 from hf_ptune.sources import HUB
 from hf_ptune.tasks import Answer, Feature, Row, Task, TaskTrainer
@@ -155,10 +156,12 @@ def train_on(trainer: Trainer) -> None:
     """Train, from the checkpoint that is named, or of `true` from the last one of the output folder.
 
     Raises:
-        RecipeError: the checkpoint is of a run with other learning rates of their own.
+        RecipeError: the checkpoint is of a run with another adapter, or with other learning rates of their own.
     """
     resume = trainer.args.resume_from_checkpoint
     checkpoint = last_checkpoint(str(trainer.args.output_dir)) if resume in (True, "true") else resume
+    if checkpoint:
+        check_checkpoint(trainer.model, checkpoint)
     try:
         trainer.train(checkpoint)
     except ValueError as error:
