@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 import hf_ptune
 from hf_ptune import train, train_multitask
-from hf_ptune.backbone import TASKS, resolve
+from hf_ptune.backbone import TASKS, blaming, resolve
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.convert import convert
 from hf_ptune.errors import BackboneError, PTuneError
@@ -61,7 +61,8 @@ def init(
 
 
 def _task_of_base(base: str) -> str:
-    config = AutoConfig.from_pretrained(resolve(base))
+    with blaming(base):
+        config = AutoConfig.from_pretrained(resolve(base))
     architecture = (config.architectures or [""])[0]
     if config.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"

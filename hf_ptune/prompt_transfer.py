@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_ptune.adapter_file import is_foreign, read_tensors
+from hf_ptune.adapter_file import is_foreign, read_tensors, shorten
 from hf_ptune.backbone import place_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError
@@ -33,13 +33,21 @@ def transfer(model: Any, source: str) -> None:
     Raises:
         AdapterFileError: the source does not hold what its configuration describes.
         BackboneError: it is an adapter of another base.
-        ConfigError: it has another kind of prompt, another length or other sites, or its head does not fit.
+        ConfigError: there is no such adapter, or it has another kind of prompt, another length or other sites, or its
+            head does not fit.
     """
     if is_foreign(source, {}):
         raise ConfigError(
             f"{source} was saved by another library; write it in our form first: hf-ptune convert {source} FOLDER."
         )
-    path, found, _, config = find_adapter(source, PTuneConfig.from_pretrained(source))
+    try:
+        told = PTuneConfig.from_pretrained(source)
+    except OSError as error:
+        raise ConfigError(
+            f"prompt_tuning_init_adapter={source!r} cannot be read ({shorten(error)}); name the folder or Hub id of an "
+            "adapter."
+        ) from error
+    path, found, _, config = find_adapter(source, told)
     if not config.geometry:
         config.geometry = model.config.geometry
     _check_same_base(config, model.config, source)

@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from hf_ptune.adapter_file import WEIGHTS_NAME
-from hf_ptune.backbone import TASKS, head_names, load_backbone, resolve
+from hf_ptune.backbone import TASKS, blaming, check_family, head_names, load_backbone, resolve
 from hf_ptune.callbacks import (
+    BestMetricCallback,
     FreezeBackboneCallback,
     GuardCallback,
     LearningCallback,
@@ -142,10 +143,15 @@ def make_arguments(recipe: Recipe) -> TrainingArguments:
     """Turn a recipe's training section into TrainingArguments; its method's defaults fill what it leaves out.
 
     Raises:
-        RecipeError: values that transformers refuses.
+        RecipeError: values that transformers refuses, or that leave nothing to train or to measure.
     """
-    settings = {"dataloader_pin_memory": torch.accelerator.is_available()}
+    settings: dict[str, Any] = {"dataloader_pin_memory": torch.accelerator.is_available()}
     settings |= recipe.defaults().training | recipe.training
+    if settings.get("max_steps") == 0 or (settings.get("max_steps", -1) < 0 and settings.get("num_train_epochs") == 0):
+        raise RecipeError("training.max_steps or num_train_epochs is 0; expected a step at least (max_steps: 1).")
+    for name in ("batch_eval_metrics", "prediction_loss_only"):
+        if settings.get(name):
+            raise RecipeError(f"training.{name} is true, but tasks measure all held-out rows at once; leave it out.")
     try:
         return TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **settings)
     except (ValueError, ImportError) as error:
@@ -156,12 +162,14 @@ def train_on(trainer: Trainer) -> None:
     """Train, from the checkpoint that is named, or of `true` from the last one of the output folder.
 
     Raises:
-        RecipeError: the checkpoint is of a run with another adapter, or with other learning rates of their own.
+        RecipeError: the checkpoint is of a run with another adapter, or with other learning rates of their own; or
+            `metric_for_best_model` names what is not measured.
     """
     resume = trainer.args.resume_from_checkpoint
     checkpoint = last_checkpoint(str(trainer.args.output_dir)) if resume in (True, "true") else resume
     if checkpoint:
         check_checkpoint(trainer.model, checkpoint)
+    trainer.add_callback(BestMetricCallback())
     try:
         trainer.train(checkpoint)
     except ValueError as error:
@@ -177,9 +185,10 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     """Load a base's tokenizer; one without a padding token pads with its end token.
 
     Raises:
-        BackboneError: it has neither.
+        BackboneError: it has neither, or cannot be loaded.
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(base))
+    with blaming(base):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(base))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise BackboneError(f"the tokenizer of {base} has neither padding nor end token; give it one.")
@@ -199,16 +208,20 @@ def load_base(
         tokenizer: gives the padding id where the base has none.
 
     Raises:
-        BackboneError: the checkpoint lacks weights other than the head's.
+        BackboneError: the base cannot be loaded, its family has no model for the task, or the checkpoint lacks weights
+            other than the head's.
     """
     named: dict[str, Any] = {}
     if labels:
         named = {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
-    config = AutoConfig.from_pretrained(resolve(base), **named)
+    with blaming(base):
+        config = AutoConfig.from_pretrained(resolve(base), **named)
+    check_family(task, base, config)
     text = config.get_text_config()
     if tokenizer is not None and text.pad_token_id is None:
         text.pad_token_id = tokenizer.pad_token_id
-    backbone, absent = load_backbone(task, base, config)
+    with blaming(base):
+        backbone, absent = load_backbone(task, base, config)
     if unknown := sorted(absent - head_names(backbone, task)):
         raise BackboneError(f"the checkpoint of {base} has no weights for {unknown[:5]}; it does not fit {task}.")
     return backbone
