@@ -270,12 +270,19 @@ def check_features(
     """Refuse features that the model could not read, whichever batch they will be in, or could not answer.
 
     Raises:
-        RecipeError: a row has no tokens.
+        RecipeError: a row has no tokens, or a held-out one no prompt to write behind.
         GuardError: one has more than the base has positions, or what is written behind it has.
     """
     if empty := sum(not _count(f["input_ids"], min) for f in features):
         raise RecipeError(
             f"{empty} rows have no tokens for {type(tokenizer).__name__}; fill their texts, or drop them."
+        )
+    writes = held_out and isinstance(task, GenerationTask)
+    if blank := [n for n, f in enumerate(features, 1) if writes and not f["source_ids"]]:
+        raise RecipeError(
+            f"held-out row {blank[0]} of {len(features)} has an empty prompt, and {type(tokenizer).__name__} begins no "
+            f"text with a token of its own, so that nothing is there to write behind; fill it, or drop the row "
+            f"({len(blank)} in all)."
         )
     for name in ("input_ids", "labels"):
         counts = [_count(f[name], max) if isinstance(f.get(name), list) else 0 for f in features]

@@ -348,6 +348,31 @@ def test_what_will_be_written_has_room_too() -> None:
                 check_features(model, task, tokenizer, features, held_out=True)
 
 
+@pytest.mark.parametrize("further", [0, 100])
+def test_what_leaves_no_room_for_samples_is_not_cured_by_shorter_ones(further: int) -> None:
+    tokenizer = words_tokenizer()
+    model = get_ptune_model(build("gpt2"), PTuneConfig(num_virtual_tokens=3))
+    task = CausalLM(generate=True, max_new_tokens=model.backbone.config.n_positions - 3 + further)
+    features = task.encode([{"prompt": "a", "references": ["b"]}], tokenizer, [], held_out=True)
+    with pytest.raises(GuardError) as caught:
+        check_features(model, task, tokenizer, features, held_out=True)
+    said = str(caught.value)
+    assert ("Write fewer new tokens, or take" in said) == bool(further)
+    assert ("Shorten the samples to 1 tokens" in said) == (not further) and "-" not in said
+
+
+def test_an_answer_needs_a_token_to_stand_behind() -> None:
+    tokenizer = words_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None  # no special tokens, as of GPT-2
+    model = get_ptune_model(build("gpt2"), PTuneConfig(num_virtual_tokens=3))
+    task = CausalLM()
+    rows = [{"prompt": "a", "references": ["b"]}, {"prompt": "", "references": ["b"]}]
+    check_features(model, task, tokenizer, task.encode(rows, tokenizer, []))
+    features = task.encode(rows, tokenizer, [], held_out=True)
+    with pytest.raises(RecipeError, match="held-out row 2 of 2 has an empty prompt.*fill it"):
+        check_features(model, task, tokenizer, features, held_out=True)
+
+
 def test_a_long_sentence_is_asked_in_windows(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "bert", "TOKEN_CLS")
     rows = [ROWS["TOKEN_CLS"](n) for n in range(16)]
