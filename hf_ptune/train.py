@@ -41,6 +41,7 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.engines import last_checkpoint
 from hf_ptune.errors import BackboneError, PTuneError, RecipeError
+from hf_ptune.lengths import check_lengths
 from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.publishing import finish_folder
@@ -270,13 +271,14 @@ def check_features(
     """Refuse features that the model could not read, whichever batch they will be in, or could not answer.
 
     Raises:
-        RecipeError: a row has no tokens, or a held-out one no prompt to write behind.
+        RecipeError: a row has no tokens, or special ones alone, or a held-out one no prompt to write behind.
         GuardError: one has more than the base has positions, or what is written behind it has.
     """
     if empty := sum(not _count(f["input_ids"], min) for f in features):
         raise RecipeError(
             f"{empty} rows have no tokens for {type(tokenizer).__name__}; fill their texts, or drop them."
         )
+    check_lengths(task, tokenizer, features, "held-out" if held_out else "training")
     writes = held_out and isinstance(task, GenerationTask)
     if blank := [n for n, f in enumerate(features, 1) if writes and not f["source_ids"]]:
         raise RecipeError(
