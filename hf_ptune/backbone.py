@@ -137,6 +137,14 @@ def check_family(task: str, base: str, config: PreTrainedConfig) -> None:
         )
 
 
+def anchored(base: str) -> str:
+    """The absolute path of a base that is a local folder; other names pass through.
+
+    A relative one means nothing, or the Hub's model of that name, to whoever loads an adapter elsewhere.
+    """
+    return str(Path(base).absolute()) if Path(base).is_dir() else base
+
+
 def place_of(base: str) -> str:
     """One spelling for all names of a base that is on this machine."""
     try:

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 import hf_ptune
 from hf_ptune import train, train_multitask
-from hf_ptune.backbone import TASKS, blaming, resolve
+from hf_ptune.backbone import TASKS, anchored, blaming, resolve
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.convert import convert
 from hf_ptune.errors import BackboneError, PTuneError
@@ -50,7 +50,7 @@ def init(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PTuneError(f"{folder} is there already and not empty; name a new folder.")
     options = {} if num_virtual_tokens is None else {"num_virtual_tokens": num_virtual_tokens}
-    config = PTuneConfig(method=method, base_model_name_or_path=base, **options)
+    config = PTuneConfig(method=method, base_model_name_or_path=anchored(base), **options)
     task = task or ("SEQ_CLS" if num_labels else _task_of_base(base))
     tokenizer = train.load_tokenizer(base)
     labels = [f"LABEL_{n}" for n in range(num_labels or 0)]

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from hf_ptune.adapter_file import WEIGHTS_NAME
-from hf_ptune.backbone import TASKS, blaming, check_family, head_names, load_backbone, resolve
+from hf_ptune.backbone import TASKS, anchored, blaming, check_family, head_names, load_backbone, resolve
 from hf_ptune.callbacks import (
     BestMetricCallback,
     FreezeBackboneCallback,
@@ -125,7 +125,7 @@ def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) ->
 def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None) -> PTuneConfig:
     """The configuration of a recipe's adapter; the method's defaults fill the options that the recipe leaves out."""
     options = recipe.defaults().options | recipe.options | dict(further or {})
-    return PTuneConfig(method=recipe.method, base_model_name_or_path=recipe.base, **options)
+    return PTuneConfig(method=recipe.method, base_model_name_or_path=anchored(recipe.base), **options)
 
 
 def card_facts(recipe: Recipe, rows: Rows) -> dict[str, Any]:
