@@ -2,9 +2,12 @@
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import nn
@@ -24,7 +27,8 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import extract_commit_hash
 
-from hf_ptune.errors import BackboneError
+from hf_ptune.adapter_file import shorten
+from hf_ptune.errors import BackboneError, PTuneError
 from hf_ptune.methods.bitfit import bias_names
 
 # task -> Auto class that loads the base, names of the classes that do the task, whether a fresh head comes with it
@@ -94,6 +98,61 @@ def resolve(base: str) -> str:
     if not path.is_relative_to(root) or not path.is_dir():
         raise BackboneError(f"the package {module} has no folder {folder!r}; found {sorted(_folders(root))}.")
     return str(path)
+
+
+@contextmanager
+def blaming(base: str) -> Iterator[None]:
+    """Say of every failure which base it was about.
+
+    Raises:
+        BackboneError: whatever failed.
+    """
+    try:
+        yield
+    except (PTuneError, ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a family or a file raises, the cure is the same
+        raise BackboneError(
+            f"the base {base!r} cannot be loaded ({type(error).__name__}: {shorten(error)}); expected a folder with a "
+            "model and its tokenizer, an id on the Hub, or package:<module>/<folder>."
+        ) from error
+
+
+def check_family(task: str, base: str, config: PreTrainedConfig) -> None:
+    """Refuse a base of a family that has no model for a task.
+
+    Args:
+        task: a key of `TASKS`.
+        base: its name, for messages.
+        config: its configuration.
+
+    Raises:
+        BackboneError: there is none; it says for which tasks there is one.
+    """
+    # AutoModel takes every family
+    able = [t for t, auto in TASKS.items() if type(config) in auto._model_mapping and t != "FEATURE_EXTRACTION"]
+    if task in TASKS and type(config) not in TASKS[task]._model_mapping:
+        raise BackboneError(
+            f"the base {base!r} is a {config.model_type}, which has no model for {task}; it has one for "
+            f"{', '.join(able) or 'no task'}. Name a base of another family, or another task."
+        )
+
+
+def anchored(base: str) -> str:
+    """The absolute path of a base that is a local folder; other names pass through.
+
+    A relative one means nothing, or the Hub's model of that name, to whoever loads an adapter elsewhere.
+    """
+    return str(Path(base).absolute()) if Path(base).is_dir() else base
+
+
+def place_of(base: str) -> str:
+    """One spelling for all names of a base that is on this machine."""
+    try:
+        path = Path(resolve(base)).expanduser()
+    except BackboneError:
+        return base  # in a package that is not installed
+    return str(path.resolve()) if path.exists() else base
 
 
 def _folders(root: Path) -> list[str]:

@@ -4,13 +4,14 @@ import argparse
 import runpy
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from transformers import AutoConfig
 
 import hf_ptune
 from hf_ptune import train, train_multitask
-from hf_ptune.backbone import TASKS, resolve
+from hf_ptune.backbone import TASKS, anchored, blaming, resolve
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.convert import convert
 from hf_ptune.errors import BackboneError, PTuneError
@@ -49,7 +50,7 @@ def init(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PTuneError(f"{folder} is there already and not empty; name a new folder.")
     options = {} if num_virtual_tokens is None else {"num_virtual_tokens": num_virtual_tokens}
-    config = PTuneConfig(method=method, base_model_name_or_path=base, **options)
+    config = PTuneConfig(method=method, base_model_name_or_path=anchored(base), **options)
     task = task or ("SEQ_CLS" if num_labels else _task_of_base(base))
     tokenizer = train.load_tokenizer(base)
     labels = [f"LABEL_{n}" for n in range(num_labels or 0)]
@@ -61,7 +62,8 @@ def init(
 
 
 def _task_of_base(base: str) -> str:
-    config = AutoConfig.from_pretrained(resolve(base))
+    with blaming(base):
+        config = AutoConfig.from_pretrained(resolve(base))
     architecture = (config.architectures or [""])[0]
     if config.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"
@@ -104,8 +106,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-ptune", description="Prompt learning as a part of transformers.")
     parser.add_argument("--version", action="version", version=f"hf_ptune {hf_ptune.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
+    # --seed is a recipe's, and no short form of --seeds
+    add_parser = partial(commands.add_parser, allow_abbrev=False)
 
-    new = commands.add_parser("init", help="write a fresh adapter that any script can train")
+    new = add_parser("init", help="write a fresh adapter that any script can train")
     new.add_argument("folder", help="folder to write; new or empty")
     new.add_argument("--base", required=True, help="Hub id, local folder, or package:<module>/<folder>")
     new.add_argument("--method", required=True, choices=method_names())
@@ -113,15 +117,15 @@ def make_parser() -> argparse.ArgumentParser:
     new.add_argument("--num-virtual-tokens", type=int, metavar="N")
     new.add_argument("--num-labels", type=int, metavar="N", help="labels of the fresh head")
 
-    script = commands.add_parser("run", help="run a script in which Auto classes know adapters")
+    script = add_parser("run", help="run a script in which Auto classes know adapters")
     script.add_argument("script")
     script.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
 
-    recipe = commands.add_parser("train", help="train by a recipe")
+    recipe = add_parser("train", help="train by a recipe")
     recipe.add_argument("recipe", help="a YAML file")
     recipe.add_argument("overrides", nargs=argparse.REMAINDER, help="--section.key=value …")
 
-    grid = commands.add_parser(
+    grid = add_parser(
         "sweep",
         help="train by a recipe with several learning rates and lengths; takes --section.key=value as in train",
     )
@@ -132,9 +136,9 @@ def make_parser() -> argparse.ArgumentParser:
     grid.add_argument("--folder", help="takes results, table and plot; outputs of the recipe with -sweep when unset")
     grid.add_argument("--retry", action="store_true", help="run again what failed before")
 
-    commands.add_parser("presets", help="list published settings and each method's defaults, with their sources")
+    add_parser("presets", help="list published settings and each method's defaults, with their sources")
 
-    push = commands.add_parser("push", help="push a finished adapter folder to the Hub")
+    push = add_parser("push", help="push a finished adapter folder to the Hub")
     push.add_argument("folder")
     push.add_argument("repo_id", help="user/name")
     push.add_argument("--private", action="store_true", default=None)
@@ -142,17 +146,17 @@ def make_parser() -> argparse.ArgumentParser:
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     push.add_argument("--commit-message", default="Upload adapter")
 
-    card = commands.add_parser("card", help="make the model card of a folder again, from the facts of its run")
+    card = add_parser("card", help="make the model card of a folder again, from the facts of its run")
     card.add_argument("folder")
     card.add_argument("seeds", nargs="*", help="folders of the same run with other seeds")
     card.add_argument("--repo-id", help="user/name; the folder's name when unset")
 
-    form = commands.add_parser("convert", help="write an adapter of ours or PEFT's in another form")
+    form = add_parser("convert", help="write an adapter of ours or PEFT's in another form")
     form.add_argument("source", help="folder or id on the Hub")
     form.add_argument("target", help="folder to write; a file for prompt_embeds")
     form.add_argument("--to", default="hf_ptune", choices=("hf_ptune", "peft", "prompt_embeds"))
 
-    told = commands.add_parser("info", help="say what an adapter is, without loading its base")
+    told = add_parser("info", help="say what an adapter is, without loading its base")
     told.add_argument("source", help="folder or id on the Hub")
     told.add_argument("--revision")
     return parser

@@ -289,6 +289,15 @@ def _train(trainer: Any, original: Any, resume_from_checkpoint: Any = None, *arg
     return original(resume_from_checkpoint, *args, **kwargs)
 
 
+@_replaces(Trainer, "_run_epoch", only_split=False)
+def _run_epoch(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> None:
+    """Train no further where a checkpoint is at the end already; the Trainer looks after a step only."""
+    if trainer.state.global_step >= trainer.state.max_steps:
+        trainer.control.should_training_stop = True
+        return
+    original(*args, **kwargs)
+
+
 @_replaces(Trainer, "evaluation_loop", only_split=False)
 def _evaluate(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
     """Count each sample once; Seq2SeqTrainer keeps those that were repeated to give all ranks as many."""

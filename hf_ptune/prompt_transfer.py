@@ -1,14 +1,13 @@
 """Start a prompt where another adapter's prompt ended."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_ptune.adapter_file import is_foreign, read_tensors
-from hf_ptune.backbone import resolve
+from hf_ptune.adapter_file import is_foreign, read_tensors, shorten
+from hf_ptune.backbone import place_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError
 from hf_ptune.loading import check_prompt, find_adapter
@@ -34,13 +33,21 @@ def transfer(model: Any, source: str) -> None:
     Raises:
         AdapterFileError: the source does not hold what its configuration describes.
         BackboneError: it is an adapter of another base.
-        ConfigError: it has another kind of prompt, another length or other sites, or its head does not fit.
+        ConfigError: there is no such adapter, or it has another kind of prompt, another length or other sites, or its
+            head does not fit.
     """
     if is_foreign(source, {}):
         raise ConfigError(
             f"{source} was saved by another library; write it in our form first: hf-ptune convert {source} FOLDER."
         )
-    path, found, _, config = find_adapter(source, PTuneConfig.from_pretrained(source))
+    try:
+        told = PTuneConfig.from_pretrained(source)
+    except OSError as error:
+        raise ConfigError(
+            f"prompt_tuning_init_adapter={source!r} cannot be read ({shorten(error)}); name the folder or Hub id of an "
+            "adapter."
+        ) from error
+    path, found, _, config = find_adapter(source, told)
     if not config.geometry:
         config.geometry = model.config.geometry
     _check_same_base(config, model.config, source)
@@ -62,7 +69,7 @@ def _check_same_base(source: PTuneConfig, target: PTuneConfig, where: str) -> No
             "True and prompt_tuning_init_head=True."
         )
     theirs, ours = source.base_model_name_or_path, target.base_model_name_or_path
-    if theirs and ours and _place(theirs) != _place(ours):
+    if theirs and ours and place_of(theirs) != place_of(ours):
         raise BackboneError(
             f"{where} was trained on the base {theirs!r}, and this one is {ours!r}: a prompt means something to its "
             "own base alone. Name an adapter of the same base; where both names are of the same weights, give "
@@ -74,15 +81,6 @@ def _check_same_base(source: PTuneConfig, target: PTuneConfig, where: str) -> No
     pinned = source.base_model_revision, target.base_model_revision
     if all(pinned) and pinned[0] != pinned[1]:
         logger.warning(f"{where} was trained on commit {pinned[0]} of {theirs}; the base here is at {pinned[1]}.")
-
-
-def _place(base: str) -> str:
-    """One spelling for all names of a base that is on this machine."""
-    try:
-        path = Path(resolve(base)).expanduser()
-    except BackboneError:
-        return base  # in a package that is not installed
-    return str(path.resolve()) if path.exists() else base
 
 
 def _check_same_prompt(source: PTuneConfig, model: Any, where: str) -> list[dict[str, Any]]:

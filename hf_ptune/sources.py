@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import yaml
 
+from hf_ptune.adapter_file import shorten
 from hf_ptune.errors import RecipeError
 from hf_ptune.tasks.base import Row
 
@@ -120,9 +121,10 @@ def read_hub(
 
     try:
         dataset = datasets.load_dataset(name, config, split=split, revision=revision)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        said = shorten(error.__cause__ or error)  # what generates a dataset says only that it could not
         raise RecipeError(
-            f"data.source {HUB}{name} (config {config}, split {split}) cannot be loaded: {error}. It needs the network "
+            f"data.source {HUB}{name} (config {config}, split {split}) cannot be loaded: {said}. It needs the network "
             "once; without it, name a .jsonl, .csv or .parquet file."
         ) from error
     names = {column: found for column, feature in dataset.features.items() if (found := _class_names(feature))}

@@ -175,9 +175,9 @@ def sweep(
         RecipeError: the folder holds another sweep, or a value of the grid is out of range.
     """
     grid = _grid(recipe, rates, lengths, seeds)
-    fingerprint = _fingerprint(recipe)
-    known = _read(folder, fingerprint)
     rows = _choose_rows(recipe, load_rows(recipe))
+    fingerprint = _fingerprint(recipe, rows)
+    known = _read(folder, fingerprint)
     task = recipe.build_task()
     done: list[Trial] = []
     with tqdm(total=len(grid), desc="sweep", unit="run") as bar:
@@ -272,13 +272,14 @@ def _train(recipe: Recipe, rows: Rows) -> tuple[dict[str, float], dict[str, str]
     return metrics, {} if watch is None else dict(watch.found)
 
 
-def _fingerprint(recipe: Recipe) -> str:
+def _fingerprint(recipe: Recipe, rows: Rows) -> str:
     """What all runs of one sweep share."""
     content = asdict(recipe)
     for section, name in (("training", "learning_rate"), ("options", "num_virtual_tokens")):
         content[section].pop(name, None)
     for name in ("seed", "output_dir", "card", "folder"):
         content.pop(name)
+    content["rows"] = asdict(rows)  # whose files may have been changed since
     return digest_of(json.loads(json.dumps(content, default=str)))
 
 
@@ -293,7 +294,9 @@ def _read(folder: Path, fingerprint: str) -> dict[tuple[float, int | None, int],
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{path} holds no results of a sweep ({shorten(error)}); name another folder.") from error
     if not same:
-        raise RecipeError(f"{path} holds a sweep of another recipe; name another folder, or remove the file.")
+        raise RecipeError(
+            f"{path} holds a sweep of another recipe, or of other rows; name another folder, or remove the file."
+        )
     return {t.place: t for t in trials}
 
 

@@ -27,8 +27,18 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import WEIGHTS_NAME
-from hf_ptune.backbone import POOLER, TASKS, head_names, load_backbone, resolve
+from hf_ptune.backbone import (
+    POOLER,
+    TASKS,
+    anchored,
+    blaming,
+    check_family,
+    head_names,
+    load_backbone,
+    resolve,
+)
 from hf_ptune.callbacks import (
+    BestMetricCallback,
     FreezeBackboneCallback,
     GuardCallback,
     LearningCallback,
@@ -42,10 +52,12 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.engines import last_checkpoint
 from hf_ptune.errors import BackboneError, PTuneError, RecipeError
+from hf_ptune.lengths import check_lengths
 from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, read_recipe
+from hf_ptune.resuming import check_checkpoint
 from hf_ptune.sharding import loading_alone
 from hf_ptune.sources import HUB
 from hf_ptune.tasks import Answer, Feature, Row, Task, TaskTrainer
@@ -146,7 +158,7 @@ def check_direction(model: PTunePreTrainedModel, task: Task) -> None:
 def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None) -> PTuneConfig:
     """The configuration of a recipe's adapter; the method's defaults fill the options that the recipe leaves out."""
     options = recipe.defaults().options | recipe.options | dict(further or {})
-    return PTuneConfig(method=recipe.method, base_model_name_or_path=recipe.base, **options)
+    return PTuneConfig(method=recipe.method, base_model_name_or_path=anchored(recipe.base), **options)
 
 
 def card_facts(recipe: Recipe, rows: Rows) -> dict[str, Any]:
@@ -165,10 +177,15 @@ def make_arguments(recipe: Recipe) -> TrainingArguments:
     """Turn a recipe's training section into TrainingArguments; its method's defaults fill what it leaves out.
 
     Raises:
-        RecipeError: values that transformers refuses.
+        RecipeError: values that transformers refuses, or that leave nothing to train or to measure.
     """
-    settings = {"dataloader_pin_memory": torch.accelerator.is_available()}
+    settings: dict[str, Any] = {"dataloader_pin_memory": torch.accelerator.is_available()}
     settings |= recipe.defaults().training | recipe.training
+    if settings.get("max_steps") == 0 or (settings.get("max_steps", -1) < 0 and settings.get("num_train_epochs") == 0):
+        raise RecipeError("training.max_steps or num_train_epochs is 0; expected a step at least (max_steps: 1).")
+    for name in ("batch_eval_metrics", "prediction_loss_only"):
+        if settings.get(name):
+            raise RecipeError(f"training.{name} is true, but tasks measure all held-out rows at once; leave it out.")
     try:
         return TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **settings)
     except (ValueError, ImportError) as error:
@@ -179,10 +196,14 @@ def train_on(trainer: Trainer) -> None:
     """Train, from the checkpoint that is named, or of `true` from the last one of the output folder.
 
     Raises:
-        RecipeError: the checkpoint is of a run with other learning rates of their own.
+        RecipeError: the checkpoint is of a run with another adapter, or with other learning rates of their own; or
+            `metric_for_best_model` names what is not measured.
     """
     resume = trainer.args.resume_from_checkpoint
     checkpoint = last_checkpoint(str(trainer.args.output_dir)) if resume in (True, "true") else resume
+    if checkpoint:
+        check_checkpoint(trainer.model, checkpoint)
+    trainer.add_callback(BestMetricCallback())
     try:
         trainer.train(checkpoint)
     except ValueError as error:
@@ -198,9 +219,10 @@ def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
     """Load a base's tokenizer; one without a padding token pads with its end token.
 
     Raises:
-        BackboneError: it has neither.
+        BackboneError: it has neither, or cannot be loaded.
     """
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(base))
+    with blaming(base):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(base))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise BackboneError(f"the tokenizer of {base} has neither padding nor end token; give it one.")
@@ -225,16 +247,20 @@ def load_base(
         adapter: what will be trained; where the checkpoint lacks a pooler, that comes among its `modules_to_save`.
 
     Raises:
-        BackboneError: the checkpoint lacks weights that are not trained.
+        BackboneError: the base cannot be loaded, its family has no model for the task, or the checkpoint lacks weights
+            that are not trained.
     """
     named: dict[str, Any] = {}
     if labels:
         named = {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
-    config = AutoConfig.from_pretrained(resolve(base), **named)
+    with blaming(base):
+        config = AutoConfig.from_pretrained(resolve(base), **named)
+    check_family(task, base, config)
     text = config.get_text_config()
     if tokenizer is not None and text.pad_token_id is None:
         text.pad_token_id = tokenizer.pad_token_id
-    backbone, absent = load_backbone(task, base, config)
+    with blaming(base):
+        backbone, absent = load_backbone(task, base, config)
     unknown = absent - head_names(backbone, task, None if adapter is None else adapter.modules_to_save)
     if adapter is not None and unknown and all(f".{POOLER}." in f".{name}" for name in unknown):
         adapter.modules_to_save = [*(adapter.modules_to_save or []), POOLER]
@@ -292,12 +318,20 @@ def check_features(
     """Refuse features that the model could not read, whichever batch they will be in, or could not answer.
 
     Raises:
-        RecipeError: a row has no tokens.
+        RecipeError: a row has no tokens, or special ones alone, or a held-out one no prompt to write behind.
         GuardError: one has more than the base has positions, or what is written behind it has.
     """
     if empty := sum(not _count(f["input_ids"], min) for f in features):
         raise RecipeError(
             f"{empty} rows have no tokens for {type(tokenizer).__name__}; fill their texts, or drop them."
+        )
+    check_lengths(task, tokenizer, features, "held-out" if held_out else "training")
+    writes = held_out and isinstance(task, GenerationTask)
+    if blank := [n for n, f in enumerate(features, 1) if writes and not f["source_ids"]]:
+        raise RecipeError(
+            f"held-out row {blank[0]} of {len(features)} has an empty prompt, and {type(tokenizer).__name__} begins no "
+            f"text with a token of its own, so that nothing is there to write behind; fill it, or drop the row "
+            f"({len(blank)} in all)."
         )
     for name in ("input_ids", "labels"):
         counts = [_count(f[name], max) if isinstance(f.get(name), list) else 0 for f in features]

@@ -61,6 +61,7 @@ def test_errors_are_messages(tmp_path: Path, argv: None, capsys: pytest.CaptureF
         (["init", "--base", base, "--method", "bitfit", new], "pass --task"),
         (["init", "--base", base, "--method", "p_tuning", "--num-virtual-tokens", "0", new], "expected at least 1"),
         (["init", "--base", "package:no_such/x", "--method", "bitfit", new], "not installed"),
+        (["init", "--base", "./nothing", "--method", "bitfit", new], "the base './nothing' cannot be loaded"),
         (["run", str(tmp_path / "none.py")], "no such script"),
         (["train", str(tmp_path / "none.yaml")], "cannot be read"),
     ]:

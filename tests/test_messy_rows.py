@@ -16,6 +16,7 @@ from hf_ptune import PTuneConfig, get_ptune_model
 from hf_ptune.cloze import ClozeCollator
 from hf_ptune.data import load_rows
 from hf_ptune.errors import GuardError, RecipeError
+from hf_ptune.lengths import check_lengths
 from hf_ptune.recipe import make_recipe
 from hf_ptune.tasks import Task, get_task
 from hf_ptune.tasks.causal_lm import CausalLM
@@ -329,6 +330,40 @@ def test_what_is_cut_is_said(warned: pytest.LogCaptureFixture) -> None:
     assert "1 of 1 rows are longer than data.max_length=4" in warned.text
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "long"),
+    [
+        ("SEQ_CLS", {"text": "a b c", "label": "x"}, {"text": "a b c d e", "label": "x"}),
+        ("MULTIPLE_CHOICE", {"text": "a", "choices": ["b", "c"], "label": 0}, {"text": "a b c", "choices": ["b", "c"]}),
+        ("SEQ_2_SEQ_LM", {"text": "a", "target": "b"}, {"text": "a b c d e", "target": "a b c d e"}),
+        ("MASKED_LM", {"text": "a b"}, {"text": "a b c d e"}),
+    ],
+)
+def test_cut_rows_are_counted(
+    name: str, row: dict[str, Any], long: dict[str, Any], warned: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = words_tokenizer()
+    targets = {"max_target_length": 6} if name == "SEQ_2_SEQ_LM" else {}
+    task: Task = get_task(name)(max_length=6, **targets)
+    rows = [task.check_row(r, "here") for r in (row, row | long, row)]
+    features = task.encode(rows, tokenizer, ["x"])
+    check_lengths(task, tokenizer, features[:1], "training")
+    assert not warned.text
+    check_lengths(task, tokenizer, features, "training")
+    assert "1 of 3 training rows reach data.max_length=6: what is longer was cut there; raise data" in warned.text
+    assert ("1 of 3 training targets reach task_options.max_target_length=6" in warned.text) == bool(targets)
+
+
+@pytest.mark.parametrize(("most", "row"), [(1, {}), (2, {}), (2, {"text_pair": "a"}), (3, {"text_pair": "a"})])
+def test_a_length_that_leaves_special_tokens_alone(most: int, row: dict[str, str]) -> None:
+    tokenizer = words_tokenizer()
+    task = SequenceClassification(max_length=most)
+    model = get_ptune_model(build("bert", num_labels=2), PTuneConfig(num_virtual_tokens=3))
+    with pytest.raises(RecipeError, match=f"max_length={most} leaves nothing but special tokens"):
+        features = task.encode([{"text": "a", "label": "x"} | row], tokenizer, ["x", "y"])
+        check_features(model, task, tokenizer, features)
+
+
 def test_a_chat_template_without_an_end() -> None:
     tokenizer = words_tokenizer("user assistant a b c end")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
@@ -409,6 +444,31 @@ def test_what_will_be_written_has_room_too() -> None:
             check_features(model, task, tokenizer, features)  # nothing is written for training rows
             with pytest.raises(GuardError, match=r"of them to be written\) and 3 virtual tokens make"):
                 check_features(model, task, tokenizer, features, held_out=True)
+
+
+@pytest.mark.parametrize("further", [0, 100])
+def test_what_leaves_no_room_for_samples_is_not_cured_by_shorter_ones(further: int) -> None:
+    tokenizer = words_tokenizer()
+    model = get_ptune_model(build("gpt2"), PTuneConfig(num_virtual_tokens=3))
+    task = CausalLM(generate=True, max_new_tokens=model.backbone.config.n_positions - 3 + further)
+    features = task.encode([{"prompt": "a", "references": ["b"]}], tokenizer, [], held_out=True)
+    with pytest.raises(GuardError) as caught:
+        check_features(model, task, tokenizer, features, held_out=True)
+    said = str(caught.value)
+    assert ("Write fewer new tokens, or take" in said) == bool(further)
+    assert ("Shorten the samples to 1 tokens" in said) == (not further) and "-" not in said
+
+
+def test_an_answer_needs_a_token_to_stand_behind() -> None:
+    tokenizer = words_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None  # no special tokens, as of GPT-2
+    model = get_ptune_model(build("gpt2"), PTuneConfig(num_virtual_tokens=3))
+    task = CausalLM()
+    rows = [{"prompt": "a", "references": ["b"]}, {"prompt": "", "references": ["b"]}]
+    check_features(model, task, tokenizer, task.encode(rows, tokenizer, []))
+    features = task.encode(rows, tokenizer, [], held_out=True)
+    with pytest.raises(RecipeError, match="held-out row 2 of 2 has an empty prompt.*fill it"):
+        check_features(model, task, tokenizer, features, held_out=True)
 
 
 def test_a_long_sentence_is_asked_in_windows(tmp_path: Path) -> None:

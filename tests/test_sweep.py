@@ -126,6 +126,10 @@ def test_another_recipe_s_results_are_not_mixed_in(
     sweep(make_recipe_with(recipe, seed=3, training=recipe.training | {"learning_rate": 9.0}), tmp_path / "grid", [1.0])
     with pytest.raises(RecipeError, match="a sweep of another recipe"):
         sweep(make_recipe_with(recipe, method="prefix_tuning"), tmp_path / "grid", [1.0], [2])
+    path = tmp_path / "rows.jsonl"
+    path.write_text(path.read_text().replace('"text": "', '"text": "h '))
+    with pytest.raises(RecipeError, match="a sweep of another recipe, or of other rows"):
+        sweep(recipe, tmp_path / "grid", [1.0], [2])
     (tmp_path / "grid" / "results.json").write_text("[")
     with pytest.raises(RecipeError, match="holds no results of a sweep"):
         sweep(recipe, tmp_path / "grid", [1.0], [2])
@@ -150,6 +154,14 @@ def test_what_a_grid_may_hold(recipe: Recipe, tmp_path: Path, monkeypatch: pytes
     usual = defaults_of(recipe.method).training["learning_rate"]
     rates = sweep(silent, tmp_path / "silent").rates
     assert usual in rates and rates == pytest.approx([usual / 10, usual * 0.3, usual, usual * 3], rel=0.2)
+
+
+def test_seed_is_not_seeds(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(module, "_train", lambda chosen, rows: (seen.append(chosen.seed), ({"accuracy": 0.5}, {}))[1])
+    command = ["sweep", str(tmp_path / "recipe.yaml"), "--seed=7", "--learning-rates", "1e-2", "--lengths", "2"]
+    assert main(command) == 0 and seen == [7]
+    assert "--seed=7" in (tmp_path / "out-sweep" / "results.md").read_text()
 
 
 def test_tables() -> None:

@@ -15,13 +15,13 @@ from families import build
 from test_data import words_tokenizer
 from transformers import AutoConfig
 
-from hf_ptune import PTuneConfig, train_multitask
+from hf_ptune import PTuneConfig, cli, train_multitask
 from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts
 from hf_ptune.data import load_rows
 from hf_ptune.errors import BackboneError, RecipeError
 from hf_ptune.recipe import make_recipe
-from hf_ptune.train import load_base, load_tokenizer, main, make_arguments, make_trainer, run, wrap_base
+from hf_ptune.train import load_base, load_tokenizer, main, make_arguments, make_config, make_trainer, run, wrap_base
 
 ROOT = Path(__file__).parents[1]
 LETTERS = "abcdefgh"
@@ -136,6 +136,17 @@ def test_a_package_s_base_keeps_its_name(tmp_path: Path) -> None:
     content["training"] = content["training"] | {"max_steps": 1}
     outcome = run(make_recipe(content, folder=tmp_path))
     assert AutoConfig.from_pretrained(outcome.folder).base_model_name_or_path == base
+
+
+@pytest.mark.parametrize("named", ["roberta", "./roberta"])
+def test_a_folder_as_base_is_found_from_elsewhere(named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_base(tmp_path / "roberta", "bert", "SEQ_CLS")
+    monkeypatch.chdir(tmp_path)
+    recipe = make_recipe(write_recipe(tmp_path, "SEQ_CLS", named))
+    assert make_config(recipe).base_model_name_or_path == base
+    assert make_config(replace(recipe, base="user/roberta")).base_model_name_or_path == "user/roberta"
+    assert cli.main(["init", "--base", named, "--method", "bitfit", "--num-labels", "2", "new"]) == 0
+    assert AutoConfig.from_pretrained(tmp_path / "new").base_model_name_or_path == base
 
 
 def test_runs_are_repeatable(tmp_path: Path) -> None:

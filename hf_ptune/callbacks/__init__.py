@@ -1,6 +1,7 @@
 """Callbacks of the Trainer: freeze the backbone, guard the first batch, watch learning, report memory and speed."""
 
 import hf_ptune.engines  # noqa: F401  # the Trainer comes there
+from hf_ptune.callbacks.best import BestMetricCallback
 from hf_ptune.callbacks.freeze import FreezeBackboneCallback
 from hf_ptune.callbacks.guard import GuardCallback, check_batch
 from hf_ptune.callbacks.learning import LearningCallback
@@ -8,6 +9,7 @@ from hf_ptune.callbacks.memory import MemoryCallback
 from hf_ptune.callbacks.model_card import ModelCardCallback
 
 __all__ = [
+    "BestMetricCallback",
     "FreezeBackboneCallback",
     "GuardCallback",
     "LearningCallback",

@@ -239,11 +239,13 @@ def check_positions(model: PTunePreTrainedModel, inputs: Mapping[str, Any], furt
         if length + virtual > room:
             prompt = f" and {virtual} virtual tokens make {length + virtual} positions" if virtual else ""
             written = f" ({further + 1} of them to be written)" if further else ""
+            left = room - virtual - further
+            cures = [f"shorten the samples to {left} tokens (max_length of the tokenizer)"] if left > 0 else []
+            cures += ["write fewer new tokens"] if further else []
+            cures += ["take fewer virtual tokens"] if virtual else []
+            cure = ", or ".join(cures)
             raise GuardError(
-                f"sequences of {length} tokens{written}{prompt}, but {name} has {room}. "
-                f"Shorten the samples to {room - virtual - further} tokens (max_length of the tokenizer)"
-                + (", or write fewer new tokens" if further else "")
-                + (", or take fewer virtual tokens." if virtual else ".")
+                f"sequences of {length} tokens{written}{prompt}, but {name} has {room}. {cure[0].upper()}{cure[1:]}."
             )
 
 

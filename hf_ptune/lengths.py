@@ -1,0 +1,55 @@
+"""What is lost of rows that are longer than a task lets them be."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from hf_ptune.errors import RecipeError
+from hf_ptune.tasks import Feature, Task
+from hf_ptune.tasks.causal_lm import CausalLM
+
+logger = logging.get_logger(__name__)
+
+
+def check_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, features: Sequence[Feature], what: str) -> None:
+    """Log how many rows reach the length at which they are cut.
+
+    Tasks with windows (`stride`) lose nothing there, and CAUSAL_LM counts its rows itself.
+
+    Args:
+        task: whose `max_length` it is.
+        tokenizer: the base's.
+        features: of the task.
+        what: which rows they are, for messages.
+
+    Raises:
+        RecipeError: nothing but special tokens is left of one.
+    """
+    if hasattr(task, "stride") or isinstance(task, CausalLM):
+        return
+    full = [f for f in features if max(map(len, _texts(f))) >= task.max_length]
+    # what stands for text is a special token too
+    framing = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id, tokenizer.mask_token_id}
+    whole = [ids for f in full for ids in _texts(f) if len(ids) >= task.max_length]
+    # tokenizers cut nothing where not even special tokens have room
+    if any(len(ids) > task.max_length or set(ids) <= framing for ids in whole):
+        raise RecipeError(
+            f"data.max_length={task.max_length} leaves nothing but special tokens of a row; raise data.max_length."
+        )
+    _tell(len(full), len(features), f"{what} rows", f"data.max_length={task.max_length}")
+    if (most := getattr(task, "max_target_length", None)) is not None:
+        targets = sum(len(f["labels"]) >= most for f in features)
+        _tell(targets, len(features), f"{what} targets", f"task_options.max_target_length={most}")
+
+
+def _tell(reach: int, count: int, what: str, limit: str) -> None:
+    if reach:
+        name = limit.partition("=")[0]
+        logger.warning(f"{reach} of {count} {what} reach {limit}: what is longer was cut there; raise {name}.")
+
+
+def _texts(feature: Feature) -> list[list[int]]:
+    """Ids of a feature, or of its choices."""
+    ids = feature["input_ids"]
+    return list(ids) if len(ids) and isinstance(ids[0], list) else [ids]

@@ -1,0 +1,77 @@
+"""What users mistake often: each is one message that says what was expected, and no step is trained."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+from test_train import write_base, write_recipe
+
+from hf_ptune.cli import main
+from hf_ptune.errors import BackboneError, RecipeError
+from hf_ptune.sources import read_hub
+from hf_ptune.train import load_base
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """A recipe that would train."""
+    content = write_recipe(tmp_path, "SEQ_CLS", write_base(tmp_path / "base", "bert", "SEQ_CLS"))
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+    return str(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["--base=./nothing"], ["the base './nothing' cannot be loaded", "expected a folder"]),
+        (["--base=nope/nothing"], ["the base 'nope/nothing' cannot be loaded"]),
+        (["--training.max_steps=0"], ["expected a step at least"]),
+        (["--training.num_train_epochs=0"], ["expected a step at least"]),
+        (["--training.batch_eval_metrics=true"], ["training.batch_eval_metrics is true", "leave it out"]),
+        (["--training.prediction_loss_only=true"], ["training.prediction_loss_only is true", "leave it out"]),
+        (["--training.metric_for_best_model=acc"], ["'acc', which is not measured", "of accuracy, f1_macro, loss."]),
+        (
+            ["--options.prompt_tuning_init=ADAPTER", "--options.prompt_tuning_init_adapter=out/nope"],
+            ["prompt_tuning_init_adapter='out/nope' cannot be read"],
+        ),
+    ],
+)
+def test_mistakes_are_messages(
+    overrides: list[str],
+    messages: list[str],
+    path: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["train", path, *overrides]) == 2
+    said = capsys.readouterr().err
+    assert "\nerror: " in f"\n{said}" and all(message in said for message in messages)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "able"),
+    [
+        ("gpt2", "SEQ_2_SEQ_LM", "CAUSAL_LM"),
+        ("t5", "CAUSAL_LM", "SEQ_2_SEQ_LM"),
+        ("gpt2", "MASKED_LM", "CAUSAL_LM"),
+        ("llama", "MULTIPLE_CHOICE", "CAUSAL_LM"),
+    ],
+)
+def test_a_base_of_another_family(family: str, task: str, able: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", family, able)
+    with pytest.raises(BackboneError, match=f"is a {family}, which has no model for {task}; it has one for .*{able}"):
+        load_base(base, task)
+
+
+def test_files_of_the_hub_that_cannot_be_cast(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from TypeError("no float: 'x'")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(RecipeError, match="hub:user/rows .*cannot be loaded: no float: 'x'. It needs"):
+        read_hub("user/rows", None, "train")

@@ -1,0 +1,53 @@
+"""Going on from a checkpoint: a finished run takes no further step, and another run's checkpoint is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train import write_base, write_recipe
+
+from hf_ptune.errors import RecipeError
+from hf_ptune.recipe import make_recipe
+from hf_ptune.train import run
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> dict[str, Any]:
+    """A recipe of which a run has been finished, in the middle of an epoch, and which resumes."""
+    found = write_recipe(tmp_path, "SEQ_CLS", write_base(tmp_path / "base", "bert", "SEQ_CLS"))
+    found["training"] |= {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    run(make_recipe(found, folder=tmp_path))
+    found["training"] |= {"resume_from_checkpoint": "true"}
+    return found
+
+
+def test_a_finished_run_takes_no_further_step(content: dict[str, Any], tmp_path: Path) -> None:
+    expected = (tmp_path / "out" / "adapter" / "model.safetensors").read_bytes()
+    run(make_recipe(content, folder=tmp_path))
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert (tmp_path / "out" / "adapter" / "model.safetensors").read_bytes() == expected
+    content["training"] |= {"max_steps": 6}
+    run(make_recipe(content, folder=tmp_path))
+    assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "prefix_tuning"}, "method is 'p_tuning_v2' there and 'prefix_tuning' here"),
+        ({"options": {"num_virtual_tokens": 5}}, "options.num_virtual_tokens is 4 there and 5 here"),
+        ({"options": {"num_virtual_tokens": 4, "layers": [1]}}, r"options.layers is None there and \[1\] here"),
+        ({"base": "other"}, r"base is '.*base' there and '.*other' here"),
+        ({"labels": ["late", "early"]}, r"labels is \['early', 'late'\] there and \['late', 'early'\] here"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(
+    changes: dict[str, Any], message: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    if "base" in changes:
+        changes = {"base": write_base(tmp_path / "other", "bert", "SEQ_CLS")}
+    if "labels" in changes:
+        changes = {"data": content["data"] | changes}
+    with pytest.raises(RecipeError, match=message + ".*Give the old values.*or another output_dir"):
+        run(make_recipe(json.loads(json.dumps(content | changes)), folder=tmp_path))
