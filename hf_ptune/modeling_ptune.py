@@ -1,9 +1,6 @@
 """A wrapped backbone as a transformers model: one class per task."""
 
-import functools
-import inspect
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, cast
@@ -19,6 +16,7 @@ from hf_ptune.backbone import TASKS, adapter_names, cached_commit, count_paramet
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, InjectionError, PTuneError
+from hf_ptune.identity import Owner, blank, specialised
 from hf_ptune.injection import Injector, bind, find_geometry, word_embeddings
 from hf_ptune.logits_at import run_with_logits_at
 from hf_ptune.loss_at_labels import LossAtLabels
@@ -32,22 +30,6 @@ from hf_ptune.templates import name_virtual_tokens
 
 logger = hf_logging.get_logger(__name__)
 _OWNER = "_ptune_owner"
-
-
-class _Owner:
-    """Which wrapper a backbone belongs to, without keeping it alive; a copied backbone belongs to the copied one."""
-
-    def __init__(self, wrapper: "PTunePreTrainedModel | None") -> None:
-        self.reference = None if wrapper is None else weakref.ref(wrapper)
-
-    def __call__(self) -> "PTunePreTrainedModel | None":
-        return None if self.reference is None else self.reference()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Owner":
-        return _Owner(memo.get(id(self())))
-
-    def __reduce__(self) -> Any:
-        return _Owner, (None,)
 
 
 class PTunePreTrainedModel(SavedAdapter):
@@ -88,7 +70,7 @@ class PTunePreTrainedModel(SavedAdapter):
         layers = getattr(self, "_no_split_modules", None) or ()
         self._no_split_modules = units_of(self, layers, word_embeddings(backbone))
         self.freeze_backbone()
-        self.__class__ = _with_signature(type(self), type(backbone))
+        self.__class__ = specialised(type(self), type(backbone))
 
     def init_weights(self) -> None:
         """Leave the loaded backbone alone: transformers would initialise layers that it did not load itself."""
@@ -105,7 +87,7 @@ class PTunePreTrainedModel(SavedAdapter):
                     stacklevel=4,
                 )
             previous._release()
-        backbone.__dict__[_OWNER] = _Owner(self)
+        backbone.__dict__[_OWNER] = Owner(self)
 
     def _build_prompt(self, kind: PromptKind) -> None:
         config = self.config
@@ -166,11 +148,11 @@ class PTunePreTrainedModel(SavedAdapter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # its class was made for the backbone's, and stands in no module
-        return _blank, (type(self).__mro__[1], type(self.backbone)), self.__dict__.copy()
+        return blank, (type(self).__mro__[1], type(self.backbone)), self.__dict__.copy()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.backbone.__dict__[_OWNER] = _Owner(self)
+        self.backbone.__dict__[_OWNER] = Owner(self)
         self.config.follow(self.backbone.config)
 
     # what is adapter ---------------------------------------------------------------------------------------
@@ -352,29 +334,6 @@ class PTunePreTrainedModel(SavedAdapter):
         self.config._attn_implementation_internal = self.backbone.config._attn_implementation
         if self._injector is not None:
             self._injector.install()
-
-
-_SPECIALISED: dict[tuple[type, type], type] = {}
-
-
-def _with_signature(cls: Any, backbone_class: Any) -> type:
-    """A class whose forward takes what the backbone's takes: the Trainer reads columns and labels off it."""
-    if (cls, backbone_class) not in _SPECIALISED:
-
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return cls.forward(self, *args, **kwargs)
-
-        functools.update_wrapper(forward, backbone_class.forward)
-        vars(forward)["__signature__"] = inspect.signature(backbone_class.forward)
-        names = {"forward": forward, "__module__": cls.__module__, "backbone_class": backbone_class}
-        _SPECIALISED[cls, backbone_class] = type(cls.__name__, (cls,), names)
-    return _SPECIALISED[cls, backbone_class]
-
-
-def _blank(cls: Any, backbone_class: Any) -> Any:
-    """A wrapper that copying or unpickling has still to fill."""
-    specialised: Any = _with_signature(cls, backbone_class)
-    return specialised.__new__(specialised)
 
 
 # what looks the text's tokens up in the logits, or in the vocabulary

@@ -7,7 +7,7 @@ import hf_ptune
 
 ROOT = Path(hf_ptune.__file__).parent
 LAYERS = [
-    {"errors", "shapes", "cross_entropy", "auto", "sharding", "templates", "registry"},
+    {"errors", "shapes", "cross_entropy", "auto", "sharding", "templates", "registry", "base_settings", "identity"},
     {"methods"},
     {"adapter_file"},
     {"configuration_ptune", "injection", "backbone"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"data"},
     {"callbacks"},
     {"interop", "info"},
-    {"convert"},
+    {"convert", "lengths", "resuming"},
     {"train"},
     {"sweep", "train_multitask"},
     {"cli"},
