@@ -311,6 +311,23 @@ def test_words_keep_their_spaces() -> None:
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
+@pytest.mark.parametrize("words", [["我", "在", "家"], ["hello", "worlds", "hello"]])
+def test_tags_are_told_as_they_are_measured(words: list[str]) -> None:
+    tokenizer, labels = tokenizer_of("bytes"), ["B-Y", "B-X", "I-X"]
+    config = {"num_labels": 3, "vocab_size": len(tokenizer), "id2label": dict(enumerate(labels))}
+    model = build("bert", "TOKEN_CLS", **config)
+    row = {"tokens": words, "tags": ["B-X", "I-X", "B-Y"]}
+    task = TokenClassification()
+    feature = task.encode([row], tokenizer, labels, held_out=True)[0]
+    with torch.no_grad():
+        numbers = model(torch.tensor([feature["input_ids"]])).logits[0].argmax(-1).tolist()
+    told = {word: labels[numbers[place]] for place, word in feature["words"].items()}
+    said = ", ".join(f"{words[n]}: {tag}" for n, tag in told.items())
+    answer = task.ask(model, tokenizer, [row])[0]
+    assert answer.answer == said and answer.truth == "B-X I-X B-Y"
+    assert answer.question == ("我在家" if words[0] == "我" else "hello worlds hello")
+
+
 def test_a_long_predicate_leaves_room() -> None:
     tokenizer = words_tokenizer()
     row = {"tokens": ["a", "x" + "y" * 20], "tags": ["O", "B-V"], "predicate_index": 1}

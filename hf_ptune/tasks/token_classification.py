@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from transformers import EvalPrediction, PreTrainedTokenizerBase, pipeline
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import RecipeError
@@ -188,30 +188,16 @@ class TokenClassification(Task):
         labels = [model.config.id2label[n] for n in range(model.config.num_labels)]
         answers = []
         for row in rows:
+            # as rows are measured; a pipeline would cut words and windows in its own way
             features = self.encode([row], tokenizer, labels, held_out=True)
-            if "predicate_index" in row or len(features) > 1:  # which no pipeline knows, or cuts alike
-                answers.append(self._ask_windows(model, tokenizer, row, features, labels))
-            else:
-                answers.append(_ask(model, tokenizer, row))
+            chosen = run_model(self, model, tokenizer, features).logits.argmax(-1).tolist()
+            tags = self._by_row(chosen, features, labels)[0][1]
+            words = [str(word) for word in row["tokens"]]
+            said = [f"{word}: {tag}" for word, tag in zip(words, tags, strict=True) if tag != _OUTSIDE]
+            asked = [words[row["predicate_index"]]] if "predicate_index" in row else []
+            question = " | ".join(["".join(_with_spaces(words)), *asked])
+            answers.append(Answer(question, ", ".join(said) or "nothing", " ".join(map(str, row["tags"]))))
         return answers
-
-    def _ask_windows(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        row: Row,
-        features: Sequence[Feature],
-        labels: Sequence[str],
-    ) -> Answer:
-        chosen = run_model(self, model, tokenizer, features).logits.argmax(-1).tolist()
-        tags = self._by_row(chosen, features, labels)[0][1]
-        said = [f"{word}: {tag}" for word, tag in zip(row["tokens"], tags, strict=True) if tag != _OUTSIDE]
-        asked = [row["tokens"][row["predicate_index"]]] if "predicate_index" in row else []
-        return Answer(
-            " | ".join([" ".join(map(str, row["tokens"])), *map(str, asked)]),
-            ", ".join(said) or "nothing",
-            " ".join(map(str, row["tags"])),
-        )
 
 
 def _with_spaces(words: Sequence[str]) -> list[str]:
@@ -230,13 +216,6 @@ def _keeps_words_apart(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether words one by one become the tokens that they are in a text."""
     one_by_one = tokenizer(["x", "x"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
     return bool(one_by_one == tokenizer("x x", add_special_tokens=False)["input_ids"])
-
-
-def _ask(model: Any, tokenizer: PreTrainedTokenizerBase, row: Row) -> Answer:
-    pipe = pipeline("token-classification", model=model, tokenizer=tokenizer)
-    text = " ".join(map(str, row["tokens"]))
-    found = ", ".join(f"{e['word']}: {e['entity_group']}" for e in pipe(text, aggregation_strategy="simple"))
-    return Answer(text, found or "nothing", " ".join(map(str, row["tags"])))
 
 
 def _labels(
