@@ -48,6 +48,7 @@ from hf_ptune.train import (
     load_tokenizer,
     make_arguments,
     make_config,
+    stopping,
     train_on,
 )
 
@@ -232,7 +233,7 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
     set_seed(recipe.shared.seed)
     tokenizer = load_tokenizer(recipe.shared.base)
     model, parts = build(recipe, tokenizer)
-    watched_by = [LearningCallback(), MemoryCallback()]
+    watched_by = [LearningCallback(), MemoryCallback(), *stopping(recipe.shared)]
     rates = make_optimizer(arguments, model, *recipe.shared.rates())
     trainer = MultiTaskTrainer(
         model, arguments, parts, tokenizer, recipe.temperature, callbacks=watched_by, optimizer_cls_and_kwargs=rates
