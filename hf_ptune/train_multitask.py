@@ -23,6 +23,7 @@ from transformers import (
 from hf_ptune.callbacks import LearningCallback, MemoryCallback, check_batch
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.data import Rows, load_rows
+from hf_ptune.engines import at_end
 from hf_ptune.errors import RecipeError
 from hf_ptune.hub import push_folder
 from hf_ptune.multitask import (
@@ -204,6 +205,10 @@ class MultiTaskTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
             self.prompts.save_pretrained(output_dir or self.args.output_dir)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not at_end(self):
+            super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.prompts.load_adapters(resume_from_checkpoint)
