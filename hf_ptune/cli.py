@@ -24,6 +24,11 @@ from hf_ptune.publishing import remake_card
 from hf_ptune.recipe import read_recipe
 from hf_ptune.sweep import command_of, report, sweep
 
+_OVERRIDES = (
+    "Further options change the recipe: --key=value or --section.key=value sets any of its keys, as --seed=1 or "
+    "--training.learning_rate=1e-2, and --variant=name takes the changes that it has under variants, before all others."
+)
+
 
 def init(
     base: str,
@@ -121,14 +126,10 @@ def make_parser() -> argparse.ArgumentParser:
     script.add_argument("script")
     script.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
 
-    recipe = add_parser("train", help="train by a recipe")
+    recipe = add_parser("train", help="train by a recipe", epilog=_OVERRIDES)
     recipe.add_argument("recipe", help="a YAML file")
-    recipe.add_argument("overrides", nargs=argparse.REMAINDER, help="--section.key=value …")
 
-    grid = add_parser(
-        "sweep",
-        help="train by a recipe with several learning rates and lengths; takes --section.key=value as in train",
-    )
+    grid = add_parser("sweep", help="train by a recipe with several learning rates and lengths", epilog=_OVERRIDES)
     grid.add_argument("recipe", help="a YAML file")
     grid.add_argument("--learning-rates", type=float, nargs="+", default=[], metavar="LR")
     grid.add_argument("--lengths", type=int, nargs="+", default=[], metavar="N", help="numbers of virtual tokens")
@@ -173,12 +174,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     given, further = parser.parse_known_args(arguments)
-    if further and given.command != "sweep":
+    if further and given.command not in ("train", "sweep"):  # those take overrides
         parser.error(f"unrecognized arguments: {' '.join(further)}")
     try:
         if given.command == "train":
             walk = train_multitask if train_multitask.names_tasks(given.recipe) else train
-            return walk.main([given.recipe, *given.overrides])
+            return walk.main([given.recipe, *further])
         if given.command == "sweep":
             run_sweep(given, further)
         elif given.command == "run":

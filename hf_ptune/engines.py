@@ -86,6 +86,13 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def at_end(trainer: Trainer) -> bool:
+    """Whether a run has no step left, which ends its training; the Trainer looks after a step only."""
+    finished: bool = trainer.state.global_step >= trainer.state.max_steps
+    trainer.control.should_training_stop |= finished
+    return finished
+
+
 # optimizer state -----------------------------------------------------------------------------------------------------
 
 
@@ -291,11 +298,9 @@ def _train(trainer: Any, original: Any, resume_from_checkpoint: Any = None, *arg
 
 @_replaces(Trainer, "_run_epoch", only_split=False)
 def _run_epoch(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> None:
-    """Train no further where a checkpoint is at the end already; the Trainer looks after a step only."""
-    if trainer.state.global_step >= trainer.state.max_steps:
-        trainer.control.should_training_stop = True
-        return
-    original(*args, **kwargs)
+    """Train no further where a checkpoint is at the end already."""
+    if not at_end(trainer):
+        original(*args, **kwargs)
 
 
 @_replaces(Trainer, "evaluation_loop", only_split=False)

@@ -113,6 +113,8 @@ class Recipe:
             Liu et al. 2021 take it.
         head_learning_rate: that of the task's head; the prompt's when unset, or the method's default where the recipe
             names no learning rate at all.
+        early_stopping_patience: evaluations after which training ends, if none of them was better than the best
+            before by `training.metric_for_best_model` ("loss" when unset); needs `training.eval_strategy`.
         seed: seed of the prompt, the head and the training.
         card: what the card should say besides.
         folder: where the recipe stands; paths of data start there.
@@ -128,6 +130,7 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     backbone_learning_rate: float | None = None
     head_learning_rate: float | None = None
+    early_stopping_patience: int | None = None
     seed: int = 0
     card: CardRecipe = field(default_factory=CardRecipe)
     folder: Path = Path(".")
@@ -249,6 +252,8 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
         )
     if recipe.head_learning_rate is not None and recipe.head_learning_rate <= 0:
         raise RecipeError(f"{where}: head_learning_rate is {recipe.head_learning_rate}; expected more than 0.")
+    if recipe.early_stopping_patience is not None and recipe.early_stopping_patience < 1:
+        raise RecipeError(f"{where}: early_stopping_patience is {recipe.early_stopping_patience}; expected 1 or more.")
     try:
         recipe.build_task()
     except RecipeError as error:

@@ -18,9 +18,11 @@ import torch.distributed as dist
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -186,6 +188,14 @@ def make_arguments(recipe: Recipe) -> TrainingArguments:
     for name in ("batch_eval_metrics", "prediction_loss_only"):
         if settings.get(name):
             raise RecipeError(f"training.{name} is true, but tasks measure all held-out rows at once; leave it out.")
+    if recipe.early_stopping_patience is not None:
+        if settings.get("eval_strategy", "no") == "no":
+            raise RecipeError(
+                "early_stopping_patience counts evaluations, but training.eval_strategy is no; set "
+                "training.eval_strategy: epoch, or steps with training.eval_steps."
+            )
+        if settings.get("metric_for_best_model") is None:
+            settings["metric_for_best_model"] = "loss"
     try:
         return TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **settings)
     except (ValueError, ImportError) as error:
@@ -213,6 +223,7 @@ def train_on(trainer: Trainer) -> None:
             f"{checkpoint} is of a run in which other parameters had learning rates of their own ({error}); give "
             "head_learning_rate and backbone_learning_rate as that run had them, or train anew."
         ) from error
+    trainer.remove_callback(EarlyStoppingCallback)  # what is measured from here on ends nothing
 
 
 def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
@@ -304,8 +315,15 @@ def make_trainer(
             LearningCallback(),
             MemoryCallback(),
             ModelCardCallback(**card_facts(recipe, rows)),
+            *stopping(recipe),
         ],
     )
+
+
+def stopping(recipe: Recipe) -> list[TrainerCallback]:
+    """What ends training early, where a recipe asks for it."""
+    patience = recipe.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(patience)]
 
 
 def check_features(

@@ -23,6 +23,7 @@ from transformers import (
 from hf_ptune.callbacks import LearningCallback, MemoryCallback, check_batch
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.data import Rows, load_rows
+from hf_ptune.engines import at_end
 from hf_ptune.errors import RecipeError
 from hf_ptune.hub import push_folder
 from hf_ptune.multitask import (
@@ -49,6 +50,7 @@ from hf_ptune.train import (
     load_tokenizer,
     make_arguments,
     make_config,
+    stopping,
     train_on,
 )
 
@@ -209,6 +211,10 @@ class MultiTaskTrainer(Trainer):
         if self.args.should_save:
             self.prompts.save_pretrained(output_dir or self.args.output_dir)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not at_end(self):
+            super()._run_epoch(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.prompts.load_adapters(resume_from_checkpoint)
 
@@ -237,7 +243,7 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
     set_seed(recipe.shared.seed)
     tokenizer = load_tokenizer(recipe.shared.base)
     model, parts = build(recipe, tokenizer)
-    watched_by = [LearningCallback(), MemoryCallback()]
+    watched_by = [LearningCallback(), MemoryCallback(), *stopping(recipe.shared)]
     rates = make_optimizer(arguments, model, *recipe.shared.rates())
     trainer = MultiTaskTrainer(
         model, arguments, parts, tokenizer, recipe.temperature, callbacks=watched_by, optimizer_cls_and_kwargs=rates

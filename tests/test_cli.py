@@ -79,7 +79,16 @@ def test_train_takes_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps(write_recipe(tmp_path, "SEQ_CLS", "base")))
     assert main(["train", str(path), "--seed=5", "--training.max_steps=3"]) == 0
-    assert seen[0].seed == 5 and seen[0].training["max_steps"] == 3
+    assert main(["train", "--seed=5", str(path), "--training.max_steps=3"]) == 0
+    assert [(r.seed, r.training["max_steps"]) for r in seen] == [(5, 3)] * 2
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_help_tells_of_overrides(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--section.key=value" in said and "--variant=name" in said and "--seed=1" in said
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

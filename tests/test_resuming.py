@@ -10,6 +10,8 @@ from test_train import write_base, write_recipe
 from hf_ptune.errors import RecipeError
 from hf_ptune.recipe import make_recipe
 from hf_ptune.train import run
+from hf_ptune.train_multitask import make_multitask_recipe
+from hf_ptune.train_multitask import run as run_tasks
 
 
 @pytest.fixture
@@ -30,6 +32,19 @@ def test_a_finished_run_takes_no_further_step(content: dict[str, Any], tmp_path:
     content["training"] |= {"max_steps": 6}
     run(make_recipe(content, folder=tmp_path))
     assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_a_finished_run_of_several_tasks_takes_no_further_step(tmp_path: Path) -> None:
+    content = write_recipe(tmp_path, "SEQ_CLS", write_base(tmp_path / "base", "bert", "SEQ_CLS"))
+    content["tasks"] = [{"name": "one", "task": content.pop("task"), "data": content.pop("data")}]
+    content["training"] |= {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    for further in ({}, {"resume_from_checkpoint": "true"}):
+        content["training"] |= further
+        run_tasks(make_multitask_recipe(content, folder=tmp_path))
+        assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    content["options"] = {"num_virtual_tokens": 5}
+    with pytest.raises(RecipeError, match=r"checkpoint-3.one is of another run: options.num_virtual_tokens is 4"):
+        run_tasks(make_multitask_recipe(content, folder=tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""A run that ends when held-out rows get no better."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train import write_base, write_recipe
+
+from hf_ptune.cards import RunFacts
+from hf_ptune.errors import RecipeError
+from hf_ptune.recipe import make_recipe
+from hf_ptune.train import run
+from hf_ptune.train_multitask import make_multitask_recipe
+from hf_ptune.train_multitask import run as run_tasks
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> dict[str, Any]:
+    """A recipe that learns nothing, so that the first evaluation stays the best."""
+    found = write_recipe(tmp_path, "SEQ_CLS", write_base(tmp_path / "base", "bert", "SEQ_CLS"))
+    found["training"] |= {"learning_rate": 1e-30, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 40}
+    return found | {"early_stopping_patience": 2}
+
+
+def test_training_ends_early(content: dict[str, Any], tmp_path: Path) -> None:
+    content["data"] |= {"test_source": "rows.jsonl"}
+    outcome = run(make_recipe(content, folder=tmp_path))
+    assert (
+        RunFacts.load(outcome.folder).history[-1]["step"] == 6 and "loss" in outcome.test
+    )  # the best at 2, none at 4 and 6
+    content["training"] |= {"metric_for_best_model": "acc"}
+    with pytest.raises(RecipeError, match="'acc', which is not measured"):
+        run(make_recipe(content, folder=tmp_path))
+
+
+def test_tasks_end_together(content: dict[str, Any], tmp_path: Path) -> None:
+    content["tasks"] = [{"name": "one", "task": content.pop("task"), "data": content.pop("data")}]
+    content["training"] |= {"metric_for_best_model": "mean"}
+    run_tasks(make_multitask_recipe(content, folder=tmp_path))
+    assert RunFacts.load(tmp_path / "out" / "adapter" / "one").history[-1]["step"] == 6
+
+
+def test_what_it_needs(content: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="early_stopping_patience is 0; expected 1 or more"):
+        make_recipe(content | {"early_stopping_patience": 0})
+    content["training"] |= {"eval_strategy": "no"}
+    with pytest.raises(RecipeError, match="early_stopping_patience counts evaluations.*eval_strategy: epoch"):
+        run(make_recipe(content, folder=tmp_path))
