@@ -121,7 +121,7 @@ def run(recipe: Recipe) -> Outcome:
     tensors = model.adapter_state_dict()  # where ranks hold parts, all of them come here
     if first:
         tokenizer.save_pretrained(folder)
-        facts = gather_facts(arguments, trainer.state, model, card_facts(recipe, rows))
+        facts = gather_facts(arguments, trainer.state, model, card_facts(recipe, rows, task, tokenizer))
         finish_folder(model, folder, Path(recipe.output_dir).name, facts=facts, state_dict=tensors)
         answers = ask(folder, task, rows.held_out, recipe.seed)
         report(Outcome(before, after, folder, answers, test), task.metric)
@@ -163,16 +163,15 @@ def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None) -> PTu
     return PTuneConfig(method=recipe.method, base_model_name_or_path=anchored(recipe.base), **options)
 
 
-def card_facts(recipe: Recipe, rows: Rows) -> dict[str, Any]:
+def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a recipe and its rows tell a card."""
     given = {k: v for k, v in asdict(recipe.card).items() if v is not None}
     source = recipe.data.source
     given.setdefault("datasets", [source.removeprefix(HUB) if source.startswith(HUB) else Path(source).stem])
-    first = rows.held_out[0] if rows.held_out else {}
     rates = zip(("backbone_learning_rate", "head_learning_rate"), recipe.rates(), strict=True)
     given["hyperparameters"] = {name: rate for name, rate in rates if rate is not None}
-    example = next((first[role] for role in ("text", "prompt", "instruction", "question") if role in first), None)
-    return given if example is None else given | {"example": str(example)}
+    example = task.example(rows.held_out[0], tokenizer) if rows.held_out else None
+    return given if example is None else given | {"example": example}
 
 
 def make_arguments(recipe: Recipe) -> TrainingArguments:
@@ -314,7 +313,7 @@ def make_trainer(
             GuardCallback(None if scorer is None else scorer.loss),
             LearningCallback(),
             MemoryCallback(),
-            ModelCardCallback(**card_facts(recipe, rows)),
+            ModelCardCallback(**card_facts(recipe, rows, task, tokenizer)),
             *stopping(recipe),
         ],
     )

@@ -286,7 +286,9 @@ def _finish(
     """Write a task's adapter, tokenizer, facts and card."""
     model = trainer.prompts.model_of(name)
     trainer.processing_class.save_pretrained(folder)
-    facts = gather_facts(trainer.args, trainer.state, model, card_facts(recipe.tasks[name], trainer.parts[name].rows))
+    part = trainer.parts[name]
+    told = card_facts(recipe.tasks[name], part.rows, part.task, trainer.processing_class)
+    facts = gather_facts(trainer.args, trainer.state, model, told)
     facts.metrics = [metrics]
     finish_folder(model, folder, _repository(trainer.args, name), facts=facts)
 

@@ -398,3 +398,12 @@ def test_facts_mask_their_object() -> None:
         task.check_row(row | {"template": "[X] c"}, "row 1")
     with pytest.raises(RecipeError, match="is beyond 4 tokens"):
         MaskedLM(max_length=4).encode([row], tokenizer, [])
+
+
+def test_cards_ask_as_the_model_has_learnt_to_be_asked() -> None:
+    row = checked(CausalLM(), {"instruction": "say a", "answer": "b"})[0]
+    assert CausalLM().example(row, words_tokenizer()) == "Human: say a\n\nAssistant: "
+    text = checked(SequenceClassification(), {"text": "a b", "label": "c"})[0]
+    assert SequenceClassification().example(text, words_tokenizer()) == "a b"
+    tagged = checked(TokenClassification(), {"tokens": ["a"], "tags": ["O"]})[0]
+    assert TokenClassification().example(tagged, words_tokenizer()) is None

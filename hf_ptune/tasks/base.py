@@ -179,6 +179,16 @@ class Task:
         """
         return {}
 
+    def example(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """A row as a card shows it to whoever asks the model; `None` where it has no text of its own.
+
+        Args:
+            row: a held-out one.
+            tokenizer: of the base.
+        """
+        text = next((row[role] for role in ("text", "prompt", "question") if role in row), None)
+        return None if text is None else str(text)
+
     def ask(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Answer]:
         """Let a trained model answer rows.
 

@@ -109,6 +109,10 @@ class CausalLM(GenerationTask):
             return _chat(row["instruction"], "", tokenizer)[0]
         return (self.template or "Human: {instruction}\n\nAssistant: ").replace(_USER, row["instruction"])
 
+    def example(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The text before the answer, as the model has learnt to read it."""
+        return self._prompt(row, tokenizer)
+
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         return make_collator(tokenizer, DataCollatorForSeq2Seq(tokenizer))
 
