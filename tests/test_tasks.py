@@ -401,7 +401,7 @@ def test_facts_mask_their_object() -> None:
 
 
 def test_cards_ask_as_the_model_has_learnt_to_be_asked() -> None:
-    row = checked(CausalLM(), {"instruction": "say a", "answer": "b"})[0]
+    row = checked(CausalLM(), {"instruction": "say a", "output": "b"})[0]
     assert CausalLM().example(row, words_tokenizer()) == "Human: say a\n\nAssistant: "
     text = checked(SequenceClassification(), {"text": "a b", "label": "c"})[0]
     assert SequenceClassification().example(text, words_tokenizer()) == "a b"
