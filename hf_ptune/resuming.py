@@ -13,7 +13,8 @@ from hf_ptune.methods import get_method
 # options on which names and shapes of an adapter's tensors depend
 _SHAPING: tuple[str, ...] = ("num_virtual_tokens", "encoder_reparameterization_type", "encoder_hidden_size")
 _SHAPING += ("encoder_num_layers", "layers", "sites")
-_CHOOSING: tuple[str, ...] = ("modules_to_save", "train_backbone")
+# and what they mean
+_CHOOSING: tuple[str, ...] = ("modules_to_save", "train_backbone", "pooling", "template")
 
 
 def check_checkpoint(model: Any, checkpoint: str) -> None:

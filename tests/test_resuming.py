@@ -53,6 +53,7 @@ def test_a_finished_run_of_several_tasks_takes_no_further_step(tmp_path: Path) -
         ({"method": "prefix_tuning"}, "method is 'p_tuning_v2' there and 'prefix_tuning' here"),
         ({"options": {"num_virtual_tokens": 5}}, "options.num_virtual_tokens is 4 there and 5 here"),
         ({"options": {"num_virtual_tokens": 4, "layers": [1]}}, r"options.layers is None there and \[1\] here"),
+        ({"options": {"num_virtual_tokens": 4, "pooling": "cls"}}, "options.pooling is 'mean' there and 'cls' here"),
         ({"base": "other"}, r"base is '.*base' there and '.*other' here"),
         ({"labels": ["late", "early"]}, r"labels is \['early', 'late'\] there and \['late', 'early'\] here"),
     ],
