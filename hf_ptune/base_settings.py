@@ -1,5 +1,6 @@
 """What is written into a wrapper's configuration, and means the base: it reaches the base's own configuration."""
 
+import weakref
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -21,14 +22,19 @@ _OF_EACH = {
 
 
 class Live:
-    """The configuration of a wrapped backbone; a copy of it belongs to no backbone yet.
+    """The configuration of a wrapped backbone, which is not kept alive by it; a copy belongs to no backbone yet.
 
     Args:
-        config: the backbone's own object.
+        backbone: the wrapped one; it may still be without its configuration, while it is copied.
     """
 
-    def __init__(self, config: PreTrainedConfig | None) -> None:
-        self.config = config
+    def __init__(self, backbone: Any) -> None:
+        self.backbone = None if backbone is None else weakref.ref(backbone)
+
+    @property
+    def config(self) -> PreTrainedConfig | None:
+        backbone = None if self.backbone is None else self.backbone()
+        return None if backbone is None else backbone.config
 
     def __reduce__(self) -> Any:
         return Live, (None,)

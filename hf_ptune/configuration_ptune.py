@@ -374,9 +374,9 @@ class PTuneConfig(PreTrainedConfig):
         self.base_config.pop("quantization_config", None)  # how a base is loaded is up to whoever loads it
         self._mirror_base()
 
-    def follow(self, live: PreTrainedConfig) -> None:
+    def follow(self, backbone: Any) -> None:
         """Let a wrapped backbone's configuration have what is written here from now on, as scripts and trainers do."""
-        object.__setattr__(self, "_live", Live(live))
+        object.__setattr__(self, "_live", Live(backbone))
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -66,7 +66,7 @@ class PTunePreTrainedModel(SavedAdapter):
         if method.kind is not None:
             self._build_prompt(method.kind)
         self.post_init()
-        config.follow(backbone.config)
+        config.follow(backbone)
         layers = getattr(self, "_no_split_modules", None) or ()
         self._no_split_modules = units_of(self, layers, word_embeddings(backbone))
         self.freeze_backbone()
@@ -153,7 +153,7 @@ class PTunePreTrainedModel(SavedAdapter):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.backbone.__dict__[_OWNER] = Owner(self)
-        self.config.follow(self.backbone.config)
+        self.config.follow(self.backbone)
 
     # what is adapter ---------------------------------------------------------------------------------------
 

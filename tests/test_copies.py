@@ -171,3 +171,12 @@ def test_a_static_cache_over_two_calls_with_pads_on_the_left(family: str, method
 def test_a_backbone_is_pickled_without_its_wrapper() -> None:
     model = get_ptune_model(build("bert"), PTuneConfig(method="p_tuning_v2"))
     assert pickle.loads(pickle.dumps(model.unwrap())).config.model_type == "bert"
+
+
+@pytest.mark.parametrize(("family", "method"), KINDS)
+def test_a_backbone_may_be_copied_by_itself(family: str, method: str, wrap: Wrap) -> None:
+    """Its hooks, and the wrapper behind them, come along."""
+    model, inputs = wrap(family, method), batch(family)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert torch.allclose(copy.deepcopy(model.backbone)(**inputs).logits, expected, atol=1e-10)
