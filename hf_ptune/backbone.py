@@ -100,9 +100,16 @@ def resolve(base: str) -> str:
     return str(path)
 
 
+_A_BASE = "; expected a folder with a model and its tokenizer, an id on the Hub, or package:<module>/<folder>."
+
+
 @contextmanager
-def blaming(base: str) -> Iterator[None]:
+def blaming(base: str, cure: str = _A_BASE) -> Iterator[None]:
     """Say of every failure which base it was about.
+
+    Args:
+        base: its name.
+        cure: what the message ends with.
 
     Raises:
         BackboneError: whatever failed.
@@ -113,8 +120,7 @@ def blaming(base: str) -> Iterator[None]:
         raise
     except Exception as error:  # whatever a family or a file raises, the cure is the same
         raise BackboneError(
-            f"the base {base!r} cannot be loaded ({type(error).__name__}: {shorten(error)}); expected a folder with a "
-            "model and its tokenizer, an id on the Hub, or package:<module>/<folder>."
+            f"the base {base!r} cannot be loaded ({type(error).__name__}: {shorten(error, 600)}){cure}"
         ) from error
 
 

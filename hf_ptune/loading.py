@@ -1,8 +1,6 @@
 """From an adapter's file and configuration to its base, with everything refused that does not fit."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -12,9 +10,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import check_tensors, digest_of, find_weights, read_header, shorten
-from hf_ptune.backbone import load_backbone, resolve
+from hf_ptune.backbone import blaming, load_backbone, resolve
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import BackboneError, ConfigError, PTuneError
+from hf_ptune.errors import BackboneError, ConfigError
 from hf_ptune.injection import body_of, find_geometry
 from hf_ptune.methods import get_method
 from hf_ptune.placement import choose_sites
@@ -134,7 +132,10 @@ def load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[P
         kwargs["attn_implementation"] = attention
     hub = {k: v for k, v in kwargs.items() if k in HUB_KEYS}
     kwargs = kwargs | {"revision": revision, "trust_remote_code": False}
-    with _blaming(name):
+    cure = (
+        ". Set base_model_name_or_path in config.json to the folder or id of the base that the adapter was trained on."
+    )
+    with blaming(name, cure):
         own = AutoConfig.from_pretrained(
             resolve(name), revision=revision, trust_remote_code=False, **hub
         ).get_text_config()
@@ -167,20 +168,6 @@ def read_generation(source: str, backbone: PreTrainedModel, own: dict[str, Any])
     except OSError:  # there is no such file
         kept: GenerationConfig = backbone.generation_config
         return kept
-
-
-@contextmanager
-def _blaming(base: str) -> Iterator[None]:
-    """Say of every failure which base it was about."""
-    try:
-        yield
-    except (PTuneError, ImportError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever a family or a file raises, the cure is the same
-        raise BackboneError(
-            f"the base {base!r} cannot be loaded ({type(error).__name__}: {shorten(error, 600)}). Set "
-            "base_model_name_or_path in config.json to the folder or id of the base that the adapter was trained on."
-        ) from error
 
 
 def _check_sizes(said: PreTrainedConfig, own: PreTrainedConfig, base: str) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_ptune.cards import TIMES
 from hf_ptune.errors import RecipeError
 
 
@@ -19,7 +20,7 @@ class BestMetricCallback(TrainerCallback):
         measured = {n.removeprefix("eval_") for n in kwargs.get("metrics", {}) if n.startswith("eval_")}
         wanted = args.metric_for_best_model
         if measured and wanted is not None and wanted.removeprefix("eval_") not in measured:
-            names = sorted(n for n in measured if n != "runtime" and not n.endswith("_per_second"))
+            names = sorted(n for n in measured if not n.endswith(TIMES))
             raise RecipeError(
                 f"training.metric_for_best_model is {wanted!r}, which is not measured; expected "
                 f"one of {', '.join(names)}."
