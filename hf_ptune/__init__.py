@@ -25,9 +25,9 @@ if TYPE_CHECKING:
         PTuneForTokenClassification,
         PTuneModel,
         PTunePreTrainedModel,
-        get_ptune_model,
     )
     from hf_ptune.multitask import MultiTaskPrompt, get_multitask_model
+    from hf_ptune.wrapping import get_ptune_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -58,6 +58,7 @@ _ROOMS = {
     "PTuneConfig": "configuration_ptune",
     "PTuneError": "errors",
     "get_multitask_model": "multitask",
+    "get_ptune_model": "wrapping",
 }
 
 register()

@@ -170,16 +170,17 @@ def is_hub_id(base: str | None) -> bool:
     return base is not None and _HUB_ID.fullmatch(base) is not None and not base.startswith(".")
 
 
-def cached_commit(base: str | None) -> str | None:
-    """The commit of a base on the Hub that the cache holds as its main branch; transformers itself keeps none.
+def cached_commit(base: str | None, revision: str | None = None) -> str | None:
+    """The commit of a base on the Hub that the cache holds as a branch; transformers itself keeps none.
 
     Args:
         base: what the backbone was loaded by.
+        revision: the branch, or a commit; the main branch when unset.
     """
     if base is None or not is_hub_id(base) or Path(base).exists():
         return None
     try:
-        path = try_to_load_from_cache(base, "config.json")
+        path = try_to_load_from_cache(base, "config.json", revision=revision)
     except HFValidationError:
         return None
     return extract_commit_hash(path, None) if isinstance(path, str) else None

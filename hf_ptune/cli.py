@@ -15,14 +15,15 @@ from hf_ptune.backbone import TASKS, anchored, blaming, resolve
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.convert import convert
 from hf_ptune.errors import BackboneError, PTuneError
+from hf_ptune.fresh_base import load_base, load_tokenizer
 from hf_ptune.hub import push_folder
 from hf_ptune.info import describe_adapter
 from hf_ptune.methods import method_names
-from hf_ptune.modeling_ptune import get_ptune_model
 from hf_ptune.presets import list_presets
 from hf_ptune.publishing import remake_card
 from hf_ptune.recipe import read_recipe
 from hf_ptune.sweep import command_of, report, sweep
+from hf_ptune.wrapping import get_ptune_model
 
 _OVERRIDES = (
     "Further options change the recipe: --key=value or --section.key=value sets any of its keys, as --seed=1 or "
@@ -37,6 +38,7 @@ def init(
     task: str | None = None,
     num_virtual_tokens: int | None = None,
     num_labels: int | None = None,
+    revision: str | None = None,
 ) -> None:
     """Write a folder that any script can train: configuration, fresh adapter and tokenizer.
 
@@ -47,6 +49,7 @@ def init(
         task: a key of `backbone.TASKS`; SEQ_CLS where num_labels is given, else what the base was trained for.
         num_virtual_tokens: P; PTuneConfig's default when unset.
         num_labels: labels of a fresh head; transformers' default when unset.
+        revision: a commit or branch of a base on the Hub; the main branch when unset.
 
     Raises:
         PTuneError: the folder holds files, the task cannot be told, or the base cannot take the method.
@@ -55,20 +58,20 @@ def init(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PTuneError(f"{folder} is there already and not empty; name a new folder.")
     options = {} if num_virtual_tokens is None else {"num_virtual_tokens": num_virtual_tokens}
-    config = PTuneConfig(method=method, base_model_name_or_path=anchored(base), **options)
-    task = task or ("SEQ_CLS" if num_labels else _task_of_base(base))
-    tokenizer = train.load_tokenizer(base)
+    config = PTuneConfig(method=method, base_model_name_or_path=anchored(base), base_model_revision=revision, **options)
+    task = task or ("SEQ_CLS" if num_labels else _task_of_base(base, revision))
+    tokenizer = load_tokenizer(base, revision)
     labels = [f"LABEL_{n}" for n in range(num_labels or 0)]
-    model = get_ptune_model(train.load_base(base, task, labels, tokenizer, config), config, tokenizer)
+    model = get_ptune_model(load_base(base, task, labels, tokenizer, config, {"revision": revision}), config, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     model.print_trainable_parameters()
     print(f"written: {folder}. Train it with any script: hf-ptune run SCRIPT --model_name_or_path {folder}")
 
 
-def _task_of_base(base: str) -> str:
+def _task_of_base(base: str, revision: str | None) -> str:
     with blaming(base):
-        config = AutoConfig.from_pretrained(resolve(base))
+        config = AutoConfig.from_pretrained(resolve(base), revision=revision or "main")
     architecture = (config.architectures or [""])[0]
     if config.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"
@@ -117,6 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
     new = add_parser("init", help="write a fresh adapter that any script can train")
     new.add_argument("folder", help="folder to write; new or empty")
     new.add_argument("--base", required=True, help="Hub id, local folder, or package:<module>/<folder>")
+    new.add_argument("--revision", help="a commit or branch of a base on the Hub")
     new.add_argument("--method", required=True, choices=method_names())
     new.add_argument("--task", choices=sorted(TASKS), help="SEQ_CLS with --num-labels, else what the base is for")
     new.add_argument("--num-virtual-tokens", type=int, metavar="N")
@@ -197,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given.command == "info":
             print(describe_adapter(given.source, revision=given.revision))
         else:
-            init(given.base, given.method, given.folder, given.task, given.num_virtual_tokens, given.num_labels)
+            own = (given.num_virtual_tokens, given.num_labels, given.revision)
+            init(given.base, given.method, given.folder, given.task, *own)
     except PTuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

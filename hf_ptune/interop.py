@@ -23,7 +23,8 @@ from hf_ptune.injection.probe import vocabulary_of
 from hf_ptune.loading import HUB_KEYS
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import flatten, split_prefix
-from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
+from hf_ptune.modeling_ptune import PTunePreTrainedModel
+from hf_ptune.wrapping import get_ptune_model
 
 FilePath = str | os.PathLike[str]
 PEFT_CONFIG_NAME = "adapter_config.json"

@@ -11,11 +11,10 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
-from hf_ptune import prompt_start
-from hf_ptune.backbone import TASKS, adapter_names, cached_commit, count_parameter, task_of
+from hf_ptune.backbone import TASKS, adapter_names, count_parameter
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.cross_entropy import IGNORED
-from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, InjectionError, PTuneError
+from hf_ptune.errors import AdapterFileError, ConfigError, InjectionError, PTuneError
 from hf_ptune.identity import Owner, blank, specialised
 from hf_ptune.injection import Injector, bind, find_geometry, word_embeddings
 from hf_ptune.logits_at import run_with_logits_at
@@ -25,8 +24,7 @@ from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import choose_pooling, choose_sites, shifts_positions
 from hf_ptune.saving import SavedAdapter
-from hf_ptune.sharding import running, units_of, whole, write
-from hf_ptune.templates import name_virtual_tokens
+from hf_ptune.sharding import units_of, whole, write
 
 logger = hf_logging.get_logger(__name__)
 _OWNER = "_ptune_owner"
@@ -434,74 +432,6 @@ CLASSES: dict[str, type[PTunePreTrainedModel]] = {
         PTuneForMultipleChoice,
     )
 }
-
-
-def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: Any = None) -> PTunePreTrainedModel:
-    """Wrap a loaded transformers model; the task is inferred from its class.
-
-    Args:
-        backbone: the whole task model; it is frozen, and changed only by hooks until `unwrap()`.
-        config: method and options; a copy is kept.
-        tokenizer: reads the text of prompt_tuning_init "TEXT" and "CLASS_LABELS"; the base's own when unset. Where a
-            template places virtual tokens, they are added to it, as special tokens.
-
-    Returns:
-        The model of the task, with its prompt initialised.
-
-    Raises:
-        BackboneError: the backbone cannot take the method.
-        ConfigError: options that contradict each other or the backbone.
-    """
-    if isinstance(backbone, PTunePreTrainedModel):
-        raise ConfigError("the model is wrapped already; pass its backbone, or continue training it as it is.")
-    if not isinstance(backbone, PreTrainedModel):
-        raise BackboneError(f"expected a transformers PreTrainedModel, found {type(backbone).__name__}.")
-    settings = {k: v for k, v in config.to_dict().items() if k not in ("base_config", "geometry", "model_type")}
-    config = PTuneConfig.from_dict(settings)
-    config.task = task_of(backbone)
-    config.base_class = type(backbone).__name__
-    config.set_base(backbone.config)
-    config.base_model_name_or_path = config.base_model_name_or_path or backbone.name_or_path or None
-    config.base_model_revision = config.base_model_revision or cached_commit(config.base_model_name_or_path)
-    if config.places_tokens and (tokenizer is not None or config.virtual_token_ids is None):
-        tokenizer = tokenizer if tokenizer is not None else prompt_start.base_tokenizer(config)
-        name_virtual_tokens(config, tokenizer)
-    with running(backbone):
-        model = _wrap(backbone, config, tokenizer)
-    if model.prompt is not None and config.geometry["skipped"]:
-        logger.warning(f"layers without attention take no prefix: {', '.join(config.geometry['skipped'])}")
-    return model
-
-
-def _wrap(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: Any) -> PTunePreTrainedModel:
-    """Wrap, and let the backbone run: to see whether it shares a prompt rightly, and to start the prompt from it."""
-    model = CLASSES[task_of(backbone)](config, backbone)
-    try:
-        _try_prompt(model)
-        prompt_start.initialise(model, tokenizer)
-    except BaseException:
-        model.unwrap()
-        raise
-    return model
-
-
-def _try_prompt(model: PTunePreTrainedModel) -> None:
-    injector, config, name = model._injector, model.config, type(model.backbone).__name__
-    if injector is None:
-        return
-    places = injector.placeholders
-    if places is not None and not places.agrees(injector.body, config.num_virtual_tokens):
-        raise BackboneError(
-            f"{name} reads token ids in more places than its word embeddings, so that a template cannot place virtual "
-            "tokens there. A template of words and fields alone works, with any method."
-        )
-    shared = injector.kind is PromptKind.EMBEDDINGS and injector.in_attention
-    if shared and not injector.prompts_agree():
-        raise BackboneError(
-            f"{name} carries more from token to token than keys and values, or counts positions that cannot be moved, "
-            f"so that {config.method} cannot share its prompt over a batch there. "
-            "Methods that work there: p_tuning_v2, prefix_tuning, bitfit."
-        )
 
 
 for _task, _auto_class in TASKS.items():

@@ -15,7 +15,8 @@ from hf_ptune.adapter_file import check_tensors, find_weights, read_tensors
 from hf_ptune.backbone import head_names, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
-from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
+from hf_ptune.modeling_ptune import PTunePreTrainedModel
+from hf_ptune.wrapping import get_ptune_model
 
 TASK_KEY = "task"
 

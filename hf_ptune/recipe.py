@@ -28,6 +28,12 @@ _NOT_OPTIONS = {"model_type", "sub_configs", "method", "flattened", "task", "geo
 _NOT_OPTIONS |= {"template", "verbalizer", "virtual_token_ids"}
 _VARIANT = "--variant="
 _BACKBONE_RATE = 1e-5  # Liu et al. 2021, section 4.2
+_BASE_OPTIONS = {
+    "revision": str | None,
+    "dtype": typing.Literal["auto", "float32", "bfloat16", "float16", "float64"] | None,
+    "attn_implementation": str | None,
+    "quantization_config": dict[str, Any] | None,
+}
 # keys of the recipe's own
 _NOT_TRAINING = ("output_dir", "seed")
 
@@ -102,6 +108,8 @@ class Recipe:
 
     Args:
         base: Hub id, local folder, or `package:<module>/<folder>`.
+        base_options: how it is loaded: `revision` (a commit or branch), `dtype`, `attn_implementation`,
+            `quantization_config` (with its `quant_method`), as `from_pretrained` takes them.
         task: name of a registered task.
         method: a method of PTuneConfig.
         output_dir: folder of the checkpoints; its subfolder `adapter` takes the finished adapter.
@@ -125,6 +133,7 @@ class Recipe:
     method: str
     output_dir: str
     data: DataRecipe
+    base_options: dict[str, Any] = field(default_factory=dict)
     task_options: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -238,6 +247,7 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
         if (value := data.get(key)) is not None and value < 1:
             raise RecipeError(f"{where}: data.{key} is {value}; expected 1 or more.")
     sections = {
+        "base_options": _section(given.get("base_options", {}), _BASE_OPTIONS, where, "base_options."),
         "task_options": _section(given.get("task_options", {}), _task_types(given["task"]), where, "task_options."),
         "options": _section(given.get("options", {}), _option_types(), where, "options."),
         "training": _section(given.get("training", {}), _training_types(), where, "training."),

@@ -21,10 +21,11 @@ from hf_ptune.adapter_file import digest_of, shorten, staged
 from hf_ptune.callbacks import LearningCallback, MemoryCallback, ModelCardCallback
 from hf_ptune.data import Rows, load_rows, split_rows
 from hf_ptune.errors import RecipeError
+from hf_ptune.fresh_base import load_tokenizer
 from hf_ptune.methods import get_method
 from hf_ptune.recipe import Recipe
 from hf_ptune.templates import Template
-from hf_ptune.train import evaluate, load_tokenizer, make_arguments, make_trainer, wrap_base
+from hf_ptune.train import evaluate, make_arguments, make_trainer, wrap_base
 
 RESULTS_NAME, TABLE_NAME, PLOT_NAME = "results.json", "results.md", "sweep.png"
 _STARTED = "the process ended during this run"
@@ -260,7 +261,7 @@ def _run(recipe: Recipe, rows: Rows, place: tuple[float, int | None, int]) -> Tr
 def _train(recipe: Recipe, rows: Rows) -> tuple[dict[str, float], dict[str, str]]:
     arguments = make_arguments(recipe)
     set_seed(recipe.seed)
-    tokenizer = load_tokenizer(recipe.base)
+    tokenizer = load_tokenizer(recipe.base, recipe.base_options.get("revision"))
     trainer = make_trainer(recipe, arguments, wrap_base(recipe, rows, tokenizer), tokenizer, rows)
     for callback in (PrinterCallback, ProgressCallback, MemoryCallback, ModelCardCallback):
         trainer.remove_callback(callback)

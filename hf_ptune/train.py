@@ -16,10 +16,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     EarlyStoppingCallback,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -30,14 +28,8 @@ from transformers.utils import logging
 
 from hf_ptune.adapter_file import WEIGHTS_NAME
 from hf_ptune.backbone import (
-    POOLER,
     TASKS,
     anchored,
-    blaming,
-    check_family,
-    head_names,
-    load_backbone,
-    resolve,
 )
 from hf_ptune.callbacks import (
     BestMetricCallback,
@@ -53,9 +45,10 @@ from hf_ptune.cards import TIMES
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.engines import last_checkpoint
-from hf_ptune.errors import BackboneError, PTuneError, RecipeError
+from hf_ptune.errors import PTuneError, RecipeError
+from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
 from hf_ptune.lengths import check_lengths
-from hf_ptune.modeling_ptune import PTunePreTrainedModel, get_ptune_model
+from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, read_recipe
@@ -64,6 +57,7 @@ from hf_ptune.sharding import loading_alone
 from hf_ptune.sources import HUB
 from hf_ptune.tasks import Answer, Feature, Row, Task, TaskTrainer
 from hf_ptune.tasks.generation import GenerationTask
+from hf_ptune.wrapping import get_ptune_model
 
 logger = logging.get_logger(__name__)
 ADAPTER_FOLDER = "adapter"
@@ -96,7 +90,7 @@ def run(recipe: Recipe) -> Outcome:
     arguments = make_arguments(recipe)
     set_seed(recipe.seed)
     task, rows = recipe.build_task(), load_rows(recipe)
-    tokenizer = load_tokenizer(recipe.base)
+    tokenizer = load_tokenizer(recipe.base, recipe.base_options.get("revision"))
     model = wrap_base(recipe, rows, tokenizer)
     trainer = make_trainer(recipe, arguments, model, tokenizer, rows)
     test_features = task.encode(rows.test, tokenizer, rows.labels, held_out=True) if rows.test else []
@@ -123,7 +117,7 @@ def run(recipe: Recipe) -> Outcome:
         tokenizer.save_pretrained(folder)
         facts = gather_facts(arguments, trainer.state, model, card_facts(recipe, rows, task, tokenizer))
         finish_folder(model, folder, Path(recipe.output_dir).name, facts=facts, state_dict=tensors)
-        answers = ask(folder, task, rows.held_out, recipe.seed)
+        answers = ask(folder, task, rows.held_out, recipe.seed, recipe.base_options)
         report(Outcome(before, after, folder, answers, test), task.metric)
     trainer.accelerator.wait_for_everyone()
     return Outcome(before, after, folder, answers, test)
@@ -137,30 +131,20 @@ def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) ->
     """
     task = recipe.build_task()
     config = make_config(recipe, task.config_options())
-    base = load_base(recipe.base, task.model_task, rows.labels, tokenizer, config)
+    base = load_base(recipe.base, task.model_task, rows.labels, tokenizer, config, recipe.base_options)
     model = get_ptune_model(base, config, tokenizer)
     check_direction(model, task)
     return model
 
 
-def check_direction(model: PTunePreTrainedModel, task: Task) -> None:
-    """Refuse a model that reads the very tokens which it is to tell next.
-
-    Raises:
-        RecipeError: it is to go on after text, and its tokens read those behind them.
-    """
-    if task.model_task == "CAUSAL_LM" and not model.config.geometry["causal"]:
-        raise RecipeError(
-            f"task {task.name} asks for the next token, but every token of a {type(model.backbone).__name__} "
-            f"(base {model.config.base_model_name_or_path}) reads those behind it, and so the answer; expected a "
-            "causal model. Take a decoder such as gpt2 as base, or a masked task (MASKED_LM, CLOZE_MASKED_LM)."
-        )
-
-
 def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None) -> PTuneConfig:
     """The configuration of a recipe's adapter; the method's defaults fill the options that the recipe leaves out."""
     options = recipe.defaults().options | recipe.options | dict(further or {})
-    return PTuneConfig(method=recipe.method, base_model_name_or_path=anchored(recipe.base), **options)
+    named = {
+        "base_model_name_or_path": anchored(recipe.base),
+        "base_model_revision": recipe.base_options.get("revision"),
+    }
+    return PTuneConfig(method=recipe.method, **named, **options)
 
 
 def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -223,66 +207,6 @@ def train_on(trainer: Trainer) -> None:
             "head_learning_rate and backbone_learning_rate as that run had them, or train anew."
         ) from error
     trainer.remove_callback(EarlyStoppingCallback)  # what is measured from here on ends nothing
-
-
-def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
-    """Load a base's tokenizer; one without a padding token pads with its end token.
-
-    Raises:
-        BackboneError: it has neither, or cannot be loaded.
-    """
-    with blaming(base):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(base))
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise BackboneError(f"the tokenizer of {base} has neither padding nor end token; give it one.")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_base(
-    base: str,
-    task: str,
-    labels: Sequence[str] = (),
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    adapter: PTuneConfig | None = None,
-) -> PreTrainedModel:
-    """Load a base for a task, with a fresh head where it has none.
-
-    Args:
-        base: Hub id, local folder, or `package:` name.
-        task: a key of `backbone.TASKS`.
-        labels: names of the head's labels.
-        tokenizer: gives the padding id where the base has none.
-        adapter: what will be trained; where the checkpoint lacks a pooler, that comes among its `modules_to_save`.
-
-    Raises:
-        BackboneError: the base cannot be loaded, its family has no model for the task, or the checkpoint lacks weights
-            that are not trained.
-    """
-    named: dict[str, Any] = {}
-    if labels:
-        named = {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
-    with blaming(base):
-        config = AutoConfig.from_pretrained(resolve(base), **named)
-    check_family(task, base, config)
-    text = config.get_text_config()
-    if tokenizer is not None and text.pad_token_id is None:
-        text.pad_token_id = tokenizer.pad_token_id
-    with blaming(base):
-        backbone, absent = load_backbone(task, base, config)
-    unknown = absent - head_names(backbone, task, None if adapter is None else adapter.modules_to_save)
-    if adapter is not None and unknown and all(f".{POOLER}." in f".{name}" for name in unknown):
-        adapter.modules_to_save = [*(adapter.modules_to_save or []), POOLER]
-        logger.warning(
-            f"the checkpoint of {base} has no pooler, through which a {type(backbone).__name__} reads it: a fresh one "
-            "is trained, and saved with the adapter (modules_to_save)."
-        )
-    elif unknown:
-        raise BackboneError(
-            f"the checkpoint of {base} has no weights for {sorted(unknown)[:5]}; it does not fit {task}."
-        )
-    return backbone
 
 
 def make_trainer(
@@ -379,7 +303,9 @@ def numbers(log: dict[str, Any], prefix: str) -> dict[str, float]:
     return {k: v for k, v in found.items() if not k.endswith(TIMES)}
 
 
-def ask(folder: Path, task: Task, rows: Sequence[Row], seed: int) -> list[Answer]:
+def ask(
+    folder: Path, task: Task, rows: Sequence[Row], seed: int, base_options: Mapping[str, Any] | None = None
+) -> list[Answer]:
     """Load a folder by its Auto class and let it answer a few rows.
 
     Args:
@@ -387,9 +313,11 @@ def ask(folder: Path, task: Task, rows: Sequence[Row], seed: int) -> list[Answer
         task: what it was trained for.
         rows: held-out ones.
         seed: by which rows are drawn, unlike ones where the task has groups.
+        base_options: how its base is loaded; the revision stands in the folder.
     """
     with loading_alone():
-        model = TASKS[task.model_task].from_pretrained(folder).eval()
+        options = {k: v for k, v in (base_options or {}).items() if k != "revision"}
+        model = TASKS[task.model_task].from_pretrained(folder, **options).eval()
     drawn = random.Random(seed).sample(rows, len(rows))
     if task.group_role is not None:
         drawn = list({row[task.group_role]: row for row in drawn}.values())  # one of each group

@@ -25,6 +25,7 @@ from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.engines import at_end
 from hf_ptune.errors import RecipeError
+from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
 from hf_ptune.hub import push_folder
 from hf_ptune.multitask import (
     MultiTaskDataset,
@@ -41,13 +42,10 @@ from hf_ptune.tasks import Feature, Task, TaskTrainer
 from hf_ptune.train import (
     ADAPTER_FOLDER,
     card_facts,
-    check_direction,
     check_features,
     command,
     evaluate,
     leave,
-    load_base,
-    load_tokenizer,
     make_arguments,
     make_config,
     stopping,
@@ -241,7 +239,7 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
     # the Trainer would push them as one repository, which no Auto class reads by its name
     push, arguments.push_to_hub = arguments.push_to_hub, False
     set_seed(recipe.shared.seed)
-    tokenizer = load_tokenizer(recipe.shared.base)
+    tokenizer = load_tokenizer(recipe.shared.base, recipe.shared.base_options.get("revision"))
     model, parts = build(recipe, tokenizer)
     watched_by = [LearningCallback(), MemoryCallback(), *stopping(recipe.shared)]
     rates = make_optimizer(arguments, model, *recipe.shared.rates())
@@ -309,7 +307,7 @@ def build(recipe: MultiTaskRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[
             for r, held in ((rows.train, False), (rows.held_out, True), (rows.test, True))
         )
         parts[name] = Part(task, rows.labels, rows, train, held_out, test)
-        backbones[name] = load_base(one.base, task.model_task, rows.labels, tokenizer)
+        backbones[name] = load_base(one.base, task.model_task, rows.labels, tokenizer, options=one.base_options)
         share_base(next(iter(backbones.values())), backbones[name], name)  # before the next one takes memory
     model = get_multitask_model(backbones, make_config(recipe.shared), tokenizer)
     for name, part in parts.items():

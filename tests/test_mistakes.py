@@ -10,8 +10,8 @@ from test_train import write_base, write_recipe
 
 from hf_ptune.cli import main
 from hf_ptune.errors import BackboneError, RecipeError
+from hf_ptune.fresh_base import load_base
 from hf_ptune.sources import read_hub
-from hf_ptune.train import load_base
 
 
 @pytest.fixture

@@ -259,7 +259,7 @@ def test_row_40_hybrid_models_take_prefixes_in_their_attention() -> None:
         shared_expert_intermediate_size=16,
         layer_types=["linear_attention", "full_attention"],
     )
-    with unittest.mock.patch("hf_ptune.modeling_ptune.logger.warning") as said:
+    with unittest.mock.patch("hf_ptune.wrapping.logger.warning") as said:
         model = strengthen(get_ptune_model(Qwen3NextForCausalLM(config), PTuneConfig(num_virtual_tokens=3)))
     assert "layers.0" in said.call_args[0][0]
     assert model.config.geometry["skipped"] == ["layers.0"]

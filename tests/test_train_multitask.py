@@ -20,10 +20,11 @@ from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts
 from hf_ptune.cli import main
 from hf_ptune.errors import ConfigError, GuardError, RecipeError
+from hf_ptune.fresh_base import load_tokenizer
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.recipe import make_recipe
 from hf_ptune.tasks.causal_lm import CausalLM
-from hf_ptune.train import load_tokenizer, make_arguments
+from hf_ptune.train import make_arguments
 from hf_ptune.train_multitask import MultiTaskTrainer, build, make_multitask_recipe, run
 
 
