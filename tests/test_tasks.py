@@ -337,6 +337,75 @@ def test_chat_templates() -> None:
         task.encode([row], tokenizer, [])
 
 
+CONVERSATION = [
+    {"role": "system", "content": "g"},
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+]
+
+
+def learned(tokenizer: Any, feature: Any) -> str:
+    return tokenizer.decode([i for i in feature["labels"] if i != IGNORED])  # type: ignore[no-any-return]
+
+
+def test_conversations() -> None:
+    tokenizer = words_tokenizer("user assistant system a b c d g end")
+    with pytest.raises(RecipeError, match="has no chat template to write them by"):
+        CausalLM().encode(checked(CausalLM(), {"messages": CONVERSATION}), tokenizer, [])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} end\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    task = CausalLM()
+    row = checked(task, {"messages": CONVERSATION})[0]
+    feature = task.encode([row], tokenizer, [])[0]
+    before = "system g end user a end assistant b end user c end assistant"
+    assert tokenizer.decode(feature["input_ids"]) == f"{before} d end"
+    assert learned(tokenizer, feature) == "b end d end"
+    kept = [n for n, i in enumerate(feature["labels"]) if i != IGNORED]
+    assert [feature["input_ids"][n] for n in kept] == [feature["labels"][n] for n in kept]
+    assert tokenizer.decode(feature["source_ids"]) == before and feature["references"] == ["d"]
+    assert task.example(row, tokenizer).split() == before.split()
+    # an instruction is a conversation of one question
+    one = task.encode(
+        checked(task, {"messages": CONVERSATION[1:3]}, {"instruction": "a", "output": "b"}), tokenizer, []
+    )
+    assert one[0] == one[1]
+    short = CausalLM(max_length=7).encode([row], tokenizer, [])[0]
+    assert len(short["input_ids"]) == len(short["labels"]) == 7 and learned(tokenizer, short) == "end d end"
+
+
+def test_answers_that_a_chat_template_writes_anew_are_read_and_not_learned() -> None:
+    tokenizer = words_tokenizer("user assistant system a b c d g end")
+    # as templates that drop the thoughts of earlier answers
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}assistant g end\n"
+        "{% else %}{{ m.role }} {{ m.content }} end\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    task = CausalLM()
+    feature = task.encode(checked(task, {"messages": CONVERSATION[1:]}), tokenizer, [])[0]
+    assert tokenizer.decode(feature["input_ids"]) == "user a end assistant g end user c end assistant d end"
+    assert learned(tokenizer, feature) == "d end"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("a", "messages holds a; expected"),
+        ([], r"messages holds \[\]; expected"),
+        ([{"from": "human", "value": "a"}], "message 1 is .*human.*without text under role and content"),
+        (CONVERSATION[:2], "the last message is of 'user'"),
+        ([*CONVERSATION[:2], {"role": "assistant", "content": " "}], "the last message is empty"),
+    ],
+)
+def test_messages_that_are_no_conversation(messages: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=f"row 7: {message}"):
+        CausalLM().check_row({"messages": messages}, "row 7")
+
+
 def test_several_references() -> None:
     tokenizer = words_tokenizer()
     task = CausalLM()

@@ -12,6 +12,7 @@ from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Accuracy
 from hf_ptune.tasks.base import Answer, Collator, Feature, Row, kept_pairs, make_collator
+from hf_ptune.tasks.chats import Message, asked, check_messages, question_and_answer, spoken
 from hf_ptune.tasks.generation import GenerationTask
 from hf_ptune.tasks.registry import register_task
 
@@ -25,7 +26,9 @@ class CausalLM(GenerationTask):
     """Go on after a prompt, or follow an instruction.
 
     Roles: `prompt` and `answer` or `references`; a prompt that is a list, or a list of lists (triples of a table),
-    becomes one line. Or `instruction`, `output` and perhaps `input`, which follows the instruction on a new line.
+    becomes one line. Or `instruction`, `output` and perhaps `input`, which follows the instruction on a new line. Or
+    `messages` of a conversation (`role` and `content` each), written by the tokenizer's chat template: all answers of
+    its assistant are learned, and the last one is what is asked for.
 
     Args:
         separator: stands before every answer and is learned with it; " " for tokenizers that keep the space
@@ -39,8 +42,10 @@ class CausalLM(GenerationTask):
 
     name = "CAUSAL_LM"
     model_task = "CAUSAL_LM"
-    forms = (("prompt", "answer"), ("prompt", "references"), ("instruction", "output"))
+    forms = (("prompt", "answer"), ("prompt", "references"), ("instruction", "output"), ("messages",))
     possible = ("input",)
+    lists = (*GenerationTask.lists, "messages")
+    objects = ("messages",)
     depths: ClassVar[Mapping[str, int]] = {"prompt": 3, "answer": 1, "output": 1}
     target_role = "answer"
 
@@ -52,6 +57,9 @@ class CausalLM(GenerationTask):
     def check_row(self, row: Row, where: str) -> Row:
         if "prompt" in row:
             row = row | {"prompt": one_line(row["prompt"])}
+        elif "messages" in row:
+            messages = check_messages(row["messages"], where)
+            row = row | {"messages": messages, "answer": messages[-1]["content"]}
         else:
             asked = [str(row[role]).strip() for role in ("instruction", "input") if role in row]
             row = row | {"instruction": "\n".join(filter(None, asked)), "answer": row["output"]}
@@ -73,40 +81,57 @@ class CausalLM(GenerationTask):
         """A row's feature, and whether it was cut."""
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if self._chats(row, tokenizer):
-            asked, answered = _chat(row["instruction"], target, tokenizer)
-            prompt: list[int] = tokenizer(asked, add_special_tokens=False)["input_ids"]
-            answer: list[int] = tokenizer(answered, add_special_tokens=False)["input_ids"]
-            if answered.strip() == target.strip():  # the template writes nothing where an answer ends
+            *read, (last, _) = spoken(self._conversation(row, target, tokenizer), tokenizer)
+            told = [(tokenizer(text, add_special_tokens=False)["input_ids"], learned) for text, learned in read]
+            prompt: list[int] = [n for ids, _ in told for n in ids]
+            learned = [n if said else IGNORED for ids, said in told for n in ids]
+            answer: list[int] = tokenizer(last, add_special_tokens=False)["input_ids"]
+            if last.strip() == target.strip():  # the template writes nothing where an answer ends
                 answer = [*answer, *end]
         else:
             # without its closing special tokens, so that the answer follows as it will when generating
             prompt = tokenizer(self._prompt(row, tokenizer))["input_ids"]
             while prompt and prompt[-1:] == end:
                 prompt = prompt[:-1]
+            learned = [IGNORED] * len(prompt)
             answer = [*tokenizer(self.separator + target, add_special_tokens=False)["input_ids"], *end]
         # of what is too long, the end of the prompt and the beginning of the answer are kept
         whole = len(prompt) + len(answer)
         answer = answer[: self.max_length - min(len(prompt), self.max_length // 2)]
-        source = _cut(prompt, self.max_length - len(answer), tokenizer)
-        ids = source + answer
+        kept = _places(prompt, self.max_length - len(answer), tokenizer)
+        ids = [prompt[n] for n in kept] + answer
         feature = {
             "input_ids": ids,
             "attention_mask": [1] * len(ids),
-            "labels": [IGNORED] * len(source) + answer,
-            "source_ids": _cut(prompt, self.max_length, tokenizer),
+            "labels": [learned[n] for n in kept] + answer,
+            "source_ids": [prompt[n] for n in _places(prompt, self.max_length, tokenizer)],
             "references": row["references"],
         }
         return feature, len(ids) < whole
 
     def _chats(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> bool:
+        if "messages" in row:
+            return True
         return "instruction" in row and self.template is None and bool(getattr(tokenizer, "chat_template", None))
+
+    @staticmethod
+    def _conversation(row: Row, target: str, tokenizer: PreTrainedTokenizerBase) -> list[Message]:
+        if "messages" not in row:
+            return question_and_answer(row["instruction"], target)
+        if not getattr(tokenizer, "chat_template", None):
+            raise RecipeError(
+                f"rows hold messages, but {type(tokenizer).__name__} has no chat template to write them by; take a "
+                "base that was made to chat, or rows of instruction and output."
+            )
+        messages: list[Message] = row["messages"]
+        return messages
 
     def _prompt(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
         """The text before the answer."""
         if "prompt" in row:
             return str(row["prompt"])
         if self._chats(row, tokenizer):
-            return _chat(row["instruction"], "", tokenizer)[0]
+            return asked(self._conversation(row, "", tokenizer), tokenizer)
         return (self.template or "Human: {instruction}\n\nAssistant: ").replace(_USER, row["instruction"])
 
     def example(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -136,12 +161,12 @@ class CausalLM(GenerationTask):
         ]
 
 
-def _cut(ids: list[int], room: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The end of a prompt, behind the special token that it begins with."""
+def _places(ids: list[int], room: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Places of what is kept of a prompt: its end, behind the special token that it begins with."""
     if len(ids) <= room:
-        return ids
+        return list(range(len(ids)))
     first = min(room, int(ids[0] in tokenizer.all_special_ids))
-    return ids[:first] + ids[len(ids) - room + first :]
+    return [*range(first), *range(len(ids) - room + first, len(ids))]
 
 
 def token_metrics(found: Any, wanted: Any, kept: Any) -> dict[str, float]:
@@ -163,20 +188,3 @@ def one_line(value: Any) -> str:
         nested = any(isinstance(v, (list, tuple)) for v in value)
         return (" | " if nested else " : ").join(map(one_line, value))
     return str(value)
-
-
-def _chat(instruction: str, target: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the chat template writes before an answer, and the answer with what it writes behind.
-
-    Raises:
-        RecipeError: it writes something else before an answer than where one is asked for.
-    """
-    asked = [{"role": "user", "content": instruction}]
-    before: str = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    whole: str = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": target}], tokenize=False)
-    if not whole.startswith(before):
-        raise RecipeError(
-            "the tokenizer's chat template writes something else before an answer than where it asks for one; "
-            "set task_options.template."
-        )
-    return before, whole[len(before) :].rstrip("\n")

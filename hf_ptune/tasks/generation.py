@@ -36,7 +36,7 @@ class GenerationTask(Task):
     no_repeat_ngram_size: int = 0
     bleu_tokenize: str = "13a"
 
-    lists = ("references",)
+    lists: ClassVar[tuple[str, ...]] = ("references",)
     target_role: ClassVar[str]  # the answer
     main_metric = "accuracy"
     percent = ("bleu",)
