@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import nn
@@ -186,13 +187,46 @@ def cached_commit(base: str | None, revision: str | None = None) -> str | None:
     return extract_commit_hash(path, None) if isinstance(path, str) else None
 
 
-def load_backbone(task: str, base: str, config: PreTrainedConfig, **kwargs: Any) -> tuple[PreTrainedModel, set[str]]:
+def loader_of(task: str, config: PreTrainedConfig, base_class: str | None = None) -> Any:
+    """What makes a base: the Auto class of its task, or its own class of transformers, where that is another one.
+
+    Auto classes know one model of a family for a task, so that an encoder alone, or one that sees, may be none of them.
+
+    Args:
+        task: a key of `TASKS`.
+        config: the base's configuration.
+        base_class: name of its class; what the Auto class makes when unset.
+    """
+    auto = TASKS[task]
+    made = auto._model_mapping.get(type(config), ())
+    if base_class is None or base_class in {c.__name__ for c in (made if isinstance(made, tuple) else (made,))}:
+        return auto
+    own = getattr(transformers, base_class, None)
+    fits = (
+        isinstance(own, type)
+        and issubclass(own, PreTrainedModel)
+        and getattr(own, "config_class", None) is type(config)
+    )
+    return own if fits else auto
+
+
+def make_backbone(task: str, config: PreTrainedConfig, base_class: str | None = None) -> PreTrainedModel:
+    """A base with fresh weights; arguments are those of `loader_of`."""
+    loader = loader_of(task, config, base_class)
+    made: PreTrainedModel = (loader.from_config if loader is TASKS[task] else loader._from_config)(config)
+    return made
+
+
+def load_backbone(
+    task: str, base: str, config: PreTrainedConfig, base_class: str | None = None, **kwargs: Any
+) -> tuple[PreTrainedModel, set[str]]:
     """Load the base of an adapter.
 
     Args:
         task: a key of `TASKS`.
         base: id on the Hub, local folder, or `package:` name.
         config: the base's configuration, labels already set.
+        base_class: name of its class; what the Auto class of the task makes when unset.
         kwargs: what `from_pretrained` takes (dtype, device_map, attn_implementation, …).
 
     Returns:
@@ -203,7 +237,8 @@ def load_backbone(task: str, base: str, config: PreTrainedConfig, **kwargs: Any)
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # that a head is new is expected, and the caller is told what is absent
     try:
-        backbone, info = TASKS[task].from_pretrained(resolve(base), config=config, output_loading_info=True, **kwargs)
+        loader = loader_of(task, config, base_class)
+        backbone, info = loader.from_pretrained(resolve(base), config=config, output_loading_info=True, **kwargs)
     finally:
         hf_logging.set_verbosity(level)
     other = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}

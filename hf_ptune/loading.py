@@ -143,10 +143,10 @@ def load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[P
         wanted, present = getattr(text, "vocab_size", None), getattr(own, "vocab_size", None)
         _check_sizes(text, own, name)
         if wanted == present:
-            return load_backbone(task, name, base, **kwargs)
+            return load_backbone(task, name, base, config.base_class, **kwargs)
         # the vocabulary was resized after the base had been loaded: its checkpoint has to be met as it is
         text.vocab_size = present
-        backbone, absent = load_backbone(task, name, base, **kwargs)
+        backbone, absent = load_backbone(task, name, base, config.base_class, **kwargs)
     backbone.resize_token_embeddings(wanted)
     logger.warning(
         f"the vocabulary was resized from {present} to {wanted} tokens; embeddings of new tokens are drawn anew "

@@ -11,7 +11,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
-from hf_ptune.backbone import TASKS, adapter_names, count_parameter
+from hf_ptune.backbone import TASKS, adapter_names, count_parameter, make_backbone
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import AdapterFileError, ConfigError, InjectionError, PTuneError
@@ -44,7 +44,7 @@ class PTunePreTrainedModel(SavedAdapter):
 
     def __init__(self, config: PTuneConfig, backbone: PreTrainedModel | None = None) -> None:
         if backbone is None:
-            backbone = cast(PreTrainedModel, TASKS[self.task].from_config(config.base))
+            backbone = make_backbone(self.task, config.base, config.base_class)
         config._attn_implementation_internal = backbone.config._attn_implementation
         super().__init__(config)
         self.backbone = backbone

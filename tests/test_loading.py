@@ -13,10 +13,17 @@ from families import batch, build
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
 )
 
 from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
@@ -47,6 +54,34 @@ def test_the_causal_mask_is_intact(adapter: Path) -> None:
     changed[:, -1] = 4
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits[:, :-1], loaded(changed).logits[:, :-1])
+
+
+def t5_encoder() -> PreTrainedModel:
+    return T5EncoderModel(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
+
+
+def llava() -> PreTrainedModel:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    seeing = CLIPVisionConfig(image_size=8, patch_size=4, projection_dim=16, **sizes)
+    text = LlamaConfig(vocab_size=64, **sizes)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=seeing, text_config=text, image_token_index=63))
+
+
+@pytest.mark.parametrize("method", ["p_tuning_v2", "prompt_tuning"])
+@pytest.mark.parametrize(("make", "auto"), [(t5_encoder, AutoModel), (llava, AutoModelForCausalLM)])
+def test_bases_that_their_auto_class_would_not_make(
+    make: Callable[[], PreTrainedModel], auto: Any, method: str, tmp_path: Path
+) -> None:
+    make().save_pretrained(tmp_path / "base")
+    base = type(make()).from_pretrained(tmp_path / "base")
+    model = get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=3)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = auto.from_pretrained(tmp_path / "adapter").eval()
+    assert type(loaded.backbone) is type(base)
+    ids = torch.randint(3, 60, (2, 5))
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids)[0], model(input_ids=ids)[0])
+    assert type(auto.from_config(loaded.config).backbone) is type(base)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
