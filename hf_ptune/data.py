@@ -134,7 +134,7 @@ def _read(recipe: Recipe, task: Task, source: str, split: str) -> _Part:
         if not numbered:
             raise RecipeError(f"{place}: no row has {wanted}, as data.where asks.")
     places = [f"{place}, row {n}" for n, _ in numbered]
-    cells = source.endswith(".csv")
+    cells = source.endswith((".csv", ".tsv"))
     rows = [
         task.check_row(_by_role(row, task, columns, at, cells), at)
         for (_, row), at in zip(numbered, places, strict=True)

@@ -43,8 +43,8 @@ class DataRecipe:
     """Say where the rows are and which columns hold what.
 
     Args:
-        source: "chatterbot"; a .jsonl, .csv or .parquet file, relative to the recipe's folder; or `hub:<id>` of a
-            dataset on the Hub.
+        source: "chatterbot"; a .jsonl, .json, .csv, .tsv or .parquet file, relative to the recipe's folder; or
+            `hub:<id>` of a dataset on the Hub.
         config: configuration of a dataset on the Hub.
         revision: its commit or branch; "refs/convert/parquet" has the rows of those that are a script.
         split: its split to train on.

@@ -21,21 +21,18 @@ _MIN_LINES = 25  # topics of fewer lines are too small to be held out
 
 
 def read_file(path: Path) -> list[Row]:
-    """Read a .jsonl, .csv or .parquet file.
+    """Read a .jsonl, .json, .csv, .tsv or .parquet file.
+
+    Cells of a .tsv file are taken as they stand, quotes among them, as those of GLUE have to be.
 
     Raises:
         RecipeError: the file is missing, broken, empty, or of another kind.
     """
-    readers: dict[str, Callable[[Path], list[Row]]] = {
-        ".jsonl": _read_jsonl,
-        ".csv": _read_csv,
-        ".parquet": _read_parquet,
-    }
-    if path.suffix not in readers:
-        raise RecipeError(f"{path}: expected a file that ends in {', '.join(readers)}, or {HUB}<id> of a dataset.")
+    if path.suffix not in _READERS:
+        raise RecipeError(f"{path}: expected a file that ends in {', '.join(_READERS)}, or {HUB}<id> of a dataset.")
     if not path.is_file():
         raise RecipeError(f"{path}: there is no such file; paths of data start at the recipe's folder.")
-    rows = readers[path.suffix](path)
+    rows = _READERS[path.suffix](path)
     if not rows:
         raise RecipeError(f"{path}: holds no rows.")
     return rows
@@ -71,22 +68,42 @@ def _read_jsonl(path: Path) -> list[Row]:
     return rows
 
 
-def _read_csv(path: Path) -> list[Row]:
+def _read_json(path: Path) -> list[Row]:
+    with _text_of(path) as file:
+        try:
+            rows: list[Row] = json.load(file)
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"{path}: is no JSON: {error}; a file of a row a line ends in .jsonl.") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RecipeError(
+            f"{path}: holds {shorten(rows, 60)}; expected a list of objects with named columns, one a row. Write it "
+            "so, or a row a line in a .jsonl file."
+        )
+    return rows
+
+
+def _read_csv(path: Path, **dialect: Any) -> list[Row]:
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
     rows: list[Row] = []
     with _text_of(path) as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, **dialect)
         try:
             for row in reader:
                 if any(row.pop(None, [])):  # type: ignore[call-overload]
                     raise RecipeError(
                         f"{path}, line {reader.line_num}: has more cells than the header; texts with "
                         'commas stand in quotes ("a, b").'
+                        if not dialect
+                        else f"{path}, line {reader.line_num}: has more cells than the header; texts hold no tabs."
                     )
                 rows.append(row)
         except csv.Error as error:
             raise RecipeError(f"{path}, line {reader.line_num}: is no CSV: {error}") from error
     return rows
+
+
+def _read_tsv(path: Path) -> list[Row]:
+    return _read_csv(path, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def _read_parquet(path: Path) -> list[Row]:
@@ -98,6 +115,15 @@ def _read_parquet(path: Path) -> list[Row]:
     except pyarrow.ArrowInvalid as error:
         raise RecipeError(f"{path}: is no Parquet: {error}") from error
     return rows
+
+
+_READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
 
 
 def read_hub(
@@ -125,7 +151,7 @@ def read_hub(
         said = shorten(error.__cause__ or error)  # what generates a dataset says only that it could not
         raise RecipeError(
             f"data.source {HUB}{name} (config {config}, split {split}) cannot be loaded: {said}. It needs the network "
-            "once; without it, name a .jsonl, .csv or .parquet file."
+            f"once; without it, name a file ({', '.join(_READERS)})."
         ) from error
     names = {column: found for column, feature in dataset.features.items() if (found := _class_names(feature))}
     return list(dataset), names

@@ -48,7 +48,19 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "r.csv").write_text('q,topic\na b,x\n"c, ""d""\ne",y\n')
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
-    assert read_file(tmp_path / "r.jsonl") == read_file(tmp_path / "r.csv") == read_file(tmp_path / "r.parquet") == rows
+    (tmp_path / "r.json").write_text(json.dumps(rows, indent=1))
+    for kind in ("jsonl", "json", "csv", "parquet"):
+        assert read_file(tmp_path / f"r.{kind}") == rows, kind
+
+
+def test_quotes_in_tsv_are_text(tmp_path: Path) -> None:
+    (tmp_path / "r.tsv").write_text('sentence\tlabel\n"quoted" it begins\t1\n"never closed\t0\n')
+    assert read_file(tmp_path / "r.tsv") == [
+        {"sentence": '"quoted" it begins', "label": "1"},
+        {"sentence": '"never closed', "label": "0"},
+    ]
+    (tmp_path / "t.tsv").write_text("tokens\ttags\n" + '["a", "b"]\t["O", "B-X"]\n' * 4)
+    assert load_rows(recipe_for(tmp_path, "TOKEN_CLS", source="t.tsv")).train[0]["tokens"] == ["a", "b"]
 
 
 def test_columns_and_files(tmp_path: Path) -> None:
@@ -63,7 +75,7 @@ def test_columns_and_files(tmp_path: Path) -> None:
         ({"source": "r.jsonl"}, "row 1: has no column 'text' for text; it has q, topic"),
         ({"source": "r.jsonl", "columns": {"texts": "q"}}, "names the role 'texts'"),
         ({"source": "none.jsonl"}, "there is no such file"),
-        ({"source": "r.txt"}, "expected a file that ends in .jsonl, .csv, .parquet"),
+        ({"source": "r.txt"}, "expected a file that ends in .jsonl, .json, .csv, .tsv, .parquet"),
         (
             {"source": "r.jsonl", "eval_source": "e.jsonl", "columns": columns},
             "add such rows, or name all labels under data.labels",
@@ -171,6 +183,11 @@ def test_broken_files(tmp_path: Path) -> None:
         ("b.jsonl", "[1]", "line 1: expected an object"),
         ("c.jsonl", "", "holds no rows"),
         ("d.parquet", "no", "is no Parquet"),
+        ("e.json", '{"a": 1}\n{"a": 2}', "is no JSON.*a row a line ends in .jsonl"),
+        ("f.json", '{"data": [{"a": 1}]}', "holds .*expected a list of objects"),
+        ("g.json", "[1]", "expected a list of objects"),
+        ("h.json", "[]", "holds no rows"),
+        ("i.tsv", "a\tb\nc\td\te\n", "has more cells than the header; texts hold no tabs"),
     ]:
         (tmp_path / name).write_text(text)
         with pytest.raises(RecipeError, match=message):
