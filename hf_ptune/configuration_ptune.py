@@ -2,8 +2,6 @@
 
 import copy
 import os
-import re
-from collections import Counter
 from dataclasses import field
 from typing import Any, ClassVar
 
@@ -12,13 +10,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hf_ptune.adapter_file import shorten
 from hf_ptune.base_settings import Live, tell
+from hf_ptune.config_checks import SITES, check_counts, check_geometry, without
 from hf_ptune.errors import AdapterFileError, ConfigError, PTuneError
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import EncoderSpec, PromptEncoder, SiteShape, direct_prompt
 from hf_ptune.templates import Template
 
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO", "ADAPTER")
-SITES = ("encoder", "decoder", "cross")
 # what the tensors of an adapter follow from; kept beside them too
 STRUCTURE = (
     "method",
@@ -40,17 +38,6 @@ STRUCTURE = (
 )
 # more than anybody has trained, and little enough that nothing runs out of memory before it is compared with the file
 _MOST = {"num_virtual_tokens": 2**20, "encoder_hidden_size": 2**20, "encoder_num_layers": 64}
-_MOST_LAYERS, _MOST_LABELS = 4096, 2**20
-_COUNTED = re.compile("layer|depth|attention_types")  # transformers makes lists of that many as it reads them
-_SITE: dict[str, tuple[type, int, int]] = {
-    "layer": (int, 0, _MOST_LAYERS),
-    "heads": (int, 1, 2**16),
-    "key_dim": (int, 1, 2**20),
-    "value_dim": (int, 1, 2**20),
-    "product": (int, 0, 16),
-    "name": (str, 0, 0),
-    "where": (str, 0, 0),
-}
 # how a base is run, and by whose code, is up to whoever loads it
 _UP_TO_THE_LOADER = {
     "attn_implementation",
@@ -194,7 +181,7 @@ class PTuneConfig(PreTrainedConfig):
             raise ConfigError(f"pooling='mean' comes with a prompt before the text, but {why}.")
         self._check_template(method.kind)
         if self.geometry:
-            _check_geometry(self.geometry)
+            check_geometry(self.geometry)
 
     def _check_template(self, kind: PromptKind | None) -> None:
         if self.verbalizer is not None:
@@ -240,7 +227,7 @@ class PTuneConfig(PreTrainedConfig):
         if not self.base_config:
             object.__setattr__(self, "_base", None)
             return
-        settings = _without(self.base_config, _NOT_OF_A_BASE)
+        settings = without(self.base_config, _NOT_OF_A_BASE)
         model_type = settings.pop("model_type", "")
         if model_type == self.model_type or model_type not in CONFIG_MAPPING:
             raise ConfigError(
@@ -305,8 +292,8 @@ class PTuneConfig(PreTrainedConfig):
             ConfigError: fields of a wrong type or out of range, or a base that is not known.
         """
         try:
-            settings = _without(config_dict, _UP_TO_THE_LOADER)
-            _check_counts(settings)
+            settings = without(config_dict, _UP_TO_THE_LOADER)
+            check_counts(settings)
             made = super().from_dict(settings, **kwargs)
             config = made[0] if isinstance(made, tuple) else made
             for name, value in kwargs.items():
@@ -428,57 +415,6 @@ class PTuneConfig(PreTrainedConfig):
 
 def _are_words(words: Any) -> bool:
     return isinstance(words, list) and bool(words) and all(isinstance(w, str) and w.strip() for w in words)
-
-
-def _without(settings: Any, names: set[str]) -> Any:
-    """A deep copy without some names, however deep they are."""
-    if isinstance(settings, dict):
-        return {k: _without(v, names) for k, v in settings.items() if k not in names}
-    return [_without(v, names) for v in settings] if isinstance(settings, list) else copy.deepcopy(settings)
-
-
-def _check_counts(settings: Any, name: str = "") -> None:
-    """Refuse counts that fill the memory as soon as transformers reads them."""
-    if isinstance(settings, dict):
-        for key, value in settings.items():
-            _check_counts(value, str(key))
-    elif isinstance(settings, list):
-        for value in settings:
-            _check_counts(value, name)
-    elif isinstance(settings, int):
-        most = _MOST_LABELS if name == "num_labels" else _MOST_LAYERS if _COUNTED.search(name) else None
-        if most is not None and settings > most:
-            raise ConfigError(f"{name}={settings} in config.json; expected at most {most}. Restore the file.")
-
-
-def _check_geometry(geometry: dict[str, Any]) -> None:
-    """Refuse a geometry that `find_geometry` cannot have written."""
-    kinds: dict[str, type] = {"sites": list, "causal": bool, "skipped": list, "embedding_dim": int}
-    wrong = [f"{n}={geometry.get(n)!r}" for n, kind in kinds.items() if type(geometry.get(n)) is not kind]
-    if not wrong:
-        wrong = [f"skipped holds {n!r}" for n in geometry["skipped"] if not isinstance(n, str)]
-        wrong += [] if 1 <= geometry["embedding_dim"] <= 2**20 else [f"embedding_dim={geometry['embedding_dim']}"]
-        wrong += [message for site in geometry["sites"] for message in _wrong_in(site)]
-    if not wrong:
-        named = Counter(site["name"] for site in geometry["sites"])
-        wrong = [f"{name} {count} times" for name, count in named.items() if count > 1]
-    if wrong:
-        raise ConfigError(
-            f"geometry in config.json is not that of a base: {shorten('; '.join(wrong[:3]))}. Restore the file, or "
-            "remove geometry from it, so that it is found anew."
-        )
-
-
-def _wrong_in(site: Any) -> list[str]:
-    if not isinstance(site, dict):
-        return [f"sites holds {site!r}"]
-    wrong = []
-    for name, (kind, least, most) in _SITE.items():
-        value = site.get(name)
-        fits = least <= value <= most if type(value) is int and kind is int else type(value) is kind
-        if not fits or (name == "where" and value not in SITES):
-            wrong.append(f"{name}={value!r} in {shorten(site.get('name'))}")
-    return wrong
 
 
 AutoConfig.register(PTuneConfig.model_type, PTuneConfig, exist_ok=True)

@@ -10,6 +10,7 @@ LAYERS = [
     {"errors", "shapes", "cross_entropy", "auto", "sharding", "templates", "registry", "base_settings", "identity"},
     {"methods"},
     {"adapter_file"},
+    {"config_checks"},
     {"configuration_ptune", "injection", "backbone"},
     {"cards", "placement", "loss_at_labels", "logits_at"},
     {"hub", "loading", "prompt_transfer", "prompt_start"},
