@@ -36,7 +36,7 @@ def convert(source: FilePath, target: FilePath, form: str, **kwargs: Any) -> Non
         save_prompt_embeds(model, target)
     else:
         model.save_pretrained(target, flatten=True)
-        if (tokenizer := tokenizer_of(model.config.base_model_name_or_path)) is not None:
+        if (tokenizer := tokenizer_of(model.config)) is not None:
             name_virtual_tokens(model.config, tokenizer)
             tokenizer.save_pretrained(target)
 

@@ -20,6 +20,7 @@ from hf_ptune.tasks.base import missing
 
 _LABELS_FILE = "labels.json"  # beside a file of rows
 _LIST = re.compile(r"""\[\s*(['"\d-]|None|null|\[)[^\0]*\]|\{\s*['"][^\0]*\}""")
+_OBJECTS = re.compile(rf"{_LIST.pattern}|\[\s*\{{[^\0]*\}}\s*\]")
 _ARRAY = re.compile(r"""['"]\s+['"]""")  # printed by numpy, without commas
 
 
@@ -236,6 +237,7 @@ def _by_role(row: Row, task: Task, columns: Mapping[str, Column], where: str, ce
             f"{where}: has no column {column!r} for {absent[0]}; "
             f"it has {', '.join(map(str, row))}. Name the column under data.columns.{absent[0]}."
         )
+    _choose_form(found, task, columns)
     for role in (r for r in found if r not in task.objects):
         most = task.depths.get(role, int(role in task.lists))
         if not _is_text(found[role], most):
@@ -244,6 +246,15 @@ def _by_role(row: Row, task: Task, columns: Mapping[str, Column], where: str, ce
                 f"text{' or a list of texts' if most else ''}. {_cure(columns.get(role, role), found[role], role)}"
             )
     return found
+
+
+def _choose_form(found: dict[str, Any], task: Task, columns: Mapping[str, Column]) -> None:
+    """Of the forms that a row has whole keep the one that the recipe names, else the first, and what goes with it."""
+    complete = [form for form in task.forms if all(role in found for role in form)]
+    chosen = max(complete, key=lambda form: sum(role in columns for role in form))
+    beside = {role for form in task.forms if not set(form) & set(chosen) for role in form}
+    for role in beside - {role for form in task.forms if set(form) & set(chosen) for role in form}:
+        found.pop(role, None)
 
 
 def _cure(column: Column, value: Any, role: str) -> str:
@@ -296,7 +307,8 @@ def _read_cell(value: Any, objects: bool, where: str) -> Any:
     Raises:
         RecipeError: it looks like a list and cannot be read.
     """
-    if not isinstance(value, str) or not _LIST.fullmatch(value.strip()):
+    pattern = _OBJECTS if objects else _LIST
+    if not isinstance(value, str) or not pattern.fullmatch(value.strip()):
         return value
     kinds = (list, dict) if objects else (list,)
     with contextlib.suppress(ValueError):

@@ -1,12 +1,13 @@
 """The base of a run that starts anew, its tokenizer beside it, and what refuses it."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_ptune.backbone import POOLER, blaming, check_family, head_names, load_backbone, resolve
+from hf_ptune.backbone import POOLER, blaming, check_family, head_names, is_hub_id, load_backbone, resolve
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, RecipeError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
@@ -23,8 +24,12 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
         revision: a commit or branch of a base on the Hub; the main branch when unset.
 
     Raises:
-        BackboneError: it has neither, or cannot be loaded.
+        BackboneError: it has neither, or cannot be loaded; or a base that is no repository is to have a revision.
     """
+    if revision is not None and (Path(base).exists() or not is_hub_id(base)):
+        raise BackboneError(
+            f"the base {base!r} is no repository of the Hub, so that it has no revision {revision!r}; leave that out."
+        )
     with blaming(base):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(base), revision=revision or "main")
     if tokenizer.pad_token is None:

@@ -83,7 +83,8 @@ def _nearest_tokens(prompt: Tensor, config: PTuneConfig) -> list[str]:
         return ["nearest tokens: the base's embeddings are not at hand"]
     path, name = found
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(str(config.base_model_name_or_path)))
+        base, revision = resolve(str(config.base_model_name_or_path)), config.base_model_revision or "main"
+        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
     except (OSError, ValueError):
         return ["nearest tokens: the base's tokenizer is not at hand"]
     prompt = torch.nn.functional.normalize(prompt, dim=-1)

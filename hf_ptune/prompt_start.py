@@ -122,7 +122,8 @@ def base_tokenizer(config: Any) -> Any:
             "a start from text or labels, and a template, need tokenizer=…: the backbone does not name its base."
         )
     try:
-        return AutoTokenizer.from_pretrained(resolve(config.base_model_name_or_path))
+        revision = config.base_model_revision or "main"
+        return AutoTokenizer.from_pretrained(resolve(config.base_model_name_or_path), revision=revision)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no tokenizer was found beside the base {config.base_model_name_or_path!r} ({error}); pass tokenizer=…"

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from hf_ptune.adapter_file import WEIGHTS_NAME, shorten, staged
 from hf_ptune.backbone import TASKS, is_hub_id, resolve
 from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, make_card, merge_seeds
+from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.hub import commit_of, license_of, push_folder
 from hf_ptune.methods import get_method
 from hf_ptune.templates import name_virtual_tokens
@@ -48,7 +49,7 @@ def write_repository(
         The folder.
     """
     folder = Path(folder)
-    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model.config.base_model_name_or_path)
+    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model.config)
     if tokenizer is not None:
         name_virtual_tokens(model.config, tokenizer)
         tokenizer.save_pretrained(folder)
@@ -220,12 +221,13 @@ def _is_local(base: str) -> bool:
     return os.path.isabs(base) or base.startswith((".", "~")) or os.path.isdir(base)
 
 
-def tokenizer_of(base: str | None) -> Any:
-    """A base's tokenizer, or `None` with a warning where it has none."""
+def tokenizer_of(config: PTuneConfig) -> Any:
+    """The tokenizer of the base that a configuration names, or `None` with a warning where it has none."""
+    base = config.base_model_name_or_path
     if base is None:
         return None
     try:
-        return AutoTokenizer.from_pretrained(resolve(base))
+        return AutoTokenizer.from_pretrained(resolve(base), revision=config.base_model_revision or "main")
     except (OSError, ValueError) as error:
         logger.warning(f"no tokenizer was found beside the base ({shorten(error)}); pass tokenizer=….")
         return None

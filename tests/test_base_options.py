@@ -9,12 +9,17 @@ import torch
 from hub import HubServer, connect
 from huggingface_hub import HfApi
 from test_train import write_base, write_recipe
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from hf_ptune import PTuneConfig
 from hf_ptune.backbone import load_backbone
+from hf_ptune.data import load_rows
 from hf_ptune.errors import BackboneError, RecipeError
+from hf_ptune.fresh_base import load_tokenizer
+from hf_ptune.prompt_start import base_tokenizer
+from hf_ptune.publishing import tokenizer_of
 from hf_ptune.recipe import make_recipe, read_recipe
-from hf_ptune.train import run
+from hf_ptune.train import run, wrap_base
 
 
 def test_a_revision_of_the_base_is_the_one_that_is_trained_on_and_loaded(
@@ -83,6 +88,33 @@ def test_wrong_options_of_the_base_are_told_before_anything_is_loaded(tmp_path: 
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(content | {"base_options": {}}))
     assert read_recipe(file, ["--base_options.dtype=float16"]).base_options == {"dtype": "float16"}
+
+
+def test_a_revision_of_what_is_no_repository_is_refused(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
+    content = write_recipe(tmp_path, "SEQ_CLS", base, base_options={"revision": "other"})
+    with pytest.raises(BackboneError, match="is no repository of the Hub, so that it has no revision 'other'"):
+        run(make_recipe(content, folder=tmp_path))
+
+
+def test_tokenizers_are_those_of_the_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **options: seen.append(options["revision"]))
+    config = PTuneConfig(base_model_name_or_path="alice/base", base_model_revision="other")
+    base_tokenizer(config)
+    tokenizer_of(config)
+    tokenizer_of(PTuneConfig(base_model_name_or_path="alice/base"))
+    assert seen == ["other", "other", "main"]
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [("bfloat16", True), ("float32", False)])
+def test_a_head_in_half_precision_is_told(
+    dtype: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
+    recipe = make_recipe(write_recipe(tmp_path, "SEQ_CLS", base, base_options={"dtype": dtype}), folder=tmp_path)
+    wrap_base(recipe, load_rows(recipe), load_tokenizer(base))
+    assert ("small steps are lost" in caplog.text) is warned
 
 
 @pytest.mark.slow

@@ -381,6 +381,37 @@ def test_a_length_that_leaves_special_tokens_alone(most: int, row: dict[str, str
         check_features(model, task, tokenizer, features)
 
 
+CHAT = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+
+
+@pytest.mark.parametrize("text", [json.dumps(CHAT), str(CHAT)])
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_messages_in_cells(text: str, kind: str, tmp_path: Path) -> None:
+    cell = '"' + text.replace('"', '""') + '"' if kind == "csv" else text
+    write(tmp_path, f"m.{kind}", "messages\n" + f"{cell}\n" * 4)
+    assert load_rows(recipe_for(tmp_path, "CAUSAL_LM", source=f"m.{kind}")).train[0]["messages"] == CHAT
+
+
+@pytest.mark.parametrize(
+    ("columns", "own", "asked"),
+    [
+        ({}, {"prompt": "a", "answer": "b"}, "prompt"),
+        ({}, {"prompt": "a", "prompt_id": "1"}, "messages"),
+        ({"messages": "messages"}, {"prompt": "a", "answer": "b"}, "messages"),
+        ({"prompt": "prompt", "answer": "answer"}, {"prompt": "a", "answer": "b"}, "prompt"),
+        ({}, {"instruction": "a", "output": "b"}, "instruction"),
+        ({"messages": "messages"}, {"instruction": "a", "output": "b", "references": ["z"]}, "messages"),
+    ],
+)
+def test_a_row_of_several_forms_is_read_by_one(
+    columns: dict[str, Any], own: dict[str, Any], asked: str, tmp_path: Path
+) -> None:
+    write(tmp_path, "m.jsonl", f"{json.dumps(own | {'messages': CHAT})}\n" * 4)
+    row = load_rows(recipe_for(tmp_path, "CAUSAL_LM", source="m.jsonl", columns=columns)).train[0]
+    assert [r for r in ("prompt", "instruction", "messages") if r in row] == [asked]
+    assert row["references"] == (["d"] if asked == "messages" else ["b"])
+
+
 def test_a_chat_template_without_an_end() -> None:
     tokenizer = words_tokenizer("user assistant a b c end")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"

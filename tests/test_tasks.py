@@ -9,7 +9,11 @@ import pytest
 import torch
 from families import build
 from test_data import words_tokenizer
-from transformers import EvalPrediction
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.trainers import BpeTrainer
+from transformers import EvalPrediction, PreTrainedTokenizerFast
 
 from hf_ptune import PTuneConfig, get_ptune_model
 from hf_ptune.errors import ConfigError, RecipeError
@@ -377,7 +381,7 @@ def test_conversations() -> None:
     assert len(short["input_ids"]) == len(short["labels"]) == 7 and learned(tokenizer, short) == "end d end"
 
 
-def test_answers_that_a_chat_template_writes_anew_are_read_and_not_learned() -> None:
+def test_answers_that_a_chat_template_writes_anew_are_learned_where_they_are_the_last() -> None:
     tokenizer = words_tokenizer("user assistant system a b c d g end")
     # as templates that drop the thoughts of earlier answers
     tokenizer.chat_template = (
@@ -386,9 +390,43 @@ def test_answers_that_a_chat_template_writes_anew_are_read_and_not_learned() -> 
         "{% if add_generation_prompt %}assistant {% endif %}"
     )
     task = CausalLM()
-    feature = task.encode(checked(task, {"messages": CONVERSATION[1:]}), tokenizer, [])[0]
-    assert tokenizer.decode(feature["input_ids"]) == "user a end assistant g end user c end assistant d end"
-    assert learned(tokenizer, feature) == "d end"
+    rows = checked(task, {"messages": CONVERSATION[1:]})
+    first, second = task.encode(rows, tokenizer, [])
+    assert tokenizer.decode(first["input_ids"]) == "user a end assistant b end"
+    assert tokenizer.decode(second["input_ids"]) == "user a end assistant g end user c end assistant d end"
+    assert [learned(tokenizer, f) for f in (first, second)] == ["b end", "d end"]
+    assert task.encode(rows, tokenizer, [], held_out=True) == [second]
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_conversations_are_read_as_a_whole(scheme: str) -> None:
+    """As apply_chat_template(tokenize=True) has it, whatever space a tokenizer begins its texts with."""
+    words = [" ".join(["[INST]", "[/INST]", *"abcd"])] * 2
+    raw = Tokenizer(BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = Metaspace(prepend_scheme=scheme)
+    raw.train_from_iterator(words, BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], vocab_size=60))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="<unk>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    feature = CausalLM().encode(checked(CausalLM(), {"messages": CONVERSATION[1:]}), tokenizer, [])[0]
+    text = tokenizer.apply_chat_template(CONVERSATION[1:], tokenize=False)
+    assert feature["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert "".join(learned(tokenizer, feature).split()) == "b</s>d</s>"
+
+
+def test_messages_that_a_chat_template_refuses() -> None:
+    tokenizer = words_tokenizer("user assistant a b c d g end")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        "{{ m.role }} {{ m.content }} end\n{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    with pytest.raises(RecipeError, match=r"the row .*'system'.*refuses the messages \(.*no system here"):
+        CausalLM().encode(checked(CausalLM(), {"messages": CONVERSATION}), tokenizer, [])
+    for option in ({"template": "a {instruction}"}, {"separator": " "}):
+        with pytest.raises(RecipeError, match=r"leave task_options\.template and separator out"):
+            checked(CausalLM(**option), {"messages": CONVERSATION})
 
 
 @pytest.mark.parametrize(
@@ -398,6 +436,7 @@ def test_answers_that_a_chat_template_writes_anew_are_read_and_not_learned() -> 
         ([], r"messages holds \[\]; expected"),
         ([{"from": "human", "value": "a"}], "message 1 is .*human.*without text under role and content"),
         (CONVERSATION[:2], "the last message is of 'user'"),
+        (CONVERSATION[2:3], "messages holds an answer, and nothing that it answers"),
         ([*CONVERSATION[:2], {"role": "assistant", "content": " "}], "the last message is empty"),
     ],
 )

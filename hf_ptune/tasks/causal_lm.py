@@ -8,11 +8,12 @@ import numpy as np
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hf_ptune.adapter_file import shorten
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Accuracy
 from hf_ptune.tasks.base import Answer, Collator, Feature, Row, kept_pairs, make_collator
-from hf_ptune.tasks.chats import Message, asked, check_messages, question_and_answer, spoken
+from hf_ptune.tasks.chats import Message, asked, check_messages, question_and_answer, spoken, tokens_of
 from hf_ptune.tasks.generation import GenerationTask
 from hf_ptune.tasks.registry import register_task
 
@@ -59,6 +60,11 @@ class CausalLM(GenerationTask):
             row = row | {"prompt": one_line(row["prompt"])}
         elif "messages" in row:
             messages = check_messages(row["messages"], where)
+            if self.template is not None or self.separator:
+                raise RecipeError(
+                    f"{where}: messages are written by the tokenizer's chat template; leave task_options.template and "
+                    "separator out, which are for instructions and prompts."
+                )
             row = row | {"messages": messages, "answer": messages[-1]["content"]}
         else:
             asked = [str(row[role]).strip() for role in ("instruction", "input") if role in row]
@@ -69,32 +75,48 @@ class CausalLM(GenerationTask):
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
     ) -> list[Feature]:
         pairs = self.pairs(rows, held_out)
-        encoded = [self._encode_one(row, target, tokenizer) for row, target in pairs]
+        encoded = []
+        for row, target in pairs:
+            told = self._tell(row, target, tokenizer)
+            encoded += [self._feature(row, *one, tokenizer) for one in (told[-1:] if held_out else told)]
         if cut := sum(was_cut for _, was_cut in encoded):
             logger.warning(
-                f"{cut} of {len(pairs)} rows are longer than data.max_length={self.max_length}: of their prompts "
+                f"{cut} of {len(encoded)} rows are longer than data.max_length={self.max_length}: of their prompts "
                 "the end is kept, and of their answers the beginning."
             )
         return [feature for feature, _ in encoded]
 
-    def _encode_one(self, row: Row, target: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Feature, bool]:
-        """A row's feature, and whether it was cut."""
+    def _tell(
+        self, row: Row, target: str, tokenizer: PreTrainedTokenizerBase
+    ) -> list[tuple[list[int], list[int], list[int]]]:
+        """Ids before an answer, their labels, and ids of the answer; several where a conversation is told anew."""
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        if self._chats(row, tokenizer):
-            *read, (last, _) = spoken(self._conversation(row, target, tokenizer), tokenizer)
-            told = [(tokenizer(text, add_special_tokens=False)["input_ids"], learned) for text, learned in read]
-            prompt: list[int] = [n for ids, _ in told for n in ids]
-            learned = [n if said else IGNORED for ids, said in told for n in ids]
-            answer: list[int] = tokenizer(last, add_special_tokens=False)["input_ids"]
-            if last.strip() == target.strip():  # the template writes nothing where an answer ends
-                answer = [*answer, *end]
-        else:
+        if not self._chats(row, tokenizer):
             # without its closing special tokens, so that the answer follows as it will when generating
-            prompt = tokenizer(self._prompt(row, tokenizer))["input_ids"]
+            prompt: list[int] = tokenizer(self._prompt(row, tokenizer))["input_ids"]
             while prompt and prompt[-1:] == end:
                 prompt = prompt[:-1]
-            learned = [IGNORED] * len(prompt)
             answer = [*tokenizer(self.separator + target, add_special_tokens=False)["input_ids"], *end]
+            return [(prompt, [IGNORED] * len(prompt), answer)]
+        messages = self._conversation(row, target, tokenizer)
+        try:
+            texts = spoken(messages, tokenizer)
+        except RecipeError as error:
+            raise RecipeError(f"the row {shorten(messages)}: {error}") from error
+        told = []
+        for parts in texts:
+            ids, of = tokens_of(parts, tokenizer)
+            first = next((n for n, part in enumerate(of) if part == len(parts) - 1), len(ids))
+            labels = [i if parts[part][1] else IGNORED for i, part in zip(ids, of, strict=True)]
+            # the template may write nothing where an answer ends
+            ends = end if parts is texts[-1] and parts[-1][0].strip() == target.strip() else []
+            told.append((ids[:first], labels[:first], ids[first:] + ends))
+        return told
+
+    def _feature(
+        self, row: Row, prompt: list[int], learned: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[Feature, bool]:
+        """The feature of what `_tell` returns, and whether it was cut."""
         # of what is too long, the end of the prompt and the beginning of the answer are kept
         whole = len(prompt) + len(answer)
         answer = answer[: self.max_length - min(len(prompt), self.max_length // 2)]
