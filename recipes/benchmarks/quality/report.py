@@ -172,25 +172,27 @@ def _settings(records: dict[str, Record]) -> list[str]:
     lines = [
         "# Settings tried",
         "",
-        "Validation figure after the last epoch, mean over the seeds that ran (their number in brackets where it is "
-        "not one). Gap: how far a setting is below the best of its column on a task, in points, mean and largest over "
-        "the tasks where it ran. Settings not named are those of a fresh `PTuneConfig`, a warm-up of 6 %, linear "
-        "decay, and one rate for prompt and head.",
+        "Validation figure after the last epoch with seed 0, by which settings are chosen; in brackets the mean over "
+        "three seeds where they ran. Gap: how far a setting is below the best of its column on a task with seed 0, in "
+        "points, mean and largest over the tasks where it ran. Settings not named are those of a fresh `PTuneConfig`, "
+        "a warm-up of 6 %, linear decay, and one rate for prompt and head.",
         "",
     ]
     found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for record in records.values():
-        if record.get("validation"):
-            setting = _plain(dict(sorted(record["setting"].items())))
-            found[record["column"]][setting][record["task"]].append(final(record))
+    for record in sorted(records.values(), key=lambda r: int(r["seed"])):
+        setting = _plain(dict(sorted(record["setting"].items())))
+        of_task = found[record["column"]][setting][record["task"]]
+        if record.get("validation") and (of_task or record["seed"] == 0):
+            of_task.append(final(record))
     tables: list[str] = []
     summary = ["| column | best by task | pooled: ran on most tasks, smallest mean gap |", "| --- | --- | --- |"]
     for column in (c for c in COLUMNS if c in found):
-        settings = found[column]
+        settings = {s: {t: v for t, v in by.items() if v} for s, by in found[column].items()}
+        settings = {s: by for s, by in settings.items() if by}
         tasks = [t for t in TASKS if any(t in by for by in settings.values())]
-        best = {t: max(_mean(by[t]) for by in settings.values() if t in by) for t in tasks}
-        gaps = {s: [100 * (best[t] - _mean(by[t])) for t in tasks if t in by] for s, by in settings.items()}
-        winners = [f"{t}: {next(s for s in settings if _mean(settings[s].get(t, ())) == best[t])}" for t in tasks]
+        best = {t: max(by[t][0] for by in settings.values() if t in by) for t in tasks}
+        gaps = {s: [100 * (best[t] - by[t][0]) for t in tasks if t in by] for s, by in settings.items()}
+        winners = [f"{t}: {next(s for s, by in settings.items() if t in by and by[t][0] == best[t])}" for t in tasks]
         pooled = min(settings, key=lambda s: (-len(gaps[s]), statistics.fmean(gaps[s])))
         summary.append(
             f"| {COLUMNS[column].title} | {'; '.join(winners)} | {pooled} ({len(gaps[pooled])} tasks, mean gap "
@@ -213,8 +215,8 @@ def _settings(records: dict[str, Record]) -> list[str]:
 def _cell(values: Sequence[float], best: float) -> str:
     if not values:
         return "."
-    text = f"{_mean(values):.3f}" + (f" ({len(values)})" if len(values) > 1 else "")
-    return f"**{text}**" if _mean(values) == best else text
+    text = f"{values[0]:.3f}" + (f" ({_mean(values):.3f})" if len(values) > 1 else "")
+    return f"**{text}**" if values[0] == best else text
 
 
 def _plot(chosen: dict[Any, list[Record]], tasks: Sequence[str], path: Path) -> None:
