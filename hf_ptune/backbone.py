@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -185,6 +186,16 @@ def cached_commit(base: str | None, revision: str | None = None) -> str | None:
     except HFValidationError:
         return None
     return extract_commit_hash(path, None) if isinstance(path, str) else None
+
+
+def read_tokenizer(base: str, revision: str | None = None) -> Any:
+    """The tokenizer beside a base.
+
+    Args:
+        base: id on the Hub, local folder, or `package:` name.
+        revision: a commit or branch of a base on the Hub; the main branch when unset.
+    """
+    return AutoTokenizer.from_pretrained(resolve(base), revision=revision or "main")
 
 
 def loader_of(task: str, config: PreTrainedConfig, base_class: str | None = None) -> Any:

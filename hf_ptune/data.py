@@ -252,8 +252,8 @@ def _choose_form(found: dict[str, Any], task: Task, columns: Mapping[str, Column
     """Of the forms that a row has whole keep the one that the recipe names, else the first, and what goes with it."""
     complete = [form for form in task.forms if all(role in found for role in form)]
     chosen = max(complete, key=lambda form: sum(role in columns for role in form))
-    beside = {role for form in task.forms if not set(form) & set(chosen) for role in form}
-    for role in beside - {role for form in task.forms if set(form) & set(chosen) for role in form}:
+    kept = {role for form in task.forms if set(form) & set(chosen) for role in form}
+    for role in {role for form in task.forms for role in form} - kept:
         found.pop(role, None)
 
 

@@ -4,10 +4,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_ptune.backbone import POOLER, blaming, check_family, head_names, is_hub_id, load_backbone, resolve
+from hf_ptune.backbone import (
+    POOLER,
+    blaming,
+    check_family,
+    head_names,
+    is_hub_id,
+    load_backbone,
+    read_tokenizer,
+    resolve,
+)
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, RecipeError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
@@ -31,7 +40,7 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
             f"the base {base!r} is no repository of the Hub, so that it has no revision {revision!r}; leave that out."
         )
     with blaming(base):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(base), revision=revision or "main")
+        tokenizer: PreTrainedTokenizerBase = read_tokenizer(base, revision)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise BackboneError(f"the tokenizer of {base} has neither padding nor end token; give it one.")

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from hf_ptune.adapter_file import read_tensors
-from hf_ptune.backbone import describe, resolve
+from hf_ptune.backbone import describe, read_tokenizer, resolve
 from hf_ptune.cards import FACTS_NAME, RunFacts, human_bytes, summarise
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, PTuneError
@@ -83,8 +83,7 @@ def _nearest_tokens(prompt: Tensor, config: PTuneConfig) -> list[str]:
         return ["nearest tokens: the base's embeddings are not at hand"]
     path, name = found
     try:
-        base, revision = resolve(str(config.base_model_name_or_path)), config.base_model_revision or "main"
-        tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+        tokenizer = read_tokenizer(str(config.base_model_name_or_path), config.base_model_revision)
     except (OSError, ValueError):
         return ["nearest tokens: the base's tokenizer is not at hand"]
     prompt = torch.nn.functional.normalize(prompt, dim=-1)

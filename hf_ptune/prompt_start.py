@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_ptune.backbone import resolve
+from hf_ptune.backbone import read_tokenizer
 from hf_ptune.errors import BackboneError, ConfigError
 from hf_ptune.injection import PROBE_TOKENS, Injector, evaluating, normalises_embeddings, word_embeddings
 from hf_ptune.methods import PromptKind, get_method
@@ -122,8 +122,7 @@ def base_tokenizer(config: Any) -> Any:
             "a start from text or labels, and a template, need tokenizer=…: the backbone does not name its base."
         )
     try:
-        revision = config.base_model_revision or "main"
-        return AutoTokenizer.from_pretrained(resolve(config.base_model_name_or_path), revision=revision)
+        return read_tokenizer(config.base_model_name_or_path, config.base_model_revision)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no tokenizer was found beside the base {config.base_model_name_or_path!r} ({error}); pass tokenizer=…"

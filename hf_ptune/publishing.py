@@ -9,11 +9,10 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import WEIGHTS_NAME, shorten, staged
-from hf_ptune.backbone import TASKS, is_hub_id, resolve
+from hf_ptune.backbone import TASKS, is_hub_id, read_tokenizer
 from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, make_card, merge_seeds
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.hub import commit_of, license_of, push_folder
@@ -227,7 +226,7 @@ def tokenizer_of(config: PTuneConfig) -> Any:
     if base is None:
         return None
     try:
-        return AutoTokenizer.from_pretrained(resolve(base), revision=config.base_model_revision or "main")
+        return read_tokenizer(base, config.base_model_revision)
     except (OSError, ValueError) as error:
         logger.warning(f"no tokenizer was found beside the base ({shorten(error)}); pass tokenizer=….")
         return None
