@@ -35,6 +35,7 @@ STRUCTURE = (
     "virtual_token_ids",
     "position_shift",
     "pooling",
+    "head_states",
 )
 # more than anybody has trained, and little enough that nothing runs out of memory before it is compared with the file
 _MOST = {"num_virtual_tokens": 2**20, "encoder_hidden_size": 2**20, "encoder_num_layers": 64}
@@ -94,6 +95,11 @@ class PTuneConfig(PreTrainedConfig):
             mean in encoders that normalise their embeddings, as BERT and its kin do, and what an adapter has that
             brings its head. Unset: "auto" for prompts among the inputs, "cls" beside a prefix. `get_ptune_model` makes
             it one of the first two. The papers read the first token.
+        head_states: what heads over the tokens of an encoder (tagging, extractive QA) read: "last", its last states;
+            "mix", a trained mix of the states of all its layers (Peters et al. 2018, section 3.2), which becomes part
+            of the adapter. "auto": the mix for tagging with encoders that normalise their embeddings. Unset: "last",
+            as in the papers. An adapter that brings its head brings this too. `get_ptune_model` makes it one of the
+            first two.
         loss_at_labels: whether language models compute logits only where a label counts while they train; loss
             and gradients stay the same. Logits that somebody asks for all the same cost a second forward pass.
         modules_to_save: further modules of the backbone that are trained and saved; a task's head always is.
@@ -121,6 +127,7 @@ class PTuneConfig(PreTrainedConfig):
     sites: list[str] | None = None
     position_shift: bool | None = None
     pooling: str | None = None
+    head_states: str | None = None
     loss_at_labels: bool = True
     modules_to_save: list[str] | None = None
     train_backbone: bool = False
@@ -176,9 +183,12 @@ class PTuneConfig(PreTrainedConfig):
             raise ConfigError(f"layers is for prefixes; {self.method} puts its prompt into the input only.")
         if self.pooling not in (None, "cls", "mean", "auto"):
             raise ConfigError(f"pooling={self.pooling!r}; expected 'cls', 'mean', 'auto' or None.")
-        if self.pooling == "mean" and (method.kind is None or self.places_tokens):
-            why = "a template places the virtual tokens" if self.places_tokens else f"{self.method} has no prompt"
-            raise ConfigError(f"pooling='mean' comes with a prompt before the text, but {why}.")
+        if self.head_states not in (None, "last", "mix", "auto"):
+            raise ConfigError(f"head_states={self.head_states!r}; expected 'last', 'mix', 'auto' or None.")
+        for name, value in (("pooling", "mean"), ("head_states", "mix")):
+            if getattr(self, name) == value and (method.kind is None or self.places_tokens):
+                why = "a template places the virtual tokens" if self.places_tokens else f"{self.method} has no prompt"
+                raise ConfigError(f"{name}={value!r} comes with a prompt before the text, but {why}.")
         self._check_template(method.kind)
         if self.geometry:
             check_geometry(self.geometry)

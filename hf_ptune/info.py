@@ -55,8 +55,9 @@ def describe_adapter(source: str, **hub: Any) -> str:
         state = (
             "flattened" if config.flattened else "with its reparameterisation" if method.reparameterised else "direct"
         )
-        pooled = ", the head reads the mean of the own tokens" if config.pooling == "mean" else ""
-        lines.append(f"virtual tokens: {config.num_virtual_tokens}, {state}{pooled}")
+        read = ", the head reads the mean of the own tokens" if config.pooling == "mean" else ""
+        read += ", the head reads a mix of all layers" if config.head_states == "mix" else ""
+        lines.append(f"virtual tokens: {config.num_virtual_tokens}, {state}{read}")
     if config.template is not None:
         lines.append(f"template: {config.template}")
     lines += [f"{name}: {value:.4f}" for name, (value, _) in summarise(_metrics(source, hub)).items()]

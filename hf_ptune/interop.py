@@ -188,6 +188,11 @@ def prompt_embeds(model: PTunePreTrainedModel) -> Tensor:
             "the head reads the mean of the own tokens, which is more than prompt embeddings by themselves; train with "
             "pooling='cls'."
         )
+    if model.config.head_states == "mix":
+        raise ConfigError(
+            "the head reads a mix of all layers, which is more than prompt embeddings by themselves; train with "
+            "head_states='last'."
+        )
     if get_method(model.config.method).kind is not PromptKind.EMBEDDINGS or model.prompt is None:
         raise ConfigError(
             f"{model.config.method} puts nothing among the inputs, so that it has no prompt embeddings. "
@@ -413,6 +418,8 @@ def _exportable(model: PTunePreTrainedModel) -> Injector:
         raise ConfigError(f"PEFT has no prompts for {model.task}; it has them for {', '.join(_PEFT_TASKS)}.")
     if injector is None:
         raise ConfigError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
+    if config.head_states == "mix":
+        raise ConfigError("PEFT has no head_states='mix'; train with head_states='last' what is to go there.")
     if injector.kind is PromptKind.PREFIX:
         if config.pooling == "mean":
             raise ConfigError("PEFT has no pooling='mean'; train with pooling='cls' what is to go there.")

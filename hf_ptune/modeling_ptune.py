@@ -12,17 +12,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 
 from hf_ptune.backbone import TASKS, adapter_names, count_parameter, make_backbone
+from hf_ptune.batch_share import count_labels, with_share
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import AdapterFileError, ConfigError, InjectionError, PTuneError
 from hf_ptune.identity import Owner, blank, specialised
-from hf_ptune.injection import Injector, bind, find_geometry, word_embeddings
+from hf_ptune.injection import Injector, ScalarMix, bind, body_of, find_geometry, layers_of, word_embeddings
 from hf_ptune.logits_at import run_with_logits_at
 from hf_ptune.loss_at_labels import LossAtLabels
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
-from hf_ptune.placement import choose_pooling, choose_sites, shifts_positions
+from hf_ptune.placement import choose_head_states, choose_pooling, choose_sites, shifts_positions
 from hf_ptune.saving import SavedAdapter
 from hf_ptune.sharding import units_of, whole, write
 
@@ -54,13 +55,15 @@ class PTunePreTrainedModel(SavedAdapter):
             self.accepts_loss_kwargs = backbone.accepts_loss_kwargs
         self._was_trainable = {n for n, p in backbone.named_parameters() if p.requires_grad}
         self.prompt: PromptEncoder | None = None
+        self.mix: ScalarMix | None = None
         self._injector: Injector | None = None
         self._loss_at_labels = self._watched_head()
         method = get_method(config.method)
         self._adopt(backbone)
-        if not config.geometry:
+        if fresh := not config.geometry:
             config.geometry = find_geometry(backbone)
         config.pooling = choose_pooling(config, backbone, self.task)
+        config.head_states = choose_head_states(config, backbone, self.task, fresh)
         if method.kind is not None:
             self._build_prompt(method.kind)
         self.post_init()
@@ -101,6 +104,8 @@ class PTunePreTrainedModel(SavedAdapter):
         # in full precision beside a half-precision base: updates would be lost below its resolution
         dtype = torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
         self.prompt = config.make_encoder(chosen).to(device=device, dtype=dtype)
+        if config.head_states == "mix":
+            self.mix = ScalarMix(layers_of(body_of(self.backbone))).to(device=device, dtype=dtype)
         self._injector = self._attached(self.prompt)
 
     def _attached(self, prompt: PromptEncoder) -> Injector:
@@ -115,6 +120,7 @@ class PTunePreTrainedModel(SavedAdapter):
             shifts_positions(self.backbone, config),
             config.virtual_token_ids,
             config.pooling == "mean",
+            self.mix,
         )
 
     def _watched_head(self) -> LossAtLabels | None:
@@ -161,8 +167,10 @@ class PTunePreTrainedModel(SavedAdapter):
         names = adapter_names(
             self.backbone, config.method, self.task, config.modules_to_save, whole=config.train_backbone
         )
-        prompt = [] if self.prompt is None else [f"prompt.{n}" for n, _ in self.prompt.named_parameters()]
-        return {f"backbone.{n}" for n in names} | {*prompt}
+        own = {"prompt": self.prompt, "mix": self.mix}
+        return {f"backbone.{n}" for n in names} | {
+            f"{place}.{n}" for place, part in own.items() if part is not None for n, _ in part.named_parameters()
+        }
 
     def adapter_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The adapter's tensors by name, buffers of the prompt included; whole ones, where ranks hold parts.
@@ -231,6 +239,13 @@ class PTunePreTrainedModel(SavedAdapter):
             raise PTuneError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
         if isinstance(labels := kwargs.get("labels"), Tensor):
             kwargs["labels"] = self.labels_of_words(labels)
+        if (items := kwargs.pop("num_items_in_batch", None)) is not None:
+            if (count := count_labels(kwargs, self.task == "CAUSAL_LM")) is not None:
+                return with_share(self._answer(args, kwargs), count, items)
+            kwargs["num_items_in_batch"] = items
+        return self._answer(args, kwargs)
+
+    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (places := kwargs.pop("logits_at", None)) is not None:
             return run_with_logits_at(self.backbone, self.task, places, bind(self.backbone, args, kwargs))
         if self._loss_at_labels is not None and (output := self._loss_at_labels(args, kwargs)) is not None:

@@ -16,6 +16,7 @@ from hf_ptune.backbone import head_names, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
+from hf_ptune.placement import reading_for
 from hf_ptune.wrapping import get_ptune_model
 
 TASK_KEY = "task"
@@ -124,9 +125,10 @@ def get_multitask_model(
         share_base(first, backbone, task)
     if config.train_backbone:
         raise ConfigError("train_backbone=True: tasks share a base that is frozen; leave it out.")
-    if config.pooling == "mean":  # of the tasks whose heads pool; tags and spans do not
-        config = type(config).from_dict(config.to_dict() | {"pooling": "auto"})
-    models = {task: get_ptune_model(backbone, config, tokenizer) for task, backbone in backbones.items()}
+    models = {
+        task: get_ptune_model(backbone, reading_for(config, task_of(backbone)), tokenizer)
+        for task, backbone in backbones.items()
+    }
     prompt = next(iter(models.values())).prompt
     for task, model in models.items():
         if prompt is None or model.prompt is None or model._injector is None:

@@ -67,10 +67,14 @@ def make_optimizer(
 
 
 def _heads(model: Any) -> set[str]:
-    """Names of the parameters of a model's task head, with a pooler that trains, or of the heads of several tasks."""
+    """Names of the parameters of a model's task head, with a pooler that trains and with the mix that it reads.
+
+    Of several tasks, those of all heads.
+    """
     parts = {f"tasks.{t}.": model.model_of(t) for t in model.tasks} if hasattr(model, "model_of") else {"": model}
-    return {
-        f"{place}backbone.{n}"
-        for place, part in parts.items()
-        for n in head_names(part.backbone, part.task, [POOLER] if POOLER in (part.config.modules_to_save or []) else [])
-    }
+    found: set[str] = set()
+    for place, part in parts.items():
+        pooler = [POOLER] if POOLER in (part.config.modules_to_save or []) else []
+        found |= {f"{place}backbone.{n}" for n in head_names(part.backbone, part.task, pooler)}
+        found |= {f"{place}mix.{n}" for n, _ in part.mix.named_parameters()} if part.mix is not None else set()
+    return found

@@ -7,7 +7,14 @@ from transformers import PreTrainedModel
 from hf_ptune.backbone import describe
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
-from hf_ptune.injection import body_of, normalises_embeddings, parameters_of, reads_first_token, text_of
+from hf_ptune.injection import (
+    body_of,
+    gives_layers,
+    normalises_embeddings,
+    parameters_of,
+    reads_first_token,
+    text_of,
+)
 from hf_ptune.methods import PromptKind, get_method
 
 # layers that a pooled head never reads: a prefix there would get no gradient
@@ -23,6 +30,7 @@ _SHAPE = (
     "vocab_size",
 )
 _POOLED = ("SEQ_CLS", "MULTIPLE_CHOICE")
+_OVER_TOKENS = ("TOKEN_CLS", "QUESTION_ANS")
 
 
 def choose_sites(config: PTuneConfig, kind: PromptKind, task: str) -> list[dict[str, Any]]:
@@ -114,8 +122,7 @@ def choose_pooling(config: PTuneConfig, backbone: PreTrainedModel, task: str) ->
         ConfigError: the mean is asked for where no head reads the first token of an encoder.
     """
     kind, asked = get_method(config.method).kind, config.pooling
-    encoder = not config.geometry["causal"] and not backbone.config.is_encoder_decoder
-    pools_first = encoder and task in _POOLED and reads_first_token(body_of(backbone))
+    pools_first = _is_encoder(config, backbone) and task in _POOLED and reads_first_token(body_of(backbone))
     if asked == "mean" and not pools_first:
         raise ConfigError(
             f"pooling='mean' is for encoders whose head reads the first token, in {' and '.join(_POOLED)}; "
@@ -126,16 +133,67 @@ def choose_pooling(config: PTuneConfig, backbone: PreTrainedModel, task: str) ->
     if kind is None or config.places_tokens or (asked is None and kind is PromptKind.PREFIX) or not pools_first:
         return "cls"
     if config.prompt_tuning_init == "ADAPTER" and config.prompt_tuning_init_head:
-        return _pooling_of(config.prompt_tuning_init_adapter)  # the head reads what it has learnt to read
+        # the head reads what it has learnt to read
+        return settled_reading(_source_of(config))["pooling"]
     return "mean" if normalises_embeddings(body_of(backbone)) else "cls"
 
 
-def _pooling_of(adapter: str | None) -> str:
-    """What the head of an adapter reads that a prompt starts from; what is wrong with it is told elsewhere."""
+def choose_head_states(config: PTuneConfig, backbone: PreTrainedModel, task: str, fresh: bool) -> str:
+    """What heads over the tokens of an encoder read: a "mix" of the states of all layers, or the "last" ones.
+
+    Args:
+        config: with its geometry.
+        backbone: the task model.
+        task: a key of `TASKS`.
+        fresh: whether the backbone has to be seen to give out such states; a saved adapter's has been.
+
+    Raises:
+        ConfigError: the mix is asked for where there is none.
+    """
+    kind, asked = get_method(config.method).kind, config.head_states
+    able = _is_encoder(config, backbone) and task in _OVER_TOKENS and kind is not None and not config.places_tokens
+    if asked == "mix":
+        if not able or (fresh and not gives_layers(body_of(backbone))):
+            raise ConfigError(
+                f"head_states='mix' is for encoders that give out the states of all layers, in "
+                f"{' and '.join(_OVER_TOKENS)}; {type(backbone).__name__} is none of these. Leave it out."
+            )
+        return asked
+    if asked != "last" and able and config.prompt_tuning_init == "ADAPTER" and config.prompt_tuning_init_head:
+        return settled_reading(_source_of(config))["head_states"]
+    wanted = asked == "auto" and able and task == "TOKEN_CLS" and normalises_embeddings(body_of(backbone))
+    return "mix" if wanted and gives_layers(body_of(backbone)) else "last"
+
+
+def settled_reading(config: PTuneConfig | None) -> dict[str, str]:
+    """What the head of a saved adapter reads; unset options are decided for new prompts alone."""
+    return {
+        "pooling": "mean" if config is not None and config.pooling == "mean" else "cls",
+        "head_states": "mix" if config is not None and config.head_states == "mix" else "last",
+    }
+
+
+def reading_for(config: PTuneConfig, task: str) -> PTuneConfig:
+    """A configuration of several tasks for one of them: what its heads cannot read is left out."""
+    changes = {}
+    if config.pooling == "mean" and task not in _POOLED:
+        changes["pooling"] = "cls"
+    if config.head_states == "mix" and task not in _OVER_TOKENS:
+        changes["head_states"] = "last"
+    return type(config).from_dict(config.to_dict() | changes) if changes else config
+
+
+def _is_encoder(config: PTuneConfig, backbone: PreTrainedModel) -> bool:
+    return not config.geometry["causal"] and not backbone.config.is_encoder_decoder
+
+
+def _source_of(config: PTuneConfig) -> PTuneConfig | None:
+    """The adapter that a prompt starts from; what is wrong with it is told elsewhere."""
     try:
-        return "mean" if PTuneConfig.from_pretrained(adapter).pooling == "mean" else "cls"
+        source: PTuneConfig = PTuneConfig.from_pretrained(config.prompt_tuning_init_adapter)
+        return source
     except (OSError, ValueError, PTuneError):
-        return "cls"
+        return None
 
 
 def shifts_positions(backbone: PreTrainedModel, config: PTuneConfig) -> bool:

@@ -167,8 +167,8 @@ def method_options(config: Any) -> dict[str, Any]:
         "verbalizer",
     ]
     found = {name: getattr(config, name) for name in names}
-    if config.pooling == "mean":  # what is unset has become one of the two
-        found["pooling"] = "mean"
+    # what is unset has become one of two
+    found |= {n: v for n, v in (("pooling", "mean"), ("head_states", "mix")) if getattr(config, n) == v}
     return {k: v for k, v in found.items() if k == "num_virtual_tokens" or v != getattr(unset, k)}
 
 

@@ -14,7 +14,7 @@ from hf_ptune.methods import get_method
 _SHAPING: tuple[str, ...] = ("num_virtual_tokens", "encoder_reparameterization_type", "encoder_hidden_size")
 _SHAPING += ("encoder_num_layers", "layers", "sites")
 # and what they mean
-_CHOOSING: tuple[str, ...] = ("modules_to_save", "train_backbone", "pooling", "template")
+_CHOOSING: tuple[str, ...] = ("modules_to_save", "train_backbone", "pooling", "head_states", "template")
 
 
 def check_checkpoint(model: Any, checkpoint: str) -> None:

@@ -14,7 +14,7 @@ from hf_ptune.errors import BackboneError, ConfigError
 from hf_ptune.loading import HUB_KEYS, check_prompt, find_adapter, load_base, read_generation, settle_geometry
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
-from hf_ptune.placement import check_base, choose_sites
+from hf_ptune.placement import check_base, choose_sites, settled_reading
 from hf_ptune.publishing import publish
 from hf_ptune.sharding import running
 
@@ -180,7 +180,8 @@ class SavedAdapter(PreTrainedModel):
             config, rest = PTuneConfig.from_pretrained(source, return_unused_kwargs=True, **own, **kwargs)
             kwargs = {k: v for k, v in kwargs.items() if k in rest or k not in config.__dict__ or k == "dtype"}
         path, found, structure, config = find_adapter(source, config, **own)
-        config.pooling = "mean" if config.pooling == "mean" else "cls"  # unset, it is decided for new prompts alone
+        for name, value in settled_reading(config).items():
+            setattr(config, name, value)
         check_prompt(config, cls.task, found, source)
         prompt = read_tensors(path, [n for n in found if n.startswith("prompt.")])
         if backbone is None:

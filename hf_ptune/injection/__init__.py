@@ -3,16 +3,20 @@
 from hf_ptune.injection.calls import bind, parameters_of
 from hf_ptune.injection.embeddings import normalises_embeddings, word_embeddings
 from hf_ptune.injection.injector import Injector
+from hf_ptune.injection.layer_mix import ScalarMix, gives_layers, layers_of
 from hf_ptune.injection.pooling import reads_first_token
 from hf_ptune.injection.probe import PROBE_TOKENS, body_of, evaluating, find_geometry, text_of
 
 __all__ = [
     "PROBE_TOKENS",
     "Injector",
+    "ScalarMix",
     "bind",
     "body_of",
     "evaluating",
     "find_geometry",
+    "gives_layers",
+    "layers_of",
     "normalises_embeddings",
     "parameters_of",
     "reads_first_token",

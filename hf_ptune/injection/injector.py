@@ -16,6 +16,7 @@ from hf_ptune.injection import attention, embeddings, joint, own_attention, posi
 from hf_ptune.injection.bridge import bridge
 from hf_ptune.injection.calls import bind, parameters_of, version_of
 from hf_ptune.injection.embeddings import InputPrompt
+from hf_ptune.injection.layer_mix import LayerMix, ScalarMix
 from hf_ptune.injection.placeholders import Placeholders
 from hf_ptune.injection.pooling import MeanPooling
 from hf_ptune.injection.probe import body_of, close, evaluating, text_of, vocabulary_of
@@ -56,6 +57,7 @@ class Injector:
         shift: whether own tokens stand P positions later.
         virtual_token_ids: where the sequence itself has a place for every virtual token: their ids, in order.
         pools_mean: whether the head of an encoder reads the mean of the own tokens in place of the first one.
+        mix: of the states of all layers, where the head reads that in place of the last ones.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Injector:
         shift: bool,
         virtual_token_ids: list[int] | None = None,
         pools_mean: bool = False,
+        mix: ScalarMix | None = None,
     ) -> None:
         self.backbone = backbone
         self.body = body_of(backbone)
@@ -103,6 +106,8 @@ class Injector:
         self._attach()
         if pools_mean:
             self.handles += MeanPooling(self.body, self.inputs, num_virtual_tokens, self._active).handles
+        if mix is not None:
+            self.handles += LayerMix(self.body, mix, self._active).handles
 
     @property
     def busy(self) -> bool:

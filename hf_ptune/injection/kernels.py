@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -85,7 +86,8 @@ def _plain(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, additive: Tensor | None, causal: bool
 ) -> tuple[Tensor, ...]:
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
-    with torch.enable_grad():
+    # what it saves is no matter for a checkpoint around the layer that runs first
+    with torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):
         leaves = [t.detach().to(exact).requires_grad_() for t in (query, key, value)]
         groups = query.shape[1] // key.shape[1]
         keys, values = (t.repeat_interleave(groups, 1) for t in leaves[1:])

@@ -16,6 +16,9 @@ from hf_ptune import MemoryCallback, ModelCardCallback
 
 METHODS = ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2", "bitfit")
 FAMILY = "gpt2"  # has biases, and counts in float32 throughout
+# what is trained -> family, method, and its options
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {m: (FAMILY, m, {}) for m in METHODS}
+CASES["layer_mix"] = ("bert/TOKEN_CLS", "p_tuning_v2", {"head_states": "mix"})
 STEPS = 3
 # a single step of Adam divides by the gradient's own size, noise of the last bit included
 SETTINGS: dict[str, Any] = {"optim": "sgd", "max_steps": STEPS, "save_strategy": "no", "learning_rate": 0.1}
@@ -52,7 +55,9 @@ def main(folder: Path, methods: list[str], pushed: str) -> None:
         counting = CountBytes()
         watching = [MemoryCallback(), ModelCardCallback(), *([] if sharded else [counting])]
         push = {"push_to_hub": True, "hub_model_id": PUSHED} if method == pushed else {}
-        run = trainer(folder / "bases", FAMILY, method, folder / method, 2, watching, **(SETTINGS | further | push))
+        family, name, options = CASES[method]
+        settings = SETTINGS | further | push
+        run = trainer(folder / "bases", family, name, folder / method, 2, watching, options=options, **settings)
         counting.run = run
         run.train()
         if push:

@@ -19,20 +19,29 @@ ROWS = 16
 ODD = 7  # rows of an evaluation, which two ranks cannot share evenly
 
 
+def parts(family: str) -> tuple[str, str]:
+    """A family and its task: `bert/TOKEN_CLS`, or its main one."""
+    name, _, task = family.partition("/")
+    return name, task or main_task(name)
+
+
 def save_bases(folder: Path, families: Sequence[str]) -> None:
     for family in families:
-        build(family).float().save_pretrained(folder / family)
+        build(*parts(family)).float().save_pretrained(folder / family)
 
 
 def load(folder: Path, family: str, method: str, **options: Any) -> PTunePreTrainedModel:
     """Load a base, which ZeRO-3 splits at this very moment, and wrap it."""
-    backbone: PreTrainedModel = TASKS[main_task(family)].from_pretrained(folder / family)
+    backbone: PreTrainedModel = TASKS[parts(family)[1]].from_pretrained(folder / family)
     torch.manual_seed(2)
     return get_ptune_model(backbone, PTuneConfig(method=method, num_virtual_tokens=4, **options))
 
 
 def rows(family: str) -> list[dict[str, Tensor]]:
-    whole = batch(family, rows=ROWS)
+    name, task = parts(family)
+    whole = batch(name, rows=ROWS)
+    if task == "TOKEN_CLS":
+        whole["labels"] = whole["input_ids"] % 2
     return [{k: v[n] for k, v in whole.items()} for n in range(ROWS)]
 
 
@@ -43,7 +52,7 @@ def ragged(family: str) -> list[dict[str, Tensor]]:
 
 def pad(family: str) -> Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor]]:
     """A collator that pads where the family generates from: decoders on the left, encoders on the right."""
-    side = "left" if main_task(family) == "CAUSAL_LM" else "right"
+    side = "left" if parts(family)[1] == "CAUSAL_LM" else "right"
 
     def collate(features: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         fill = {"labels": -100}
@@ -70,6 +79,7 @@ def trainer(
     callbacks: Sequence[TrainerCallback] = (),
     rows_: Sequence[Any] | None = None,
     compute_metrics: Callable[..., Any] | None = None,
+    options: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Seq2SeqTrainer:
     """A Trainer that sees eight rows in every update, on however many ranks.
@@ -99,7 +109,7 @@ def trainer(
     data = rows(family)
     arguments = Seq2SeqTrainingArguments(output_dir=str(folder), **(chosen | settings))
     return Seq2SeqTrainer(
-        model=load(bases, family, method),
+        model=load(bases, family, method, **(options or {})),
         args=arguments,
         train_dataset=data,
         eval_dataset=data[:ODD] if rows_ is None else rows_,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hub import HubServer, client_environment
 from launch import found_by, launch
-from methods import FAMILY, METHODS, PUSHED, SETTINGS
+from methods import CASES, PUSHED, SETTINGS
 from setup_engines import adapter, save_bases, trainer
 from test_engines import ENGINES, NAMES, WRAPPERS, assert_near, needs_deepspeed
 
@@ -18,24 +18,24 @@ HERE = Path(__file__).parent
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The adapter of every method after a few steps of one process with whole batches."""
     folder = tmp_path_factory.mktemp("methods")
-    save_bases(folder / "bases", [FAMILY])
+    save_bases(folder / "bases", sorted({family for family, _, _ in CASES.values()}))
     found = {}
-    for method in METHODS:
-        run = trainer(folder / "bases", FAMILY, method, folder / method, 1, use_cpu=True, **SETTINGS)
+    for case, (family, method, options) in CASES.items():
+        run = trainer(folder / "bases", family, method, folder / case, 1, options=options, use_cpu=True, **SETTINGS)
         start = adapter(run)
         run.train()
-        found[method] = adapter(run)
-        assert found[method] != start, method
+        found[case] = adapter(run)
+        assert found[case] != start, case
     return folder, found
 
 
 @pytest.mark.parametrize(
     ("engine", "methods"),
     [
-        ("ddp", METHODS),
-        ("fsdp2", ("prompt_tuning", "p_tuning")),
-        pytest.param("zero2", ("p_tuning", "bitfit"), marks=needs_deepspeed),
-        pytest.param("zero3", ("prompt_tuning", "p_tuning", "bitfit"), marks=needs_deepspeed),
+        ("ddp", tuple(CASES)),
+        ("fsdp2", ("prompt_tuning", "p_tuning", "layer_mix")),
+        pytest.param("zero2", ("p_tuning", "bitfit", "layer_mix"), marks=needs_deepspeed),
+        pytest.param("zero3", ("prompt_tuning", "p_tuning", "bitfit", "layer_mix"), marks=needs_deepspeed),
     ],
 )
 def test_methods_end_where_one_process_does(

@@ -1,0 +1,133 @@
+"""What heads over the tokens of an encoder read: a trained mix of the states of all layers, in place of the last ones.
+
+What tells one token from another may lie in the middle of an encoder whose last layers were trained for sentences.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from hf_ptune.errors import InjectionError
+from hf_ptune.injection.calls import bind, parameters_of
+from hf_ptune.injection.probe import PROBE_TOKENS, evaluating, vocabulary_of
+
+
+class ScalarMix(nn.Module):
+    """Weigh the states of all layers (Peters et al. 2018, section 3.2): `scale * sum(softmax(weight) * states)`.
+
+    Every layer has the same weight at the start. The layer normalisation that the paper may put before it is left out.
+
+    Args:
+        count: number of states, the embeddings' among them.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(count))
+        self.scale = nn.Parameter(torch.ones(1))  # with an axis: FSDP2 splits no scalars
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        """Mix as many states `[B, S, H]` as there are weights into `[B, S, H]`."""
+        last = states[-1]
+        shares = (self.scale * self.weight.softmax(0)).to(last)
+        mixed = shares[-1] * last
+        for share, state in zip(shares[:-1], states[:-1], strict=True):
+            mixed = mixed + share * state.to(last.device)
+        return mixed
+
+
+def layers_of(body: PreTrainedModel) -> int:
+    """Number of states that a body gives out: of its embeddings, and of every layer."""
+    return int(body.config.num_hidden_layers) + 1
+
+
+def gives_layers(body: PreTrainedModel) -> bool:
+    """Whether a body gives out the states of all its layers, each of the shape of the last ones."""
+    accepted = parameters_of(body)
+    if not {"output_hidden_states", "kwargs"} & accepted or not hasattr(body.config, "num_hidden_layers"):
+        return False
+    device = next((p.device for p in body.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    ids = (torch.arange(PROBE_TOKENS, device=device) + 11)[None] % vocabulary_of(body)
+    try:
+        with evaluating(body), torch.no_grad():
+            output = body(input_ids=ids, output_hidden_states=True, return_dict=True)
+    except (ValueError, TypeError, NotImplementedError, AttributeError):
+        return False  # families that want more than token ids
+    return _fit(getattr(output, "hidden_states", None), output[0], layers_of(body))
+
+
+def _fit(states: Any, last: Tensor, count: int) -> bool:
+    return states is not None and len(states) == count and all(s.shape == last.shape for s in states)
+
+
+class LayerMix:
+    """Put the mix of all layers in the place of the last states, behind the body.
+
+    Args:
+        body: an encoder that `gives_layers`.
+        mix: weighs its states.
+        active: whether the prompt is at work.
+    """
+
+    def __init__(self, body: PreTrainedModel, mix: ScalarMix, active: Callable[[], bool]) -> None:
+        self.mix = mix
+        self.active = active
+        self.asked: Any = None  # output_hidden_states and return_dict of the caller, while the body runs
+        self.handles = [
+            body.register_forward_pre_hook(self._before, with_kwargs=True),
+            body.register_forward_hook(self._after),
+        ]
+
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.active():
+            return None
+        _check_checkpointing(module)
+        named = bind(module, args, kwargs)
+        settings = [named.get(n) for n in ("output_hidden_states", "return_dict")]
+        self.asked = [
+            getattr(module.config, n, None) if given is None else given
+            for n, given in zip(("output_hidden_states", "return_dict"), settings, strict=True)
+        ]
+        return (), named | {"output_hidden_states": True, "return_dict": True}
+
+    def _after(self, module: Any, args: Any, output: ModelOutput) -> Any:
+        if not self.active():
+            return None
+        (wanted, as_dict), self.asked = self.asked, None
+        states = output.hidden_states
+        if not _fit(states, output[0], count := len(self.mix.weight)):
+            raise InjectionError(
+                f"{type(module).__name__} gives out states of {[tuple(s.shape) for s in states or ()]}; a mix of "
+                f"layers needs {count} of {tuple(output[0].shape)}. Train with head_states='last'."
+            )
+        kept = dict(output.items()) | {"last_hidden_state": self.mix(states)}
+        kept["hidden_states"] = _selected(states, wanted)
+        mixed = type(output)(**kept)
+        return mixed if as_dict in (None, True) else mixed.to_tuple()
+
+
+def _selected(states: tuple[Tensor, ...], wanted: Any) -> tuple[Tensor | None, ...] | None:
+    """The states that a caller asks for: all of them, none, or those of the layers that it names."""
+    if wanted is None or isinstance(wanted, bool):
+        return states if wanted else None
+    named = {n % len(states) for n in ([wanted] if isinstance(wanted, int) else wanted)}
+    return tuple(s if n in named else None for n, s in enumerate(states))
+
+
+def _check_checkpointing(body: nn.Module) -> None:
+    """Refuse checkpoints from whose inside states come without a graph, in versions that checkpoint around hooks."""
+    if not (body.training and torch.is_grad_enabled()):
+        return
+    for layer in body.modules():
+        function: Any = getattr(layer, "_gradient_checkpointing_func", None)
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
+        around = type(layer).__call__ is not nn.Module.__call__
+        if around and reentrant and getattr(layer, "gradient_checkpointing", False):
+            raise InjectionError(
+                "use_reentrant=True gives the states of inner layers no gradient, which a mix of layers needs; take "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )

@@ -1,0 +1,338 @@
+"""What heads over the tokens of an encoder read: a trained mix of the states of all layers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import ENCODERS, batch, build
+from torch import Tensor
+from transformers import (
+    AlbertConfig,
+    AutoConfig,
+    AutoModelForTokenClassification,
+    ElectraConfig,
+    FunnelConfig,
+    MPNetConfig,
+    PretrainedConfig,
+    TrainingArguments,
+    XLNetConfig,
+)
+
+from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.errors import ConfigError, InjectionError
+from hf_ptune.info import describe_adapter
+from hf_ptune.interop import prompt_embeds, save_peft
+from hf_ptune.multitask import get_multitask_model
+from hf_ptune.optimizer import make_optimizer
+
+Wrap = Callable[..., PTunePreTrainedModel]
+PROMPTED = ["prompt_tuning", "p_tuning", "p_tuning_v2", "prefix_tuning"]
+
+
+def mixed(wrap: Wrap, family: str, method: str, task: str = "TOKEN_CLS", **options: Any) -> PTunePreTrainedModel:
+    """A wrapped model whose mix is no longer the mean."""
+    model = wrap(family, method, task, head_states="mix", **options)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        model.mix.weight.normal_()
+        model.mix.scale.fill_(1.7)
+    return model
+
+
+def by_hand(model: PTunePreTrainedModel, plain: PTunePreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits of the states that the plain model gives out, weighed here and put through its head."""
+    states = plain(**inputs, output_hidden_states=True).hidden_states
+    weights = torch.exp(model.mix.weight) / torch.exp(model.mix.weight).sum()
+    total = sum(w * s for w, s in zip(weights, states, strict=True)) * model.mix.scale
+    head = plain.backbone.qa_outputs if hasattr(plain.backbone, "qa_outputs") else plain.backbone.classifier
+    if hasattr(plain.backbone, "head"):  # ModernBERT has a layer before it
+        total = plain.backbone.head(total)
+    return head(total)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("method", PROMPTED)
+def test_equals_the_mix_by_hand(family: str, method: str, wrap: Wrap) -> None:
+    """The states of a model without the mix, weighed by hand: logits, and the gradient of every parameter."""
+    model, plain = mixed(wrap, family, method), wrap(family, method, "TOKEN_CLS")
+    plain.load_adapter_state_dict({n: t for n, t in model.adapter_state_dict().items() if not n.startswith("mix.")})
+    inputs = {n: t for n, t in batch(family).items() if n in ("input_ids", "attention_mask")}
+    inputs["attention_mask"][1, -2:] = 0
+    found, expected = model(**inputs).logits, by_hand(model, plain, inputs)
+    assert torch.allclose(found, expected, atol=1e-9)
+    assert not torch.allclose(found, plain(**inputs).logits, atol=1e-3)
+    mix = list(model.mix.parameters())
+    gradients = [
+        torch.autograd.grad(logits.square().sum(), [*mix, *(p for p in m.prompt.parameters() if p.requires_grad)])
+        for m, logits in ((model, found), (plain, expected))
+    ]
+    for mine, theirs in zip(*gradients, strict=True):
+        assert theirs.abs().sum() > 0 and torch.allclose(mine, theirs, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_spans_can_be_read_off_it(method: str, wrap: Wrap) -> None:
+    model, plain = mixed(wrap, "bert", method, "QUESTION_ANS"), wrap("bert", method, "QUESTION_ANS")
+    plain.load_adapter_state_dict({n: t for n, t in model.adapter_state_dict().items() if not n.startswith("mix.")})
+    inputs = {"input_ids": batch("bert")["input_ids"]}
+    output, expected = model(**inputs), by_hand(model, plain, inputs)
+    assert torch.allclose(torch.stack([output.start_logits, output.end_logits], -1), expected, atol=1e-9)
+
+
+def test_it_starts_as_the_mean_of_all_layers(wrap: Wrap) -> None:
+    model = wrap("bert", "p_tuning_v2", "TOKEN_CLS", head_states="mix")
+    ids = batch("bert")["input_ids"]
+    states = model.backbone.bert(input_ids=ids, output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    assert torch.allclose(model(input_ids=ids).logits, model.backbone.classifier(sum(states) / 3), atol=1e-9)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_padding_changes_nothing(side: str, method: str, wrap: Wrap) -> None:
+    model, ids = mixed(wrap, "bert", method), batch("bert")["input_ids"][:1]
+    pads, own = ids.new_zeros(1, 2), torch.ones_like(ids)
+    parts = [(pads, ids), (pads, own)] if side == "left" else [(ids, pads), (own, pads)]
+    row, mask = (torch.cat(p, 1) for p in parts)
+    found = model(input_ids=row, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    kept = found[:, 2:] if side == "left" else found[:, :-2]
+    assert torch.allclose(kept, model(input_ids=ids).logits, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "distilbert"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_what_a_caller_asks_for_is_given(family: str, method: str, wrap: Wrap) -> None:
+    model, plain = mixed(wrap, family, method), wrap(family, method, "TOKEN_CLS")
+    plain.load_adapter_state_dict({n: t for n, t in model.adapter_state_dict().items() if not n.startswith("mix.")})
+    ids = batch(family)["input_ids"]
+    bare = model(input_ids=ids)
+    assert "hidden_states" not in bare and bare.hidden_states is None
+    states, theirs = (m(input_ids=ids, output_hidden_states=True).hidden_states for m in (model, plain))
+    assert len(states) == len(theirs) and all(torch.equal(a, b) for a, b in zip(states, theirs, strict=True))
+    listed = model(input_ids=ids, return_dict=False)
+    assert isinstance(listed, tuple) and len(listed) == 1 and torch.equal(listed[0], bare.logits)
+    listed = model(input_ids=ids, return_dict=False, output_hidden_states=True)
+    assert len(listed) == 2 and len(listed[1]) == len(states)
+    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, bare.logits)
+
+
+def test_states_of_single_layers(wrap: Wrap) -> None:
+    model, ids = mixed(wrap, "bert", "p_tuning_v2"), batch("bert")["input_ids"]
+    every = model.backbone.bert(input_ids=ids, output_hidden_states=True).hidden_states
+    for asked, there in ((1, {1}), ([0, -1], {0, 2})):
+        some = model.backbone.bert(input_ids=ids, output_hidden_states=asked).hidden_states
+        assert {n for n, s in enumerate(some) if s is not None} == there
+        assert all(torch.equal(some[n], every[n]) for n in there)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_turned_off_or_taken_away_the_base_reads_as_before(family: str, wrap: Wrap) -> None:
+    model, ids = mixed(wrap, family, "p_tuning_v2"), batch(family)["input_ids"]
+    expected = build(family, "TOKEN_CLS")
+    expected.classifier.load_state_dict(model.backbone.classifier.state_dict())
+    wanted = expected.double().eval()(input_ids=ids).logits
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-9)
+    backbone = model.unwrap()
+    assert torch.allclose(backbone(input_ids=ids).logits, wanted, atol=1e-9)
+
+
+def test_only_the_adapter_trains_and_all_of_it(wrap: Wrap) -> None:
+    model = mixed(wrap, "bert", "p_tuning_v2").train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    model(**inputs_of("bert")).loss.backward()
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == model.adapter_parameter_names() >= {"mix.weight", "mix.scale", "prompt.weight"}
+
+
+def inputs_of(family: str) -> dict[str, Tensor]:
+    """A batch with a tag for every token."""
+    inputs = batch(family)
+    return inputs | {"labels": inputs["input_ids"] % 2}
+
+
+_SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+FURTHER: dict[str, PretrainedConfig] = {
+    "albert, whose layers share their weights": AlbertConfig(**_SMALL, embedding_size=16, intermediate_size=37),
+    "electra, whose embeddings are narrower": ElectraConfig(**_SMALL, embedding_size=16, intermediate_size=37),
+    "mpnet": MPNetConfig(**_SMALL, intermediate_size=37),
+    "xlnet, which has another order of axes": XLNetConfig(vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=37),
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_encoders(name: str) -> None:
+    torch.manual_seed(0)
+    backbone = AutoModelForTokenClassification.from_config(FURTHER[name]).double().eval()
+    ids = torch.randint(5, 99, (2, 6))
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_states="mix")
+    model = get_ptune_model(backbone, config).eval()
+    states = model.backbone.base_model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert torch.allclose(model(input_ids=ids).logits, model.backbone.classifier(sum(states) / len(states)), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "method", "asked", "has"),
+    [
+        ("bert", "TOKEN_CLS", "p_tuning_v2", None, "last"),
+        ("bert", "TOKEN_CLS", "p_tuning_v2", "auto", "mix"),
+        ("roberta", "TOKEN_CLS", "prompt_tuning", "auto", "mix"),
+        ("bert", "TOKEN_CLS", "prefix_tuning", "last", "last"),
+        ("bert", "TOKEN_CLS", "bitfit", "auto", "last"),
+        ("bert", "QUESTION_ANS", "p_tuning_v2", "auto", "last"),
+        ("bert", "SEQ_CLS", "p_tuning_v2", "auto", "last"),
+        ("bert", "MASKED_LM", "p_tuning_v2", "auto", "last"),
+        ("gpt2", "TOKEN_CLS", "p_tuning_v2", "auto", "last"),
+    ],
+)
+def test_who_has_it(family: str, task: str, method: str, asked: Any, has: str, wrap: Wrap) -> None:
+    model = wrap(family, method, task, head_states=asked)
+    assert model.config.head_states == has and (model.mix is None) == (has == "last")
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "options"),
+    [
+        ("gpt2", "TOKEN_CLS", {"method": "p_tuning_v2"}),
+        ("t5", None, {"method": "prompt_tuning"}),
+        ("bert", "SEQ_CLS", {"method": "p_tuning_v2"}),
+        ("bert", "TOKEN_CLS", {"method": "bitfit"}),
+    ],
+)
+def test_refused_where_there_is_no_mix(family: str, task: str | None, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="head_states='mix'"):
+        get_ptune_model(build(family, task), PTuneConfig(**options, head_states="mix"))
+
+
+def test_a_body_whose_layers_have_other_lengths() -> None:
+    small = {"vocab_size": 99, "block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 37}
+    backbone = AutoModelForTokenClassification.from_config(FunnelConfig(**small, num_decoder_layers=1))
+    with pytest.raises(ConfigError, match="FunnelForTokenClassification is none of these"):
+        get_ptune_model(backbone, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_states="mix"))
+    auto = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_states="auto")
+    assert get_ptune_model(backbone, auto).config.head_states == "last"
+
+
+def test_a_word_that_is_none_of_its_values() -> None:
+    with pytest.raises(ConfigError, match="expected 'last', 'mix'"):
+        PTuneConfig(head_states="first")
+
+
+@pytest.mark.parametrize("method", PROMPTED)
+@pytest.mark.parametrize("flatten", [False, True])
+def test_survives_the_disk(method: str, flatten: bool, wrap: Wrap, tmp_path: Path) -> None:
+    model, inputs = mixed(wrap, "bert", method), batch("bert")
+    model.save_pretrained(tmp_path, flatten=flatten)
+    loaded = AutoModelForTokenClassification.from_pretrained(tmp_path, dtype=torch.float64)
+    ids = {"input_ids": inputs["input_ids"]}
+    with torch.no_grad():
+        assert torch.allclose(loaded(**ids).logits, model(**ids).logits, atol=1e-5)
+    assert "the head reads a mix of all layers" in describe_adapter(str(tmp_path))
+
+
+def test_adapters_that_do_not_name_it_read_the_last_states(wrap: Wrap, tmp_path: Path) -> None:
+    wrap("bert", "p_tuning_v2", "TOKEN_CLS").save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert '"head_states": "last"' in text
+    (tmp_path / "config.json").write_text(text.replace('"head_states": "last"', '"head_states": "auto"'))
+    assert AutoModelForTokenClassification.from_pretrained(tmp_path).config.head_states == "last"
+
+
+@pytest.mark.parametrize("asked", [None, "auto", "mix"])
+def test_a_head_that_comes_along_brings_its_mix(asked: str | None, wrap: Wrap, tmp_path: Path) -> None:
+    source, ids = mixed(wrap, "bert", "p_tuning_v2"), batch("bert")["input_ids"]
+    source.save_pretrained(tmp_path)
+    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path)}
+    start |= {"prompt_tuning_init_head": True, "head_states": asked}
+    model = wrap("bert", "p_tuning_v2", "TOKEN_CLS", strong=False, **start)
+    assert torch.allclose(model(input_ids=ids).logits, source(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("asked", [None, "auto", "mix"])
+def test_tasks_that_share_a_prompt_mix_for_themselves(asked: str | None, tmp_path: Path) -> None:
+    first, second = build("bert"), build("bert", "TOKEN_CLS")
+    second.base_model.load_state_dict(first.base_model.state_dict(), strict=False)
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_states=asked)
+    model = get_multitask_model({"topic": first, "tags": second}, config)
+    assert model.model_of("topic").config.head_states == "last"
+    assert model.model_of("tags").config.head_states == ("last" if asked is None else "mix")
+    if asked is None:
+        return
+    assert "tasks.tags.mix.weight" in model.adapter_parameter_names()
+    with torch.no_grad():
+        model.model_of("tags").mix.weight.normal_()
+    model.save_pretrained(tmp_path)
+    kept = model.model_of("tags").mix.weight.clone()
+    with torch.no_grad():
+        model.model_of("tags").mix.weight.zero_()
+    model.load_adapters(tmp_path)
+    assert torch.equal(model.model_of("tags").mix.weight, kept)
+
+
+def test_it_takes_the_rate_of_the_head(wrap: Wrap, tmp_path: Path) -> None:
+    model = mixed(wrap, "bert", "prefix_tuning")
+    made = make_optimizer(TrainingArguments(str(tmp_path), learning_rate=1e-3), model, head_learning_rate=2e-2)
+    assert made is not None
+    rates = {id(p): group["lr"] for group in made[1]["params"] for p in group["params"]}
+    assert {rates[id(p)] for p in model.mix.parameters()} == {2e-2}
+    assert {rates[id(p)] for p in model.prompt.parameters() if p.requires_grad} == {1e-3}
+
+
+def test_other_formats_have_no_such_mix(wrap: Wrap, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="head_states='last'"):
+        save_peft(wrap("bert", "p_tuning_v2", "TOKEN_CLS", head_states="mix"), tmp_path / "peft")
+    with pytest.raises(ConfigError, match="head_states='last'"):
+        prompt_embeds(wrap("bert", "prompt_tuning", "TOKEN_CLS", head_states="mix"))
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2", "prefix_tuning"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(method: str, reentrant: bool, wrap: Wrap) -> None:
+    model, inputs = mixed(wrap, "bert", method).train(), inputs_of("bert")
+    parameters = [p for n, p in model.named_parameters() if n in model.adapter_parameter_names()]
+    wanted = torch.autograd.grad(model(**inputs).loss, parameters)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(**inputs).loss.backward()
+    for parameter, gradient in zip(parameters, wanted, strict=True):
+        assert parameter.grad is not None and torch.allclose(parameter.grad, gradient, atol=1e-9)
+
+
+def test_checkpoints_around_hooks_are_refused(wrap: Wrap, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions of transformers that checkpoint a layer's call record states inside, without a graph."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    def call(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return torch.nn.Module.__call__(layer, *args, **kwargs)
+
+    monkeypatch.setattr(GradientCheckpointingLayer, "__call__", call, raising=False)
+    model = mixed(wrap, "bert", "p_tuning_v2").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(**inputs_of("bert")).loss.backward()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(InjectionError, match="use_reentrant"):
+        model(**inputs_of("bert"))
+
+
+def test_half_precision_keeps_the_mix_whole() -> None:
+    backbone = build("bert", "TOKEN_CLS").to(torch.bfloat16)
+    model = get_ptune_model(backbone, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_states="mix"))
+    assert model.mix.weight.dtype == torch.float32
+    assert model(input_ids=batch("bert")["input_ids"]).logits.dtype == torch.bfloat16
+
+
+def test_layers_fewer_than_the_mix_was_made_for(wrap: Wrap) -> None:
+    model = mixed(wrap, "bert", "p_tuning_v2")
+    del model.backbone.bert.encoder.layer[1]
+    with pytest.raises(InjectionError, match="head_states='last'"):
+        model(input_ids=batch("bert")["input_ids"])
+
+
+def test_presets_of_papers_read_the_last_states() -> None:
+    from hf_ptune.presets import preset, preset_names
+
+    assert {preset(name).options["head_states"] for name in preset_names()} == {"last"}
+    assert AutoConfig.for_model("ptune").head_states is None
