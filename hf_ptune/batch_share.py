@@ -1,7 +1,8 @@
 """The share that one pass has in the loss of a batch, which the Trainer runs in several passes or on several devices.
 
 The Trainer tells a model how many labels the whole batch has, and leaves the division to it. Most task models of
-transformers give the mean over their own pass all the same, so that loss and gradients would grow with the passes.
+transformers give the mean over their own pass all the same, so that loss and gradients would grow with the passes
+(https://github.com/huggingface/transformers/issues/47688).
 """
 
 from typing import Any
