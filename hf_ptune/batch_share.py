@@ -15,22 +15,20 @@ from hf_ptune.cross_entropy import IGNORED
 
 
 def count_labels(inputs: dict[str, Any], shifted: bool) -> Tensor | None:
-    """Number of labels of a pass, as the Trainer counts them; `None` where there are none to take a mean over.
+    """Number of labels of a pass, as the Trainer counts them; `None` where it gets none.
 
     Args:
         inputs: of the pass, by name.
-        shifted: whether the first label of a row is never predicted.
+        shifted: whether the first label of a row does not count, as in causal models.
     """
-    labels = inputs.get("shift_labels")
-    if labels is None:
-        labels = inputs.get("labels")
-        if isinstance(labels, Tensor) and shifted:
-            labels = labels[..., 1:]
+    labels, moved = (inputs.get(name) for name in ("labels", "shift_labels"))
     if not isinstance(labels, Tensor):
-        return None
-    count = labels.ne(IGNORED).sum()
-    # one label a row is there by itself, and looking would wait for the device
-    return count if labels.dim() == 1 or bool(count) else None
+        return None  # whoever took them away reckons by himself
+    if isinstance(moved, Tensor):
+        labels = moved
+    elif shifted:
+        labels = labels[..., 1:]
+    return labels.ne(IGNORED).sum()
 
 
 def with_share(output: Any, count: Tensor, items: Tensor | int) -> Any:
@@ -42,7 +40,9 @@ def with_share(output: Any, count: Tensor, items: Tensor | int) -> Any:
         items: labels of the whole batch.
     """
     loss: Tensor = output["loss"] if isinstance(output, ModelOutput) else output[0]
-    part = loss * count.to(loss.device) / torch.as_tensor(items, device=loss.device)
+    count = count.to(loss.device)
+    # the mean of nothing is no number
+    part = loss.masked_fill(count == 0, 0.0) * count / torch.as_tensor(items, device=loss.device)
     if isinstance(output, ModelOutput):
         output["loss"] = part
         return output

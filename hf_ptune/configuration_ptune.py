@@ -97,9 +97,9 @@ class PTuneConfig(PreTrainedConfig):
             it one of the first two. The papers read the first token.
         head_states: what heads over the tokens of an encoder (tagging, extractive QA) read: "last", its last states;
             "mix", a trained mix of the states of all its layers (Peters et al. 2018, section 3.2), which becomes part
-            of the adapter. "auto": the mix for tagging with encoders that normalise their embeddings. Unset: "last",
-            as in the papers. An adapter that brings its head brings this too. `get_ptune_model` makes it one of the
-            first two.
+            of the adapter. "auto": the mix for tagging with encoders whose layers have states of like size, as where
+            each is normalised (BERT and its kin). Unset: "last", as in the papers. An adapter that brings its head
+            brings this too. `get_ptune_model` makes it one of the first two.
         loss_at_labels: whether language models compute logits only where a label counts while they train; loss
             and gradients stay the same. Logits that somebody asks for all the same cost a second forward pass.
         modules_to_save: further modules of the backbone that are trained and saved; a task's head always is.

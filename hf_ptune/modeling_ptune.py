@@ -17,7 +17,16 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import AdapterFileError, ConfigError, InjectionError, PTuneError
 from hf_ptune.identity import Owner, blank, specialised
-from hf_ptune.injection import Injector, ScalarMix, bind, body_of, find_geometry, layers_of, word_embeddings
+from hf_ptune.injection import (
+    Injector,
+    ScalarMix,
+    bind,
+    body_of,
+    find_geometry,
+    forget_captures,
+    layers_of,
+    word_embeddings,
+)
 from hf_ptune.logits_at import run_with_logits_at
 from hf_ptune.loss_at_labels import LossAtLabels
 from hf_ptune.methods import PromptKind, get_method
@@ -151,6 +160,7 @@ class PTunePreTrainedModel(SavedAdapter):
         return CLASSES[self.task].__name__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        forget_captures(self.backbone)
         # its class was made for the backbone's, and stands in no module
         return blank, (type(self).__mro__[1], type(self.backbone)), self.__dict__.copy()
 
@@ -237,13 +247,13 @@ class PTunePreTrainedModel(SavedAdapter):
             raise PTuneError("torch.nn.DataParallel is not supported; start one process per device: accelerate launch.")
         if self.prompt is not None and self._injector is None:
             raise PTuneError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
+        count = count_labels(kwargs, self.task == "CAUSAL_LM")
         if isinstance(labels := kwargs.get("labels"), Tensor):
             kwargs["labels"] = self.labels_of_words(labels)
-        if (items := kwargs.pop("num_items_in_batch", None)) is not None:
-            if (count := count_labels(kwargs, self.task == "CAUSAL_LM")) is not None:
-                return with_share(self._answer(args, kwargs), count, items)
-            kwargs["num_items_in_batch"] = items
-        return self._answer(args, kwargs)
+        if count is None or kwargs.get("num_items_in_batch") is None:
+            return self._answer(args, kwargs)
+        items = kwargs.pop("num_items_in_batch")
+        return with_share(self._answer(args, kwargs), count, items)
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (places := kwargs.pop("logits_at", None)) is not None:
@@ -275,6 +285,7 @@ class PTunePreTrainedModel(SavedAdapter):
     def unwrap(self) -> PreTrainedModel:
         """Give the backbone back as it was before it was wrapped, with the head that has been trained."""
         self._release()
+        forget_captures(self.backbone)
         self.backbone.__dict__.pop(_OWNER, None)
         for name, parameter in self.backbone.named_parameters():
             if parameter.is_floating_point():

@@ -161,8 +161,8 @@ def choose_head_states(config: PTuneConfig, backbone: PreTrainedModel, task: str
         return asked
     if asked != "last" and able and config.prompt_tuning_init == "ADAPTER" and config.prompt_tuning_init_head:
         return settled_reading(_source_of(config))["head_states"]
-    wanted = asked == "auto" and able and task == "TOKEN_CLS" and normalises_embeddings(body_of(backbone))
-    return "mix" if wanted and gives_layers(body_of(backbone)) else "last"
+    wanted = asked == "auto" and able and task == "TOKEN_CLS"
+    return "mix" if wanted and gives_layers(body_of(backbone), alike=True) else "last"
 
 
 def settled_reading(config: PTuneConfig | None) -> dict[str, str]:

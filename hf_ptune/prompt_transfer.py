@@ -13,7 +13,7 @@ from hf_ptune.errors import BackboneError, ConfigError
 from hf_ptune.loading import check_prompt, find_adapter
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import PromptEncoder
-from hf_ptune.placement import choose_sites
+from hf_ptune.placement import choose_sites, settled_reading
 
 logger = logging.get_logger(__name__)
 _PROMPT = "prompt."
@@ -129,6 +129,12 @@ def _start(prompt: PromptEncoder, source: PromptEncoder) -> None:
 
 
 def _copy_head(model: Any, source: PTuneConfig, head: dict[str, Tensor], where: str) -> None:
+    reads = settled_reading(source)["head_states"], settled_reading(model.config)["head_states"]
+    if reads[0] != reads[1]:
+        raise ConfigError(
+            f"the head of {where} reads head_states={reads[0]!r}, this one {reads[1]!r}. Leave head_states out, or "
+            "prompt_tuning_init_head."
+        )
     ours = {n: t for n, t in model.adapter_state_dict().items() if not n.startswith(_PROMPT)}
     shapes = [{n: tuple(t.shape) for n, t in part.items()} for part in (head, ours)]
     labels = [list((c.id2label or {}).values()) for c in (source, model.config)]

@@ -9,12 +9,13 @@ from hf_ptune.backbone import place_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import RecipeError
 from hf_ptune.methods import get_method
+from hf_ptune.placement import settled_reading
 
 # options on which names and shapes of an adapter's tensors depend
 _SHAPING: tuple[str, ...] = ("num_virtual_tokens", "encoder_reparameterization_type", "encoder_hidden_size")
 _SHAPING += ("encoder_num_layers", "layers", "sites")
 # and what they mean
-_CHOOSING: tuple[str, ...] = ("modules_to_save", "train_backbone", "pooling", "head_states", "template")
+_CHOOSING: tuple[str, ...] = ("modules_to_save", "train_backbone", "template")
 
 
 def check_checkpoint(model: Any, checkpoint: str) -> None:
@@ -46,9 +47,14 @@ def _differences(there: PTuneConfig, here: PTuneConfig) -> list[str]:
     if there.method == here.method:  # options of the one may mean nothing to the other
         names = _CHOOSING if get_method(here.method).kind is None else _SHAPING + _CHOOSING
         told += [(f"options.{name}", getattr(there, name), getattr(here, name)) for name in names]
+        reading = settled_reading(there), settled_reading(here)
+        told += [(f"options.{name}", value, reading[1][name]) for name, value in reading[0].items()]
     labels = [list((config.id2label or {}).values()) for config in (there, here)]
     told.append(("labels", labels[0], labels[1]))
     bases = there.base_model_name_or_path, here.base_model_name_or_path
     if all(bases) and place_of(str(bases[0])) != place_of(str(bases[1])):
         told.insert(0, ("base", *bases))
+    commits = there.base_model_revision, here.base_model_revision
+    if all(commits):
+        told.append(("commit of the base", *commits))
     return [f"{name} is {old!r} there and {new!r} here" for name, old, new in told if old != new]

@@ -115,11 +115,52 @@ def test_a_pass_of_a_batch(return_dict: bool, wrap: Wrap) -> None:
         assert torch.allclose(sum(parts), whole, atol=1e-12)
 
 
-def test_a_pass_without_labels_adds_nothing(wrap: Wrap) -> None:
-    model, inputs = wrap("llama", "p_tuning_v2"), batch("llama")
+@pytest.mark.parametrize(
+    ("family", "task"), [("llama", None), ("t5", None), ("bert", "TOKEN_CLS"), ("bert", "MASKED_LM")]
+)
+def test_a_pass_without_labels_adds_nothing(family: str, task: str | None, wrap: Wrap) -> None:
+    model = wrap(family, "p_tuning_v2", task)
+    inputs = inputs_of(family, model.task)
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
     for train in (True, False):
-        labels = torch.full_like(inputs["labels"], -100)
-        assert model.train(train)(**(inputs | {"labels": labels}), num_items_in_batch=5).loss == 0
+        loss = model.train(train)(**inputs, num_items_in_batch=5).loss
+        assert loss == 0
+        loss.backward()
+        for parameter in (p for p in model.parameters() if p.grad is not None):
+            assert not parameter.grad.any()
+
+
+@pytest.mark.parametrize(("family", "task"), [("llama", None), ("bert", "TOKEN_CLS")])
+def test_a_share_is_compiled_whole(family: str, task: str | None, wrap: Wrap) -> None:
+    model = wrap(family, "p_tuning_v2", task).train()
+    inputs = inputs_of(family, model.task)
+    items = torch.tensor(40)
+    expected = model(**inputs, num_items_in_batch=items).loss
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(**inputs, num_items_in_batch=items).loss, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_whoever_takes_the_labels_reckons_by_himself(return_dict: bool, wrap: Wrap) -> None:
+    """The Trainer does, to smooth them; labels that a collator has moved stay."""
+    model, inputs = wrap("llama", "p_tuning_v2"), batch("llama")
+    labels = inputs.pop("labels")
+    plain = model(**inputs, return_dict=return_dict)
+    output = model(**inputs, shift_labels=labels, num_items_in_batch=1000, return_dict=return_dict)
+    at = "logits" if return_dict else 0
+    assert torch.equal(output[at], plain[at])
+
+
+def test_several_labels_a_row(wrap: Wrap) -> None:
+    model, inputs = wrap("bert", "p_tuning_v2"), batch("bert", rows=ROWS)
+    model.backbone.config.problem_type = "multi_label_classification"
+    inputs["labels"] = (torch.arange(ROWS * 2).view(ROWS, 2) % 3 == 0).double()
+    whole = model(**inputs).loss
+    parts = [
+        model(**{n: v[rows] for n, v in inputs.items()}, num_items_in_batch=2 * ROWS).loss
+        for rows in (slice(0, 3), slice(3, ROWS))
+    ]
+    assert torch.allclose(sum(parts), whole, atol=1e-12)
 
 
 def test_outputs_without_a_loss(wrap: Wrap) -> None:

@@ -1,5 +1,7 @@
 """What heads over the tokens of an encoder read: a trained mix of the states of all layers."""
 
+import pickle
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from transformers import (
     AlbertConfig,
     AutoConfig,
     AutoModelForTokenClassification,
+    BigBirdConfig,
     ElectraConfig,
     FunnelConfig,
     MPNetConfig,
@@ -217,6 +220,78 @@ def test_a_body_whose_layers_have_other_lengths() -> None:
     assert get_ptune_model(backbone, auto).config.head_states == "last"
 
 
+def test_rows_of_whole_blocks_are_left_alone() -> None:
+    """Inner states of sparse attention have more places than the row has tokens."""
+    sparse = BigBirdConfig(**_SMALL, intermediate_size=37, attention_type="block_sparse", block_size=4)
+    backbone = AutoModelForTokenClassification.from_config(sparse)
+    config = PTuneConfig(method="prompt_tuning", num_virtual_tokens=4, head_states="auto")
+    model = get_ptune_model(backbone, config)
+    assert model.config.head_states == "last" and backbone.bert.attention_type == "block_sparse"
+    with pytest.raises(ConfigError, match="head_states='mix'"):
+        get_ptune_model(model.unwrap(), PTuneConfig(method="prompt_tuning", head_states="mix"))
+
+
+def test_layers_of_unlike_size_are_mixed_only_where_asked() -> None:
+    backbone = build("modernbert", "TOKEN_CLS")
+    with torch.no_grad():
+        backbone.model.layers[1].mlp.Wo.weight.mul_(100)  # as residual streams grow that are normalised at the end
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_states="auto")
+    model = get_ptune_model(backbone, config)
+    assert model.config.head_states == "last"
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_states="mix")
+    assert get_ptune_model(model.unwrap(), config).config.head_states == "mix"
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2"])
+def test_it_can_be_pickled_and_its_base_too(family: str, wrap: Wrap) -> None:
+    """transformers leaves hooks that cannot be, where states are asked for."""
+    model, ids = mixed(wrap, family, "p_tuning_v2"), batch(family)["input_ids"]
+    expected = model(input_ids=ids).logits
+    twin = pickle.loads(pickle.dumps(model))
+    for whole in (twin, model):
+        assert torch.allclose(whole(input_ids=ids).logits, expected, atol=1e-12)
+    states = model.unwrap()(input_ids=ids, output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    wrapped = get_ptune_model(model.backbone, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4))
+    wrapped(input_ids=ids, output_hidden_states=True)
+    assert pickle.loads(pickle.dumps(wrapped.unwrap())).config.model_type == family
+
+
+@pytest.mark.parametrize("option", [{"head_states": "mix"}, {"pooling": "mean"}])
+def test_threads_do_not_disturb_each_other(option: dict[str, str], wrap: Wrap) -> None:
+    task = "TOKEN_CLS" if "head_states" in option else "SEQ_CLS"
+    model = wrap("bert", "p_tuning_v2", task, **option)
+    rows = [batch("bert", length=length)["input_ids"] for length in (5, 7, 9)]
+    with torch.no_grad():
+        alone = [model(input_ids=ids).logits for ids in rows]
+    wrong: list[Any] = []
+
+    def run(ids: Tensor, expected: Tensor, states: bool) -> None:
+        for _ in range(30):
+            try:
+                with torch.no_grad():
+                    output = model(input_ids=ids, output_hidden_states=states)
+                if not torch.allclose(output.logits, expected, atol=1e-12) or (output.hidden_states is None) == states:
+                    wrong.append(ids.shape)
+            except Exception as error:
+                wrong.append(error)
+
+    given = zip(rows * 2, alone * 2, [True, False, False, False, True, True], strict=True)
+    threads = [threading.Thread(target=run, args=args) for args in given]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_it_is_compiled_whole(wrap: Wrap) -> None:
+    model, ids = mixed(wrap, "bert", "p_tuning_v2"), batch("bert")["input_ids"]
+    expected = model(input_ids=ids).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(input_ids=ids).logits, expected, atol=1e-9)
+
+
 def test_a_word_that_is_none_of_its_values() -> None:
     with pytest.raises(ConfigError, match="expected 'last', 'mix'"):
         PTuneConfig(head_states="first")
@@ -250,6 +325,16 @@ def test_a_head_that_comes_along_brings_its_mix(asked: str | None, wrap: Wrap, t
     start |= {"prompt_tuning_init_head": True, "head_states": asked}
     model = wrap("bert", "p_tuning_v2", "TOKEN_CLS", strong=False, **start)
     assert torch.allclose(model(input_ids=ids).logits, source(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(("had", "asked"), [("mix", "last"), ("last", "mix")])
+def test_a_head_that_reads_something_else(had: str, asked: str, wrap: Wrap, tmp_path: Path) -> None:
+    wrap("bert", "p_tuning_v2", "TOKEN_CLS", head_states=had).save_pretrained(tmp_path)
+    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path)}
+    with pytest.raises(ConfigError, match=f"reads head_states='{had}', this one '{asked}'"):
+        wrap("bert", "p_tuning_v2", "TOKEN_CLS", prompt_tuning_init_head=True, head_states=asked, **start)
+    model = wrap("bert", "p_tuning_v2", "TOKEN_CLS", head_states=asked, **start)
+    assert model.config.head_states == asked
 
 
 @pytest.mark.parametrize("asked", [None, "auto", "mix"])

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import build
 from test_train import write_base, write_recipe
 
+from hf_ptune import PTuneConfig, get_ptune_model
 from hf_ptune.errors import RecipeError
 from hf_ptune.recipe import make_recipe
+from hf_ptune.resuming import check_checkpoint
 from hf_ptune.train import run
 from hf_ptune.train_multitask import make_multitask_recipe
 from hf_ptune.train_multitask import run as run_tasks
@@ -45,6 +48,40 @@ def test_a_finished_run_of_several_tasks_takes_no_further_step(tmp_path: Path) -
     content["options"] = {"num_virtual_tokens": 5}
     with pytest.raises(RecipeError, match=r"checkpoint-3.one is of another run: options.num_virtual_tokens is 4"):
         run_tasks(make_multitask_recipe(content, folder=tmp_path))
+
+
+def test_checkpoints_go_on_that_are_older_than_an_option(content: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "out" / "checkpoint-3" / "config.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("head_states") == "last"
+    path.write_text(json.dumps(settings))
+    content["training"] |= {"max_steps": 4, "save_steps": 4}
+    run(make_recipe(content, folder=tmp_path))
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize(("option", "old", "new"), [("head_states", "last", "mix"), ("head_states", "mix", "last")])
+def test_a_head_that_reads_something_else_is_refused(option: str, old: str, new: str, tmp_path: Path) -> None:
+    models = [
+        get_ptune_model(build("bert", "TOKEN_CLS"), PTuneConfig(num_virtual_tokens=4, **{option: value}))
+        for value in (old, new)
+    ]
+    models[0].save_pretrained(tmp_path)
+    check_checkpoint(models[0], str(tmp_path))
+    with pytest.raises(RecipeError, match=f"options.{option} is '{old}' there and '{new}' here"):
+        check_checkpoint(models[1], str(tmp_path))
+
+
+def test_another_commit_of_the_base_is_refused(tmp_path: Path) -> None:
+    model = get_ptune_model(build("bert"), PTuneConfig(num_virtual_tokens=4))
+    model.config.base_model_revision = "a" * 40
+    model.save_pretrained(tmp_path)
+    check_checkpoint(model, str(tmp_path))
+    model.config.base_model_revision = None
+    check_checkpoint(model, str(tmp_path))
+    model.config.base_model_revision = "b" * 40
+    with pytest.raises(RecipeError, match="commit of the base is 'a+' there and 'b+' here"):
+        check_checkpoint(model, str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from hf_ptune.injection.calls import bind, parameters_of
 from hf_ptune.injection.embeddings import normalises_embeddings, word_embeddings
 from hf_ptune.injection.injector import Injector
-from hf_ptune.injection.layer_mix import ScalarMix, gives_layers, layers_of
+from hf_ptune.injection.layer_mix import ScalarMix, forget_captures, gives_layers, layers_of
 from hf_ptune.injection.pooling import reads_first_token
 from hf_ptune.injection.probe import PROBE_TOKENS, body_of, evaluating, find_geometry, text_of
 
@@ -15,6 +15,7 @@ __all__ = [
     "body_of",
     "evaluating",
     "find_geometry",
+    "forget_captures",
     "gives_layers",
     "layers_of",
     "normalises_embeddings",

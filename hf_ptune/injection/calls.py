@@ -2,8 +2,10 @@
 
 import functools
 import inspect
+import threading
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -33,6 +35,11 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             bound.update(bound.pop(name, {}))
     return dict(bound)
+
+
+def this_thread() -> int:
+    """What tells the calls of one module apart that run at the same time; compiled code runs in one thread."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def version_of(tensor: Tensor) -> int:

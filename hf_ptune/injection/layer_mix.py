@@ -12,8 +12,11 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_ptune.errors import InjectionError
-from hf_ptune.injection.calls import bind, parameters_of
+from hf_ptune.injection.calls import bind, parameters_of, this_thread
 from hf_ptune.injection.probe import PROBE_TOKENS, evaluating, vocabulary_of
+
+_ALIKE = 3.0
+_CAPTURES = "output_capturing_hook"
 
 
 class ScalarMix(nn.Module):
@@ -45,19 +48,44 @@ def layers_of(body: PreTrainedModel) -> int:
     return int(body.config.num_hidden_layers) + 1
 
 
-def gives_layers(body: PreTrainedModel) -> bool:
-    """Whether a body gives out the states of all its layers, each of the shape of the last ones."""
+def gives_layers(body: PreTrainedModel, alike: bool = False) -> bool:
+    """Whether a body gives out the states of all its layers, each of the shape of the last ones.
+
+    Args:
+        body: an encoder.
+        alike: whether none may be several times as large as another, as they are where states are normalised behind
+            the last layer alone.
+    """
     accepted = parameters_of(body)
     if not {"output_hidden_states", "kwargs"} & accepted or not hasattr(body.config, "num_hidden_layers"):
         return False
+    if getattr(body.config, "attention_type", None) == "block_sparse":
+        return False  # its inner states have the pads that fill rows up to whole blocks
     device = next((p.device for p in body.parameters() if p.device.type != "meta"), torch.device("cpu"))
     ids = (torch.arange(PROBE_TOKENS, device=device) + 11)[None] % vocabulary_of(body)
     try:
         with evaluating(body), torch.no_grad():
             output = body(input_ids=ids, output_hidden_states=True, return_dict=True)
-    except (ValueError, TypeError, NotImplementedError, AttributeError):
+        forget_captures(body)
+    except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, IndexError):
         return False  # families that want more than token ids
-    return _fit(getattr(output, "hidden_states", None), output[0], layers_of(body))
+    states: Any = getattr(output, "hidden_states", None)
+    if not _fit(states, output[0], layers_of(body)):
+        return False
+    sizes = [float(s.float().square().mean()) ** 0.5 for s in states]
+    return not alike or max(sizes) <= _ALIKE * min(sizes)
+
+
+def forget_captures(backbone: nn.Module) -> None:
+    """Take away what transformers leaves on modules whose states were asked for; nothing that holds it can be pickled.
+
+    It comes back when states are asked for again.
+    """
+    for module in backbone.modules():
+        hooks = module._forward_hooks
+        for number in [n for n, hook in hooks.items() if _CAPTURES in getattr(hook, "__qualname__", "")]:
+            del hooks[number]
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
 
 
 def _fit(states: Any, last: Tensor, count: int) -> bool:
@@ -76,7 +104,8 @@ class LayerMix:
     def __init__(self, body: PreTrainedModel, mix: ScalarMix, active: Callable[[], bool]) -> None:
         self.mix = mix
         self.active = active
-        self.asked: Any = None  # output_hidden_states and return_dict of the caller, while the body runs
+        # thread to output_hidden_states and return_dict of its caller, while the body runs
+        self.asked: dict[int, list[Any]] = {}
         self.handles = [
             body.register_forward_pre_hook(self._before, with_kwargs=True),
             body.register_forward_hook(self._after),
@@ -88,7 +117,7 @@ class LayerMix:
         _check_checkpointing(module)
         named = bind(module, args, kwargs)
         settings = [named.get(n) for n in ("output_hidden_states", "return_dict")]
-        self.asked = [
+        self.asked[this_thread()] = [
             getattr(module.config, n, None) if given is None else given
             for n, given in zip(("output_hidden_states", "return_dict"), settings, strict=True)
         ]
@@ -97,7 +126,7 @@ class LayerMix:
     def _after(self, module: Any, args: Any, output: ModelOutput) -> Any:
         if not self.active():
             return None
-        (wanted, as_dict), self.asked = self.asked, None
+        wanted, as_dict = self.asked.pop(this_thread())
         states = output.hidden_states
         if not _fit(states, output[0], count := len(self.mix.weight)):
             raise InjectionError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from hf_ptune.errors import InjectionError
-from hf_ptune.injection.calls import bind
+from hf_ptune.injection.calls import bind, this_thread
 from hf_ptune.injection.embeddings import InputPrompt, splice
 
 _FIRST = (None, "cls", "bos", "first")
@@ -50,7 +50,7 @@ class MeanPooling:
         self.inputs = inputs if producer is not body else None
         self.virtual = virtual
         self.active = active
-        self.own: Tensor | None = None  # [B, S], while the body runs
+        self.own: dict[int, Tensor | None] = {}  # thread to [B, S], while the body runs
         self.handles = [
             body.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             producer.register_forward_hook(self._after),
@@ -62,10 +62,10 @@ class MeanPooling:
         if mask is not None and mask.dim() != 2:
             raise InjectionError(f"attention_mask has {mask.dim()} axes; the mean of a row's tokens needs [B, S].")
         tokens = ids if embeds is None else embeds[..., 0]
-        self.own = mask if mask is not None or tokens is None else torch.ones_like(tokens)
+        self.own[this_thread()] = mask if mask is not None or tokens is None else torch.ones_like(tokens)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        own, self.own = self.own, None
+        own = self.own.pop(this_thread(), None)
         if own is None or not self.active():
             return None
         states: Tensor = output[0]
