@@ -118,9 +118,9 @@ _OF_TOKENS: dict[str, Defaults] = {
         _DEFAULTS["p_tuning_v2"].options,
         _DEFAULTS["p_tuning_v2"].training | {"learning_rate": 8e-2},
         "validation F1 with MiniLM, one seed, 8e-2 and 4e-2: SRL .397 and .389, Broad Twitter .655 and .653, WikiGold "
-        ".570 and .564, QA-SRL .295 and .258; with 8 and 40 tokens Broad Twitter .643 and .654, WikiGold .557 and .561; "
-        "test F1 of three seeds with a mix of all layers and with the last one under the head: SRL .394 and .305, Broad "
-        "Twitter .638 and .631, WikiGold .545 and .517",
+        ".570 and .564, QA-SRL .295 and .258; 8 and 40 tokens: Broad Twitter .643 and .654, WikiGold .557 and .561; "
+        "test F1 of three seeds, a mix of all layers and the last one under the head: SRL .394 and .305, Broad Twitter "
+        ".638 and .631, WikiGold .545 and .517",
     ),
 }
 _OF_WRITERS: dict[str, Defaults] = {

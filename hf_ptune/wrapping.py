@@ -6,15 +6,18 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_ptune import prompt_start
+from hf_ptune.adapter_file import shorten
 from hf_ptune.backbone import cached_commit, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError
+from hf_ptune.injection import complaint
 from hf_ptune.methods import PromptKind
 from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel
 from hf_ptune.sharding import running
 from hf_ptune.templates import name_virtual_tokens
 
 logger = logging.get_logger(__name__)
+_PREFIXES = "Methods that work there: p_tuning_v2, prefix_tuning, bitfit."
 
 
 def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: Any = None) -> PTunePreTrainedModel:
@@ -80,7 +83,9 @@ def _try_prompt(model: PTunePreTrainedModel) -> None:
     shared = injector.kind is PromptKind.EMBEDDINGS and injector.in_attention
     if shared and not injector.prompts_agree():
         raise BackboneError(
-            f"{name} carries more from token to token than keys and values, or counts positions that cannot be moved, "
-            f"so that {config.method} cannot share its prompt over a batch there. "
-            "Methods that work there: p_tuning_v2, prefix_tuning, bitfit."
+            f"{name} carries more from token to token than keys and values, counts positions that cannot be moved, or "
+            f"reads token ids beside embeddings, so that {config.method} cannot share its prompt over a batch there. "
+            f"{_PREFIXES}"
         )
+    if injector.inputs is not None and (said := complaint(injector.body)) is not None:
+        raise BackboneError(f"{name} cannot run with a prompt among its inputs ({shorten(said)}). {_PREFIXES}")

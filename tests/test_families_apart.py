@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import batch, build
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -86,3 +87,29 @@ def test_paged_caches_are_refused() -> None:
     model = get_ptune_model(build("llama"), PTuneConfig(num_virtual_tokens=4))
     with pytest.raises(InjectionError, match="generate"):
         model.generate_batch(batch("llama")["input_ids"].tolist())
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_layers_that_look_tokens_up_again_take_prefixes_alone(method: str) -> None:
+    """Gemma 4 finds the ids of given embeddings, which a prompt does not have."""
+    if "gemma4_text" not in CONFIG_MAPPING:
+        pytest.skip("this version of transformers has no Gemma 4")
+    small = {"vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8, "num_key_value_heads": 2}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **_SMALL, **small, head_dim=8)).eval()
+    config = PTuneConfig(method=method, num_virtual_tokens=4)
+    if method == "prompt_tuning":
+        with pytest.raises(BackboneError, match="reads token ids beside embeddings.*p_tuning_v2"):
+            get_ptune_model(base, config)
+        assert not base.base_model._forward_hooks and not base.base_model._forward_pre_hooks
+        return
+    assert get_ptune_model(base, config)(input_ids=torch.arange(6)[None]).logits.shape == (1, 6, 99)
+
+
+def test_an_encoder_that_cannot_run_with_a_prompt_among_its_inputs() -> None:
+    """LayoutLMv3 adds the boxes of ids to embeddings."""
+    sizes = {"coordinate_size": 5, "shape_size": 6, "visual_embed": False}
+    base = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("layoutlmv3", **_SMALL, **sizes)).eval()
+    with pytest.raises(BackboneError, match="cannot run with a prompt among its inputs.*p_tuning_v2"):
+        get_ptune_model(base, PTuneConfig(method="prompt_tuning", num_virtual_tokens=4))
+    model = get_ptune_model(base, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4))
+    assert model(input_ids=torch.arange(6)[None] + 5).logits.shape == (1, 2)

@@ -336,13 +336,16 @@ class Injector:
         try:
             with evaluating(self.body), torch.no_grad():
                 embeds = words(ids)
+                embeds = torch.cat([embeds[:, :1] / 2, embeds[:, 1:]], 1)  # as a prompt, no token's embedding
                 self.fill(None)
                 self.busy = True
                 expected = self.body(inputs_embeds=embeds)[0][:, 1:].float()
                 self.busy = False
                 self.encode, self.num_virtual_tokens, self.cached = lambda: embeds[0, :1], 1, None
                 found = self.body(inputs_embeds=embeds[:, 1:])[0].float()
-        except (ValueError, NotImplementedError, TypeError):
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, NotImplementedError, TypeError, RuntimeError):
             return False  # families that need input_ids say so by one of these
         finally:
             self.busy, self.cached = False, None

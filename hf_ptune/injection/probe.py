@@ -151,6 +151,16 @@ def _run(body: PreTrainedModel, changed: bool = False) -> Tensor:
     return torch.as_tensor(hidden).float()
 
 
+def complaint(body: PreTrainedModel) -> str | None:
+    """What a body says that cannot run on a handful of tokens with all that is attached to it; `None` if it can."""
+    try:
+        with evaluating(body), _sparse_as_it_was(body), torch.no_grad():
+            _run(body)
+    except BackboneError as error:
+        return str(error.__cause__ or error)
+    return None
+
+
 def _watch(body: PreTrainedModel) -> tuple[dict[str, tuple[Tensor, Tensor, int]], Tensor]:
     """Keys and values `[K, T, D]` that each attention module used, in order of use, and the hidden states."""
     names = {module: name for name, module in body.named_modules()}
