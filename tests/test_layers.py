@@ -12,7 +12,7 @@ LAYERS = [
     {"adapter_file"},
     {"config_checks"},
     {"configuration_ptune", "injection", "backbone"},
-    {"cards", "placement", "loss_at_labels", "logits_at"},
+    {"cards", "placement", "loss_at_labels", "logits_at", "batch_share"},
     {"hub", "loading", "prompt_transfer", "prompt_start"},
     {"publishing"},
     {"saving"},
