@@ -40,9 +40,9 @@ def with_share(output: Any, count: Tensor, items: Tensor | int) -> Any:
         items: labels of the whole batch.
     """
     loss: Tensor = output["loss"] if isinstance(output, ModelOutput) else output[0]
-    count = count.to(loss.device)
-    # the mean of nothing is no number
-    part = loss.masked_fill(count == 0, 0.0) * count / torch.as_tensor(items, device=loss.device)
+    count, whole = count.to(loss.device), torch.as_tensor(items, device=loss.device).clamp(min=1)
+    share = count.to(torch.promote_types(loss.dtype, torch.float32)) / whole
+    part = loss.masked_fill(count == 0, 0.0) * share  # the mean of nothing is no number
     if isinstance(output, ModelOutput):
         output["loss"] = part
         return output

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.batch_share import with_share
 from hf_ptune.modeling_ptune import CLASSES
 
 Wrap = Callable[..., PTunePreTrainedModel]
@@ -161,6 +162,18 @@ def test_several_labels_a_row(wrap: Wrap) -> None:
         for rows in (slice(0, 3), slice(3, ROWS))
     ]
     assert torch.allclose(sum(parts), whole, atol=1e-12)
+
+
+def test_a_share_is_no_larger_than_half_precision_holds() -> None:
+    loss = torch.tensor(2.0, dtype=torch.float16)
+    assert with_share((loss,), torch.tensor(40_000), torch.tensor(160_000))[0] == 0.5
+    assert with_share((loss,), torch.tensor(40_000), 160_000)[0] == 0.5
+
+
+def test_a_batch_without_labels(wrap: Wrap) -> None:
+    model, inputs = wrap("bert", "p_tuning_v2", "TOKEN_CLS"), inputs_of("bert", "TOKEN_CLS")
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    assert model(**inputs, num_items_in_batch=torch.tensor(0)).loss == 0
 
 
 def test_outputs_without_a_loss(wrap: Wrap) -> None:

@@ -105,6 +105,22 @@ def test_layers_that_look_tokens_up_again_take_prefixes_alone(method: str) -> No
     assert get_ptune_model(base, config)(input_ids=torch.arange(6)[None]).logits.shape == (1, 6, 99)
 
 
+@pytest.mark.parametrize(("family", "method"), [("bert", "prompt_tuning"), ("llama", "p_tuning")])
+def test_a_device_that_fails_is_no_fault_of_the_family(
+    family: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, calls = build(family), []
+
+    def full(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) > 2:  # what follows finding its attention
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    base.base_model.register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=4))
+
+
 def test_an_encoder_that_cannot_run_with_a_prompt_among_its_inputs() -> None:
     """LayoutLMv3 adds the boxes of ids to embeddings."""
     sizes = {"coordinate_size": 5, "shape_size": 6, "visual_embed": False}

@@ -19,7 +19,7 @@ from hf_ptune.injection.embeddings import InputPrompt
 from hf_ptune.injection.layer_mix import LayerMix, ScalarMix
 from hf_ptune.injection.placeholders import Placeholders
 from hf_ptune.injection.pooling import MeanPooling
-from hf_ptune.injection.probe import body_of, close, evaluating, text_of, vocabulary_of
+from hf_ptune.injection.probe import DEVICE_FAILURES, body_of, close, evaluating, text_of, vocabulary_of
 from hf_ptune.injection.sites import Site
 from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_prefix
 from hf_ptune.sharding import whole_for_backward
@@ -343,7 +343,7 @@ class Injector:
                 self.busy = False
                 self.encode, self.num_virtual_tokens, self.cached = lambda: embeds[0, :1], 1, None
                 found = self.body(inputs_embeds=embeds[:, 1:])[0].float()
-        except torch.OutOfMemoryError:
+        except DEVICE_FAILURES:
             raise
         except (ValueError, NotImplementedError, TypeError, RuntimeError):
             return False  # families that need input_ids say so by one of these

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from hf_ptune.errors import InjectionError
 from hf_ptune.injection.calls import bind, parameters_of, this_thread
-from hf_ptune.injection.probe import PROBE_TOKENS, evaluating, vocabulary_of
+from hf_ptune.injection.probe import DEVICE_FAILURES, PROBE_TOKENS, evaluating, vocabulary_of
 
 _ALIKE = 3.0
 _CAPTURES = "output_capturing_hook"
@@ -67,6 +67,8 @@ def gives_layers(body: PreTrainedModel, alike: bool = False) -> bool:
         with evaluating(body), torch.no_grad():
             output = body(input_ids=ids, output_hidden_states=True, return_dict=True)
         forget_captures(body)
+    except DEVICE_FAILURES:
+        raise
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, IndexError):
         return False  # families that want more than token ids
     states: Any = getattr(output, "hidden_states", None)

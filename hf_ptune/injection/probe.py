@@ -24,6 +24,9 @@ _UNSUPPORTED = {
     "HYV4Attention": "it decodes by another computation than it trains by, which no prefix reaches",
     "LiltSelfAttention": "it adds the scores of two streams of different widths",
 }
+# no family's fault
+DEVICE_FAILURES: tuple[type[Exception], ...] = (torch.OutOfMemoryError,)
+DEVICE_FAILURES += (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 _OVER_LAYERS = re.compile("AttentionResidual")  # attends to earlier layers, not to tokens
 _NAMED_ATTENTION = re.compile("atten|attn", re.IGNORECASE)
 
@@ -141,6 +144,8 @@ def _run(body: PreTrainedModel, changed: bool = False) -> Tensor:
     try:
         output = body(**inputs)
     except PTuneError:
+        raise
+    except DEVICE_FAILURES:
         raise
     except Exception as error:  # whatever a family raises, the user needs the same cure
         raise BackboneError(
