@@ -37,6 +37,8 @@ STRUCTURE = (
     "pooling",
     "head_states",
 )
+# what a head reads -> as it does in the papers, and what may take the place of that
+READINGS = {"pooling": ("cls", "mean"), "head_states": ("last", "mix")}
 # more than anybody has trained, and little enough that nothing runs out of memory before it is compared with the file
 _MOST = {"num_virtual_tokens": 2**20, "encoder_hidden_size": 2**20, "encoder_num_layers": 64}
 # how a base is run, and by whose code, is up to whoever loads it
@@ -181,12 +183,11 @@ class PTuneConfig(PreTrainedConfig):
             )
         if method.kind is PromptKind.EMBEDDINGS and self.layers is not None:
             raise ConfigError(f"layers is for prefixes; {self.method} puts its prompt into the input only.")
-        if self.pooling not in (None, "cls", "mean", "auto"):
-            raise ConfigError(f"pooling={self.pooling!r}; expected 'cls', 'mean', 'auto' or None.")
-        if self.head_states not in (None, "last", "mix", "auto"):
-            raise ConfigError(f"head_states={self.head_states!r}; expected 'last', 'mix', 'auto' or None.")
-        for name, value in (("pooling", "mean"), ("head_states", "mix")):
-            if getattr(self, name) == value and (method.kind is None or self.places_tokens):
+        for name, (published, other) in READINGS.items():
+            value = getattr(self, name)
+            if value not in (None, published, other, "auto"):
+                raise ConfigError(f"{name}={value!r}; expected {published!r}, {other!r}, 'auto' or None.")
+            if value == other and (method.kind is None or self.places_tokens):
                 why = "a template places the virtual tokens" if self.places_tokens else f"{self.method} has no prompt"
                 raise ConfigError(f"{name}={value!r} comes with a prompt before the text, but {why}.")
         self._check_template(method.kind)

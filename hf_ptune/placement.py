@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_ptune.backbone import describe
-from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.configuration_ptune import READINGS, PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
 from hf_ptune.injection import (
     body_of,
@@ -165,11 +165,10 @@ def choose_head_states(config: PTuneConfig, backbone: PreTrainedModel, task: str
     return "mix" if wanted and gives_layers(body_of(backbone), alike=True) else "last"
 
 
-def settled_reading(config: PTuneConfig | None) -> dict[str, str]:
+def settled_reading(config: PTuneConfig) -> dict[str, str]:
     """What the head of a saved adapter reads; unset options are decided for new prompts alone."""
     return {
-        "pooling": "mean" if config is not None and config.pooling == "mean" else "cls",
-        "head_states": "mix" if config is not None and config.head_states == "mix" else "last",
+        name: other if getattr(config, name) == other else published for name, (published, other) in READINGS.items()
     }
 
 
@@ -187,13 +186,13 @@ def _is_encoder(config: PTuneConfig, backbone: PreTrainedModel) -> bool:
     return not config.geometry["causal"] and not backbone.config.is_encoder_decoder
 
 
-def _source_of(config: PTuneConfig) -> PTuneConfig | None:
+def _source_of(config: PTuneConfig) -> PTuneConfig:
     """The adapter that a prompt starts from; what is wrong with it is told elsewhere."""
     try:
         source: PTuneConfig = PTuneConfig.from_pretrained(config.prompt_tuning_init_adapter)
         return source
     except (OSError, ValueError, PTuneError):
-        return None
+        return PTuneConfig()
 
 
 def shifts_positions(backbone: PreTrainedModel, config: PTuneConfig) -> bool:

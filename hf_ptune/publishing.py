@@ -14,7 +14,7 @@ from transformers.utils import logging
 from hf_ptune.adapter_file import WEIGHTS_NAME, shorten, staged
 from hf_ptune.backbone import TASKS, is_hub_id, read_tokenizer
 from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, make_card, merge_seeds
-from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.configuration_ptune import READINGS, PTuneConfig
 from hf_ptune.hub import commit_of, license_of, push_folder
 from hf_ptune.methods import get_method
 from hf_ptune.templates import name_virtual_tokens
@@ -168,7 +168,7 @@ def method_options(config: Any) -> dict[str, Any]:
     ]
     found = {name: getattr(config, name) for name in names}
     # what is unset has become one of two
-    found |= {n: v for n, v in (("pooling", "mean"), ("head_states", "mix")) if getattr(config, n) == v}
+    found |= {name: other for name, (_, other) in READINGS.items() if getattr(config, name) == other}
     return {k: v for k, v in found.items() if k == "num_virtual_tokens" or v != getattr(unset, k)}
 
 

@@ -106,9 +106,7 @@ def test_layers_that_look_tokens_up_again_take_prefixes_alone(method: str) -> No
 
 
 @pytest.mark.parametrize(("family", "method"), [("bert", "prompt_tuning"), ("llama", "p_tuning")])
-def test_a_device_that_fails_is_no_fault_of_the_family(
-    family: str, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_that_fails_is_no_fault_of_the_family(family: str, method: str) -> None:
     base, calls = build(family), []
 
     def full(*args: Any) -> None:

@@ -5,11 +5,11 @@ the second layer would meet it freed ("backward through the graph a second time"
 gradients gather there, and enter the encoder's graph once, when the backward has come down to the embeddings.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class _Bridge(torch.autograd.Function):
@@ -43,3 +43,12 @@ def bridge(encoded: list[Tensor]) -> tuple[list[Tensor], Callable[[Tensor], Tens
         return crossed
 
     return leaves, cross
+
+
+def reentrant_layers(body: nn.Module) -> Iterator[nn.Module]:
+    """Modules of a body that run under reentrant checkpoints while it trains."""
+    for module in body.modules():
+        function: Any = getattr(module, "_gradient_checkpointing_func", None)
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
+        if reentrant and getattr(module, "gradient_checkpointing", False):
+            yield module

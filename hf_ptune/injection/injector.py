@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection import attention, embeddings, joint, own_attention, positions, sites
-from hf_ptune.injection.bridge import bridge
+from hf_ptune.injection.bridge import bridge, reentrant_layers
 from hf_ptune.injection.calls import bind, parameters_of, version_of
 from hf_ptune.injection.embeddings import InputPrompt
 from hf_ptune.injection.layer_mix import LayerMix, ScalarMix
@@ -386,11 +386,7 @@ class Injector:
     def _reentrant(self) -> bool:
         if not self.backbone.training:
             return False
-        for module in self.body.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                function: Any = getattr(module, "_gradient_checkpointing_func", None)
-                return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
-        return False
+        return next(reentrant_layers(self.body), None) is not None
 
     def _bridged(self, pairs: list[tuple[Tensor, Tensor]], named: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         leaves, cross = bridge([t for pair in pairs for t in pair])

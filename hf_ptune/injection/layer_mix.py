@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_ptune.errors import InjectionError
+from hf_ptune.errors import BackboneError, InjectionError
+from hf_ptune.injection.bridge import reentrant_layers
 from hf_ptune.injection.calls import bind, parameters_of, this_thread
-from hf_ptune.injection.probe import DEVICE_FAILURES, PROBE_TOKENS, evaluating, vocabulary_of
+from hf_ptune.injection.probe import evaluating, run_on_tokens
 
 _ALIKE = 3.0
 _CAPTURES = "output_capturing_hook"
@@ -61,16 +62,12 @@ def gives_layers(body: PreTrainedModel, alike: bool = False) -> bool:
         return False
     if getattr(body.config, "attention_type", None) == "block_sparse":
         return False  # its inner states have the pads that fill rows up to whole blocks
-    device = next((p.device for p in body.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    ids = (torch.arange(PROBE_TOKENS, device=device) + 11)[None] % vocabulary_of(body)
     try:
         with evaluating(body), torch.no_grad():
-            output = body(input_ids=ids, output_hidden_states=True, return_dict=True)
-        forget_captures(body)
-    except DEVICE_FAILURES:
-        raise
-    except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, IndexError):
-        return False  # families that want more than token ids
+            output = run_on_tokens(body, output_hidden_states=True, return_dict=True)
+    except BackboneError:
+        return False
+    forget_captures(body)
     states: Any = getattr(output, "hidden_states", None)
     if not _fit(states, output[0], layers_of(body)):
         return False
@@ -118,10 +115,9 @@ class LayerMix:
             return None
         _check_checkpointing(module)
         named = bind(module, args, kwargs)
-        settings = [named.get(n) for n in ("output_hidden_states", "return_dict")]
         self.asked[this_thread()] = [
-            getattr(module.config, n, None) if given is None else given
-            for n, given in zip(("output_hidden_states", "return_dict"), settings, strict=True)
+            getattr(module.config, n, None) if named.get(n) is None else named[n]
+            for n in ("output_hidden_states", "return_dict")
         ]
         return (), named | {"output_hidden_states": True, "return_dict": True}
 
@@ -153,12 +149,8 @@ def _check_checkpointing(body: nn.Module) -> None:
     """Refuse checkpoints from whose inside states come without a graph, in versions that checkpoint around hooks."""
     if not (body.training and torch.is_grad_enabled()):
         return
-    for layer in body.modules():
-        function: Any = getattr(layer, "_gradient_checkpointing_func", None)
-        reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
-        around = type(layer).__call__ is not nn.Module.__call__
-        if around and reentrant and getattr(layer, "gradient_checkpointing", False):
-            raise InjectionError(
-                "use_reentrant=True gives the states of inner layers no gradient, which a mix of layers needs; take "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
+    if any(type(layer).__call__ is not nn.Module.__call__ for layer in reentrant_layers(body)):
+        raise InjectionError(
+            "use_reentrant=True gives the states of inner layers no gradient, which a mix of layers needs; take "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )

@@ -65,7 +65,7 @@ def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
     body = body_of(backbone)
     with _quiet(backbone), _sparse_as_it_was(body), torch.no_grad():
         seen, first = _watch(body)
-        second = _run(body, changed=True)
+        second = _states(body, changed=True)
     found: list[dict[str, Any]] = [
         {
             "name": name,
@@ -132,7 +132,17 @@ def vocabulary_of(body: PreTrainedModel) -> int:
     return max(int(getattr(body.config.get_text_config(), "vocab_size", None) or 100) - 3, 1)
 
 
-def _run(body: PreTrainedModel, changed: bool = False) -> Tensor:
+def run_on_tokens(body: PreTrainedModel, changed: bool = False, **further: Any) -> Any:
+    """What a body gives for a handful of tokens.
+
+    Args:
+        body: with all that is attached to it.
+        changed: whether to give it other tokens, the first one apart.
+        further: arguments of its forward.
+
+    Raises:
+        BackboneError: it cannot run on them.
+    """
     accepted = parameters_of(body)
     inputs: dict[str, Any] = {"input_ids": _tokens(body, _ENCODER_TOKENS, changed)}
     if body.config.is_encoder_decoder and "decoder_input_ids" in accepted:
@@ -142,7 +152,7 @@ def _run(body: PreTrainedModel, changed: bool = False) -> Tensor:
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     try:
-        output = body(**inputs)
+        return body(**inputs, **further)
     except PTuneError:
         raise
     except DEVICE_FAILURES:
@@ -152,7 +162,10 @@ def _run(body: PreTrainedModel, changed: bool = False) -> Tensor:
             f"{type(body).__name__} could not run on {_ENCODER_TOKENS} plain tokens "
             f"({type(error).__name__}: {error}). Expected a text backbone that takes input_ids alone."
         ) from error
-    hidden: Any = output[0]
+
+
+def _states(body: PreTrainedModel, changed: bool = False) -> Tensor:
+    hidden: Any = run_on_tokens(body, changed)[0]
     return torch.as_tensor(hidden).float()
 
 
@@ -160,7 +173,7 @@ def complaint(body: PreTrainedModel) -> str | None:
     """What a body says that cannot run on a handful of tokens with all that is attached to it; `None` if it can."""
     try:
         with evaluating(body), _sparse_as_it_was(body), torch.no_grad():
-            _run(body)
+            run_on_tokens(body)
     except BackboneError as error:
         return str(error.__cause__ or error)
     return None
@@ -190,7 +203,7 @@ def _watch(body: PreTrainedModel) -> tuple[dict[str, tuple[Tensor, Tensor, int]]
         attention.install(function)
     attention.listen(heard)
     try:
-        hidden = _run(body)
+        hidden = _states(body)
     finally:
         attention.listen(None)
         for handle in handles:
