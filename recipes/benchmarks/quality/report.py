@@ -18,22 +18,31 @@ RIVALS = {
     "prefix_tuning": "peft_prefix",
     "p_tuning_v2": "peft_prefix",
 }
-_INTRODUCTION = """# Quality beside PEFT, heads alone and full fine-tuning
-
-Test figure of the setting that each column chose on validation, mean ± deviation over seeds (their number in brackets
-where it is not three). A dot: not run. Accuracy for classes, entity F1 for tags (btc, wikigold, srl), word F1 for
-spans (qasrl, squad), loss of the answer's tokens and BLEU for SmolLM2 (e2e, alpaca_zh). Rows and epochs of each task
-stand in tasks.py; they are the same for every column.
+_WHAT = """Test figure of the setting that each column chose on validation, mean ± deviation over seeds (their number in
+brackets where it is not three). A dot: not run. Accuracy for classes, entity F1 for tags (btc, wikigold, srl), word F1
+for spans (qasrl, squad), loss of the answer's tokens for language models (alpaca_zh), with BLEU (e2e). Rows and epochs
+of each task stand in tasks.py; they are the same for every column.
 """
+_INTRODUCTION = {
+    "short": f"# Quality beside PEFT, heads alone and full fine-tuning\n\n{_WHAT}",
+    "long": f"# The same with nearly all rows and more epochs\n\n{_WHAT}",
+}
 
 
 def write(records: dict[str, Record], folder: Path) -> None:
-    """Write results.md, defaults.md and results.png."""
+    """Write results.md, defaults.md and results.png, and the same of the long budget."""
+    for budget, suffix in (("short", ""), ("long", "_long")):
+        of_budget = {key: r for key, r in records.items() if TASKS[r["task"]].budget == budget}
+        if of_budget:
+            _write(of_budget, folder, budget, suffix)
+
+
+def _write(records: dict[str, Record], folder: Path, budget: str, suffix: str) -> None:
     chosen = choose(records)
     tasks = [t for t in TASKS if any(task == t for task, _ in chosen)]
     columns = [c for c in COLUMNS if any(column == c for _, column in chosen)]
     lines = [
-        _INTRODUCTION,
+        _INTRODUCTION[budget],
         *_figures(chosen, tasks, columns),
         *_against(chosen, tasks),
         *_costs(chosen, tasks, columns),
@@ -42,10 +51,10 @@ def write(records: dict[str, Record], folder: Path) -> None:
     if failed:
         lines += ["## Failures", "", "| task | column | setting | error |", "| --- | --- | --- | --- |"]
         lines += [f"| {r['task']} | {r['column']} | {_plain(r['setting'])} | {r['error']} |" for r in failed]
-    (folder / "results.md").write_text("\n".join(lines).rstrip() + "\n")
-    (folder / "defaults.md").write_text("\n".join(_settings(records)).rstrip() + "\n")
+    (folder / f"results{suffix}.md").write_text("\n".join(lines).rstrip() + "\n")
+    (folder / f"defaults{suffix}.md").write_text("\n".join(_settings(records)).rstrip() + "\n")
     if tasks:
-        _plot(chosen, tasks, folder / "results.png")
+        _plot(chosen, tasks, folder / f"results{suffix}.png")
 
 
 def choose(records: dict[str, Record]) -> dict[tuple[str, str], list[Record]]:

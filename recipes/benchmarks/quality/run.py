@@ -4,10 +4,11 @@ python recipes/benchmarks/quality/run.py [--missing] [--tasks trec,btc] [--colum
 
 Every column chooses its setting on validation rows with seed 0 (rates first, then one change after the other), and
 the chosen one runs with every seed; only then are test rows read. `--setting '{"lr": 2e-2, …}'` runs one setting.
-Writes results.json, results.md, defaults.md and results.png beside this file, after every run.
+Writes results.json after every run, and results.md, defaults.md and results.png of each budget at the end.
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -28,7 +29,8 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=os.environ.get("PTUNE_DATA", str(HERE.parents[3] / "shared" / "data")))
-    parser.add_argument("--tasks", default="", help="comma-separated; all when unset, in the order of tasks.py")
+    parser.add_argument("--tasks", default="", help="comma-separated; all of the budget when unset, as in tasks.py")
+    parser.add_argument("--budget", choices=("short", "long"), default="short")
     parser.add_argument("--columns", default="", help="comma-separated; those that fit the task when unset")
     parser.add_argument("--only", default="", help="part of a run's key")
     parser.add_argument("--missing", action="store_true", help="run only what has no record yet")
@@ -52,9 +54,7 @@ def read_records() -> dict[str, Record]:
 
 
 def keep(key: str, record: Record) -> None:
-    """Add a run to the records and make the tables anew; several processes may do so."""
-    import report
-
+    """Add a run to the records; several processes may do so."""
     with (HERE / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         records = read_records()
@@ -62,7 +62,6 @@ def keep(key: str, record: Record) -> None:
         aside = RESULTS.with_suffix(".new")
         aside.write_text(json.dumps(records, indent=1) + "\n")
         aside.replace(RESULTS)
-        report.write(records, HERE)
 
 
 class Runner:
@@ -115,7 +114,7 @@ class Runner:
         data, tokenizer = self.data(name)
         torch.manual_seed(seed)
         begin, cpu = time.perf_counter(), time.process_time()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of this run alone
+        _forget_peaks()
         model = columns.build(how, setting, task, data.labels, tokenizer)
         splits = self._splits(name, column, model, data, tokenizer)
         path = (
@@ -146,6 +145,9 @@ class Runner:
             "cpu_seconds": round(time.process_time() - cpu, 1),
             "peak_rss_mib": _peak(),
         }
+        if columns.DEVICE.type == "cuda":
+            record["device"] = torch.cuda.get_device_name()
+            record["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
         if test:
             record["test"] = self._test(model, task, splits, data, tokenizer)
         elif not column.startswith("head"):
@@ -170,7 +172,7 @@ class Runner:
 
         padding = tokenizer.pad_token_id or 0
         figure = round(evaluate(model, task, splits["test"], data, padding), 4)
-        if task.folder != "e2e_nlg":
+        if task.kind != "CAUSAL_LM" or task.folder == "alpaca_zh":
             return figure
         written = write_answers(model, splits["test"], padding, tokenizer)
         return [figure, round(bleu(written, [r["truth"]["references"] for r in splits["test"]]), 2)]
@@ -181,10 +183,10 @@ class Runner:
         from tasks import TASKS
 
         task, how = TASKS[name], columns.COLUMNS[column]
-        start = dict(how.defaults or {})
+        start = dict(how.defaults or {}) if task.kind != "CAUSAL_LM" else {}
         if how.library in ("peft", "hf_ptune") and how.method not in ("lora", "bitfit"):
             start = {"length": task.virtual[0]} | start
-        best = self._best(name, column, [start | {"lr": rate} for rate in how.rates])
+        best = self._best(name, column, [start | {"lr": rate} for rate in how.rates_for(task)])
         further = [{"length": n} for n in task.virtual[1:]] if "length" in start else []
         for change in [*further, *how.further]:
             if best is not None:
@@ -210,6 +212,17 @@ class Runner:
                 self.run(name, column, best, seed, test=True)
 
 
+def _forget_peaks() -> None:
+    """Let the peaks of memory be those of the next run alone."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # not every kernel lets them be reset
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return round(int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 1024)
@@ -222,6 +235,8 @@ def fitting(name: str) -> list[str]:
 
     if TASKS[name].kind == "CAUSAL_LM":
         return ["peft_prompt_tuning", "prompt_tuning", "peft_prefix", "prefix_tuning", "p_tuning_v2", "lora"]
+    if TASKS[name].base == "smollm2":
+        return ["peft_prompt_tuning", "prompt_tuning", "peft_prefix", "p_tuning_v2", "lora", "full"]
     heads = [] if TASKS[name].kind == "SEQ_CLS" else ["head_mean"]
     return [c for c in COLUMNS if c not in ("lora", *heads)]
 
@@ -237,13 +252,16 @@ def main() -> None:
         report.write(read_records(), HERE)
         return
     torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; nothing changes on a CPU
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     runner = Runner(options)
-    for name in options.tasks.split(",") if options.tasks else TASKS:
+    every = [name for name, task in TASKS.items() if task.budget == options.budget]
+    for name in options.tasks.split(",") if options.tasks else every:
         for column in options.columns.split(",") if options.columns else fitting(name):
             if column in fitting(name):
                 runner.column(name, column)
+    report.write(read_records(), HERE)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Task:
         metric: name of the score.
         labels: key in labels.json, where it holds several lists.
         virtual: numbers of virtual tokens to choose from; the first is the usual one.
+        base: "minilm" or "smollm2".
+        budget: "short" (minutes on a CPU) or "long" (on a GPU: nearly all rows, more epochs).
     """
 
     folder: str
@@ -44,9 +46,10 @@ class Task:
     labels: str | None = None
     virtual: tuple[int, ...] = (20,)
     base: str = "minilm"
+    budget: str = "short"
 
 
-TASKS: dict[str, Task] = {
+_SHORT: dict[str, Task] = {
     "trec": Task("trec", "SEQ_CLS", ("text", "coarse_label"), 1000, epochs=5, labels="coarse_label"),
     "btc": Task("btc", "TOKEN_CLS", ("tokens", "ner_tags"), 1200, epochs=3, metric="F1"),
     "cb": Task("cb_fewglue", "SEQ_CLS", ("premise", "hypothesis", "label"), 32, epochs=20, batch=8),
@@ -71,6 +74,35 @@ TASKS: dict[str, Task] = {
         metric="-loss", base="smollm2",
     ),
 }  # fmt: skip
+
+
+def _long(name: str, train: int, epochs: int, **changes: Any) -> Task:
+    settings = {"batch": 32, "budget": "long", "virtual": (20, 64)} | changes
+    return replace(_SHORT[name], train=train, epochs=epochs, **settings)
+
+
+_LONG: dict[str, Task] = {
+    "trec-long": _long("trec", 4000, 8),
+    "sst2-long": _long("sst2", 5000, 6),
+    "ag_news-long": _long("ag_news", 4000, 6),
+    "banking77-long": _long("banking77", 5000, 10),
+    "clinc150-long": _long("clinc150", 4599, 10),
+    "cb-long": _long("cb", 32, 60, batch=8),
+    "rte-long": _long("rte", 1950, 15),
+    "boolq-long": _long("boolq", 2000, 12, max_length=256),
+    "btc-long": _long("btc", 3500, 10),
+    "wikigold-long": _long("wikigold", 994, 30),
+    "srl-long": _long("srl", 2999, 15),
+    "qasrl-long": _long("qasrl", 2500, 15),
+    "squad-long": _long("squad", 2500, 15, held_out=800, max_length=384),
+    "trec-smollm2": _long("trec", 4000, 4, base="smollm2", virtual=(20,)),
+    "sst2-smollm2": _long("sst2", 5000, 3, base="smollm2", virtual=(20,)),
+    "ag_news-smollm2": _long("ag_news", 4000, 3, base="smollm2", virtual=(20,)),
+    "boolq-smollm2": _long("boolq", 2000, 6, base="smollm2", virtual=(20,), max_length=256),
+    "e2e-long": _long("e2e", 4672, 2, batch=16, held_out=200, virtual=(20,)),
+    "alpaca_zh-long": _long("alpaca_zh", 1500, 3, batch=16, held_out=200, max_length=384, virtual=(20,)),
+}
+TASKS: dict[str, Task] = _SHORT | _LONG
 
 
 @dataclass(frozen=True)
@@ -113,6 +145,8 @@ def load(task: Task, root: Path, tokenizer: Any) -> Data:
 
 def _encode_text(row: Row, task: Task, tokenizer: Any) -> Row:
     *texts, label = (row[name] for name in task.fields)
+    if task.base == "smollm2":
+        texts = ["\n".join(texts)]  # its tokenizer puts nothing between two texts
     return dict(tokenizer(*texts, truncation=True, max_length=task.max_length)) | {"labels": label}
 
 

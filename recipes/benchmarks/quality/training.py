@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from columns import FeatureHead
+from columns import DEVICE, FeatureHead
 from tasks import IGNORED, Data, Row, Task, score
 from torch import Tensor
 from transformers import get_scheduler
@@ -16,7 +16,7 @@ _PADDING = {"labels": IGNORED}
 
 
 def pad(rows: Sequence[Row], padding_id: int) -> dict[str, Tensor]:
-    """Rows as tensors `[B, T]`, padded on the right to the longest."""
+    """Rows as tensors `[B, T]` on the device, padded on the right to the longest."""
     batch: dict[str, Tensor] = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
@@ -30,7 +30,7 @@ def pad(rows: Sequence[Row], padding_id: int) -> dict[str, Tensor]:
             batch[name] = torch.tensor([v + [fill] * (longest - len(v)) for v in values])
         else:
             batch[name] = torch.tensor(values)
-    return batch
+    return {name: tensor.to(DEVICE) for name, tensor in batch.items()}
 
 
 def batches(rows: Sequence[Row], size: int, seed: int | None = None) -> Iterator[list[int]]:
@@ -109,8 +109,8 @@ def fit(model: Any, task: Task, rows: Sequence[Row], setting: dict[str, Any], se
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
-        after(epoch + 1, sum(losses) / len(losses))
+            losses.append(loss.detach())
+        after(epoch + 1, float(torch.stack(losses).mean()))
 
 
 @torch.no_grad()
@@ -142,7 +142,7 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "features")
 def _spans(outputs: Any, rows: Sequence[Row]) -> list[tuple[int, int]]:
     """The likeliest span of the context in each row, start and end token."""
     found = []
-    for start, end, row in zip(outputs.start_logits, outputs.end_logits, rows, strict=True):
+    for start, end, row in zip(outputs.start_logits.cpu(), outputs.end_logits.cpu(), rows, strict=True):
         spans = row["truth"]["spans"]
         outside = torch.tensor([s is None for s in spans])
         both = start[: len(spans), None].masked_fill(outside[:, None], -1e9) + end[None, : len(spans)].masked_fill(
@@ -156,11 +156,13 @@ def _spans(outputs: Any, rows: Sequence[Row]) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def write_answers(model: Any, rows: Sequence[Row], padding_id: int, tokenizer: Any, new: int = 60) -> list[str]:
-    """What a language model answers greedily to the rows' prompts."""
+    """What a language model answers greedily to the rows' prompts; those of one length go together, without pads."""
     model.eval()
-    written = []
-    for row in rows:
-        ids = torch.tensor([row["truth"]["prompt"]])
+    written = [""] * len(rows)
+    prompts = [row["truth"]["prompt"] for row in rows]
+    for length in sorted({len(p) for p in prompts}):
+        numbers = [n for n, p in enumerate(prompts) if len(p) == length]
+        ids = torch.tensor([prompts[n] for n in numbers], device=DEVICE)
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -168,5 +170,6 @@ def write_answers(model: Any, rows: Sequence[Row], padding_id: int, tokenizer: A
             do_sample=False,
             pad_token_id=padding_id,
         )
-        written.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+        for n, text in zip(numbers, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True):
+            written[n] = text
     return written
