@@ -39,6 +39,8 @@ STRUCTURE = (
 )
 # what a head reads -> as it does in the papers, and what may take the place of that
 READINGS = {"pooling": ("cls", "mean"), "head_states": ("last", "mix")}
+# what leaves the choice between them to the base and its task
+_ASKED = {"pooling": ("auto",), "head_states": ("auto", "auto_pairs")}
 # more than anybody has trained, and little enough that nothing runs out of memory before it is compared with the file
 _MOST = {"num_virtual_tokens": 2**20, "encoder_hidden_size": 2**20, "encoder_num_layers": 64}
 # how a base is run, and by whose code, is up to whoever loads it
@@ -94,14 +96,15 @@ class PTuneConfig(PreTrainedConfig):
             causal models that take `position_ids`, no in encoders, so that their full length stays usable.
         pooling: what an encoder's head reads in classification and multiple choice: "cls", what it reads by itself,
             the state of the first token as a rule; "mean", the mean of the row's own tokens in its place. "auto": the
-            mean in encoders that normalise their embeddings, as BERT and its kin do, and what an adapter has that
-            brings its head. Unset: "auto" for prompts among the inputs, "cls" beside a prefix. `get_ptune_model` makes
-            it one of the first two. The papers read the first token.
-        head_states: what heads over the tokens of an encoder (tagging, extractive QA) read: "last", its last states;
-            "mix", a trained mix of the states of all its layers (Peters et al. 2018, section 3.2), which becomes part
-            of the adapter. "auto": the mix for tagging with encoders whose layers have states of like size, as where
-            each is normalised (BERT and its kin). Unset: "last", as in the papers. An adapter that brings its head
-            brings this too. `get_ptune_model` makes it one of the first two.
+            mean in encoders that normalise their embeddings, as BERT and its kin do. Unset: "auto" for prompts among
+            the inputs, "cls" beside a prefix. "auto" and unset: what an adapter has that brings its head.
+            `get_ptune_model` makes it one of the first two. The papers read the first token.
+        head_states: what heads over the tokens of an encoder (tagging, extractive QA) read, and what `pooling="mean"`
+            takes its mean of: "last", its last states; "mix", a trained mix of the states of all its layers (Peters et
+            al. 2018, section 3.2), which becomes part of the adapter. "auto": the mix for tagging with encoders whose
+            layers have states of like size, as where each is normalised (BERT and its kin). "auto_pairs": the same,
+            and there under the mean too, for rows of two texts. Unset: "last", as in the papers. An adapter that brings
+            its head brings this too. `get_ptune_model` makes it one of the first two.
         loss_at_labels: whether language models compute logits only where a label counts while they train; loss
             and gradients stay the same. Logits that somebody asks for all the same cost a second forward pass.
         modules_to_save: further modules of the backbone that are trained and saved; a task's head always is.
@@ -185,8 +188,9 @@ class PTuneConfig(PreTrainedConfig):
             raise ConfigError(f"layers is for prefixes; {self.method} puts its prompt into the input only.")
         for name, (published, other) in READINGS.items():
             value = getattr(self, name)
-            if value not in (None, published, other, "auto"):
-                raise ConfigError(f"{name}={value!r}; expected {published!r}, {other!r}, 'auto' or None.")
+            allowed = (published, other, *_ASKED[name])
+            if value is not None and value not in allowed:
+                raise ConfigError(f"{name}={value!r}; expected {', '.join(map(repr, allowed))} or None.")
             if value == other and (method.kind is None or self.places_tokens):
                 why = "a template places the virtual tokens" if self.places_tokens else f"{self.method} has no prompt"
                 raise ConfigError(f"{name}={value!r} comes with a prompt before the text, but {why}.")

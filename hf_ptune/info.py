@@ -55,8 +55,9 @@ def describe_adapter(source: str, **hub: Any) -> str:
         state = (
             "flattened" if config.flattened else "with its reparameterisation" if method.reparameterised else "direct"
         )
-        read = ", the head reads the mean of the own tokens" if config.pooling == "mean" else ""
-        read += ", the head reads a mix of all layers" if config.head_states == "mix" else ""
+        reads = ["the mean of the own tokens"] if config.pooling == "mean" else []
+        reads += ["a mix of all layers"] if config.head_states == "mix" else []
+        read = f", the head reads {' in '.join(reads)}" if reads else ""
         lines.append(f"virtual tokens: {config.num_virtual_tokens}, {state}{read}")
     if config.template is not None:
         lines.append(f"template: {config.template}")

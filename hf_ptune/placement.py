@@ -31,6 +31,7 @@ _SHAPE = (
 )
 _POOLED = ("SEQ_CLS", "MULTIPLE_CHOICE")
 _OVER_TOKENS = ("TOKEN_CLS", "QUESTION_ANS")
+_AUTO = ("auto", "auto_pairs")
 
 
 def choose_sites(config: PTuneConfig, kind: PromptKind, task: str) -> list[dict[str, Any]]:
@@ -130,19 +131,20 @@ def choose_pooling(config: PTuneConfig, backbone: PreTrainedModel, task: str) ->
         )
     if asked in ("cls", "mean"):
         return asked
-    if kind is None or config.places_tokens or (asked is None and kind is PromptKind.PREFIX) or not pools_first:
+    if kind is None or config.places_tokens or not pools_first:
         return "cls"
-    if config.prompt_tuning_init == "ADAPTER" and config.prompt_tuning_init_head:
-        # the head reads what it has learnt to read
+    if _brings_head(config):
         return settled_reading(_source_of(config))["pooling"]
+    if asked is None and kind is PromptKind.PREFIX:
+        return "cls"
     return "mean" if normalises_embeddings(body_of(backbone)) else "cls"
 
 
 def choose_head_states(config: PTuneConfig, backbone: PreTrainedModel, task: str, fresh: bool) -> str:
-    """What heads over the tokens of an encoder read: a "mix" of the states of all layers, or the "last" ones.
+    """What heads of an encoder read, or take the mean of: a "mix" of the states of all layers, or the "last" ones.
 
     Args:
-        config: with its geometry.
+        config: with its geometry, and what `choose_pooling` has chosen.
         backbone: the task model.
         task: a key of `TASKS`.
         fresh: whether the backbone has to be seen to give out such states; a saved adapter's has been.
@@ -150,19 +152,27 @@ def choose_head_states(config: PTuneConfig, backbone: PreTrainedModel, task: str
     Raises:
         ConfigError: the mix is asked for where there is none.
     """
-    kind, asked = get_method(config.method).kind, config.head_states
-    able = _is_encoder(config, backbone) and task in _OVER_TOKENS and kind is not None and not config.places_tokens
+    asked, pooled = config.head_states, task in _POOLED
+    prompted = get_method(config.method).kind is not None and not config.places_tokens
+    encoder = prompted and _is_encoder(config, backbone)
+    able = encoder and (task in _OVER_TOKENS or (pooled and config.pooling == "mean"))
     if asked == "mix":
-        if not able or (fresh and not gives_layers(body_of(backbone))):
+        if encoder and pooled and not able and reads_first_token(body_of(backbone)):
+            raise ConfigError(
+                f"head_states='mix' in {task} is what the mean of a row's tokens is taken of, and pooling is "
+                f"{config.pooling!r}. Set pooling='mean', or leave head_states out."
+            )
+        if not able or (fresh and not gives_layers(body_of(backbone), pooled=pooled)):
             raise ConfigError(
                 f"head_states='mix' is for encoders that give out the states of all layers, in "
-                f"{' and '.join(_OVER_TOKENS)}; {type(backbone).__name__} is none of these. Leave it out."
+                f"{' and '.join(_OVER_TOKENS)}, and under pooling='mean' in {' and '.join(_POOLED)}; "
+                f"{type(backbone).__name__} is none of these. Leave it out."
             )
         return asked
-    if asked != "last" and able and config.prompt_tuning_init == "ADAPTER" and config.prompt_tuning_init_head:
+    if asked != "last" and able and _brings_head(config):
         return settled_reading(_source_of(config))["head_states"]
-    wanted = asked == "auto" and able and task == "TOKEN_CLS"
-    return "mix" if wanted and gives_layers(body_of(backbone), alike=True) else "last"
+    wanted = able and ((asked == "auto_pairs" and pooled) or (asked in _AUTO and task == "TOKEN_CLS"))
+    return "mix" if wanted and gives_layers(body_of(backbone), alike=True, pooled=pooled) else "last"
 
 
 def settled_reading(config: PTuneConfig) -> dict[str, str]:
@@ -177,9 +187,15 @@ def reading_for(config: PTuneConfig, task: str) -> PTuneConfig:
     changes = {}
     if config.pooling == "mean" and task not in _POOLED:
         changes["pooling"] = "cls"
-    if config.head_states == "mix" and task not in _OVER_TOKENS:
-        changes["head_states"] = "last"
+    if config.head_states == "mix" and task not in _OVER_TOKENS and not (task in _POOLED and config.pooling == "mean"):
+        # a mean that is still to be chosen may have it
+        changes["head_states"] = "auto_pairs" if task in _POOLED else "last"
     return type(config).from_dict(config.to_dict() | changes) if changes else config
+
+
+def _brings_head(config: PTuneConfig) -> bool:
+    """Whether the head comes along with the adapter that a prompt starts from: it reads what it has learnt to read."""
+    return config.prompt_tuning_init == "ADAPTER" and config.prompt_tuning_init_head
 
 
 def _is_encoder(config: PTuneConfig, backbone: PreTrainedModel) -> bool:

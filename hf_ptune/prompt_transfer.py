@@ -132,8 +132,8 @@ def _copy_head(model: Any, source: PTuneConfig, head: dict[str, Tensor], where: 
     reads = settled_reading(source)["head_states"], settled_reading(model.config)["head_states"]
     if reads[0] != reads[1]:
         raise ConfigError(
-            f"the head of {where} reads head_states={reads[0]!r}, this one {reads[1]!r}. Leave head_states out, or "
-            "prompt_tuning_init_head."
+            f"the head of {where} reads head_states={reads[0]!r}, this one {reads[1]!r}. Leave head_states and "
+            "pooling out, or prompt_tuning_init_head."
         )
     ours = {n: t for n, t in model.adapter_state_dict().items() if not n.startswith(_PROMPT)}
     shapes = [{n: tuple(t.shape) for n, t in part.items()} for part in (head, ours)]

@@ -148,9 +148,9 @@ class Recipe:
         """The task, with its options."""
         return get_task(self.task)(max_length=self.data.max_length, **self.task_options)
 
-    def defaults(self) -> Defaults:
-        """What its method starts with, for its task, where it is silent."""
-        return defaults_of(self.method, self.build_task().model_task)
+    def defaults(self, pairs: bool = False) -> Defaults:
+        """What its method starts with, for its task, where it is silent; for rows of two texts, if they are `pairs`."""
+        return defaults_of(self.method, self.build_task().model_task, pairs)
 
     def rates(self) -> tuple[float | None, float | None]:
         """Learning rates of backbone and head; `None` where they have none of their own."""

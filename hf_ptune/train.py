@@ -130,7 +130,8 @@ def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) ->
         PTuneError: the base does not fit the task, or cannot take the method.
     """
     task = recipe.build_task()
-    config = make_config(recipe, task.config_options())
+    pairs = any(task.pair_role in row for row in rows.train)
+    config = make_config(recipe, task.config_options(), pairs)
     base = load_base(recipe.base, task.model_task, rows.labels, tokenizer, config, recipe.base_options)
     model = get_ptune_model(base, config, tokenizer)
     check_direction(model, task)
@@ -142,9 +143,15 @@ def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) ->
     return model
 
 
-def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None) -> PTuneConfig:
-    """The configuration of a recipe's adapter; the method's defaults fill the options that the recipe leaves out."""
-    options = recipe.defaults().options | recipe.options | dict(further or {})
+def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None, pairs: bool = False) -> PTuneConfig:
+    """The configuration of a recipe's adapter; the method's defaults fill the options that the recipe leaves out.
+
+    Args:
+        recipe: names base, method and options.
+        further: options of its task, which come first.
+        pairs: whether its rows have two texts.
+    """
+    options = recipe.defaults(pairs).options | recipe.options | dict(further or {})
     named = {
         "base_model_name_or_path": anchored(recipe.base),
         "base_model_revision": recipe.base_options.get("revision"),

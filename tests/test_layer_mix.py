@@ -2,7 +2,7 @@
 
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,22 @@ def mixed(wrap: Wrap, family: str, method: str, task: str = "TOKEN_CLS", **optio
     return model
 
 
+def weighed(model: PTunePreTrainedModel, states: Sequence[Tensor]) -> Any:
+    """The states of all layers in the shares that a model's mix has."""
+    weights = torch.exp(model.mix.weight) / torch.exp(model.mix.weight).sum()
+    return sum(w * s for w, s in zip(weights, states, strict=True)) * model.mix.scale
+
+
+def without_mix(wrap: Wrap, model: PTunePreTrainedModel, family: str, task: str, **options: Any) -> Any:
+    """A model with the same prompt and head whose head reads the last states."""
+    plain = wrap(family, model.config.method, task, **options)
+    plain.load_adapter_state_dict({n: t for n, t in model.adapter_state_dict().items() if not n.startswith("mix.")})
+    return plain
+
+
 def by_hand(model: PTunePreTrainedModel, plain: PTunePreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Logits of the states that the plain model gives out, weighed here and put through its head."""
-    states = plain(**inputs, output_hidden_states=True).hidden_states
-    weights = torch.exp(model.mix.weight) / torch.exp(model.mix.weight).sum()
-    total = sum(w * s for w, s in zip(weights, states, strict=True)) * model.mix.scale
+    total = weighed(model, plain(**inputs, output_hidden_states=True).hidden_states)
     head = plain.backbone.qa_outputs if hasattr(plain.backbone, "qa_outputs") else plain.backbone.classifier
     if hasattr(plain.backbone, "head"):  # ModernBERT has a layer before it
         total = plain.backbone.head(total)
@@ -59,8 +70,8 @@ def by_hand(model: PTunePreTrainedModel, plain: PTunePreTrainedModel, inputs: di
 @pytest.mark.parametrize("method", PROMPTED)
 def test_equals_the_mix_by_hand(family: str, method: str, wrap: Wrap) -> None:
     """The states of a model without the mix, weighed by hand: logits, and the gradient of every parameter."""
-    model, plain = mixed(wrap, family, method), wrap(family, method, "TOKEN_CLS")
-    plain.load_adapter_state_dict({n: t for n, t in model.adapter_state_dict().items() if not n.startswith("mix.")})
+    model = mixed(wrap, family, method)
+    plain = without_mix(wrap, model, family, "TOKEN_CLS")
     inputs = {n: t for n, t in batch(family).items() if n in ("input_ids", "attention_mask")}
     inputs["attention_mask"][1, -2:] = 0
     found, expected = model(**inputs).logits, by_hand(model, plain, inputs)
@@ -77,8 +88,8 @@ def test_equals_the_mix_by_hand(family: str, method: str, wrap: Wrap) -> None:
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
 def test_spans_can_be_read_off_it(method: str, wrap: Wrap) -> None:
-    model, plain = mixed(wrap, "bert", method, "QUESTION_ANS"), wrap("bert", method, "QUESTION_ANS")
-    plain.load_adapter_state_dict({n: t for n, t in model.adapter_state_dict().items() if not n.startswith("mix.")})
+    model = mixed(wrap, "bert", method, "QUESTION_ANS")
+    plain = without_mix(wrap, model, "bert", "QUESTION_ANS")
     inputs = {"input_ids": batch("bert")["input_ids"]}
     output, expected = model(**inputs), by_hand(model, plain, inputs)
     assert torch.allclose(torch.stack([output.start_logits, output.end_logits], -1), expected, atol=1e-9)
@@ -107,8 +118,8 @@ def test_padding_changes_nothing(side: str, method: str, wrap: Wrap) -> None:
 @pytest.mark.parametrize("family", ["bert", "deberta-v2", "distilbert"])
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
 def test_what_a_caller_asks_for_is_given(family: str, method: str, wrap: Wrap) -> None:
-    model, plain = mixed(wrap, family, method), wrap(family, method, "TOKEN_CLS")
-    plain.load_adapter_state_dict({n: t for n, t in model.adapter_state_dict().items() if not n.startswith("mix.")})
+    model = mixed(wrap, family, method)
+    plain = without_mix(wrap, model, family, "TOKEN_CLS")
     ids = batch(family)["input_ids"]
     bare = model(input_ids=ids)
     assert "hidden_states" not in bare and bare.hidden_states is None
@@ -257,9 +268,11 @@ def test_it_can_be_pickled_and_its_base_too(family: str, wrap: Wrap) -> None:
     assert pickle.loads(pickle.dumps(wrapped.unwrap())).config.model_type == family
 
 
-@pytest.mark.parametrize("option", [{"head_states": "mix"}, {"pooling": "mean"}])
+@pytest.mark.parametrize(
+    "option", [{"head_states": "mix"}, {"pooling": "mean"}, {"head_states": "mix", "pooling": "mean"}]
+)
 def test_threads_do_not_disturb_each_other(option: dict[str, str], wrap: Wrap) -> None:
-    task = "TOKEN_CLS" if "head_states" in option else "SEQ_CLS"
+    task = "SEQ_CLS" if "pooling" in option else "TOKEN_CLS"
     model = wrap("bert", "p_tuning_v2", task, **option)
     rows = [batch("bert", length=length)["input_ids"] for length in (5, 7, 9)]
     with torch.no_grad():

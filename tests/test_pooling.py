@@ -223,14 +223,19 @@ def test_adapters_that_do_not_name_it_read_the_first_token(left: str, wrap: Wrap
 
 
 @pytest.mark.parametrize("had", ["cls", "mean"])
-def test_a_head_that_comes_along_reads_what_it_has_learnt_to_read(had: str, wrap: Wrap, tmp_path: Path) -> None:
-    source, inputs = wrap("bert", "prompt_tuning", pooling=had), batch("bert")
+@pytest.mark.parametrize("asked", [None, "auto"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_a_head_that_comes_along_reads_what_it_has_learnt_to_read(
+    method: str, asked: str | None, had: str, wrap: Wrap, tmp_path: Path
+) -> None:
+    source, inputs = wrap("bert", method, pooling=had), batch("bert")
     source.save_pretrained(tmp_path)
     start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path)}
-    model = wrap("bert", "prompt_tuning", strong=False, pooling="auto", prompt_tuning_init_head=True, **start)
+    model = wrap("bert", method, strong=False, pooling=asked, prompt_tuning_init_head=True, **start)
     assert model.config.pooling == had
     assert torch.allclose(model(**inputs).logits, source(**inputs).logits, atol=1e-5)
-    assert wrap("bert", "prompt_tuning", strong=False, pooling="auto", **start).config.pooling == "mean"
+    fresh = "cls" if (method, asked) == ("p_tuning_v2", None) else "mean"
+    assert wrap("bert", method, strong=False, pooling=asked, **start).config.pooling == fresh
 
 
 @pytest.mark.parametrize("asked", [None, "auto", "mean", "cls"])

@@ -117,11 +117,21 @@ def test_language_models_start_otherwise() -> None:
     assert defaults_of("prompt_tuning", "TOKEN_CLS") == defaults_of("prompt_tuning")
 
 
+def test_rows_of_two_texts_start_otherwise() -> None:
+    one, two = defaults_of("p_tuning_v2", "SEQ_CLS"), defaults_of("p_tuning_v2", "SEQ_CLS", pairs=True)
+    assert two.options == one.options | {"head_states": "auto_pairs"} and two.training == one.training
+    assert two.source.startswith(one.source) and "BoolQ" in two.source
+    assert defaults_of("bitfit", "SEQ_CLS", pairs=True) == defaults_of("bitfit")
+    recipe = make_recipe(SILENT | {"preset": "p_tuning/fewglue_cb/albert-xxlarge"})
+    assert train.make_config(recipe, pairs=True).head_states == "last"
+
+
 def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["presets"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*preset_names(), *METHODS))
     assert "THUDM/P-tuning-v2, run_script" in printed
+    assert "rows of two texts are classified" in printed and "head_states=auto_pairs" in printed
 
 
 def test_few_shot_presets_train_the_base_too() -> None:

@@ -104,10 +104,10 @@ class Injector:
         elif kind is PromptKind.EMBEDDINGS and not self.causal:
             self.inputs = self._input_prompt()
         self._attach()
-        if pools_mean:
-            self.handles += MeanPooling(self.body, self.inputs, num_virtual_tokens, self._active).handles
         if mix is not None:
-            self.handles += LayerMix(self.body, mix, self._active).handles
+            self.handles += LayerMix(self.body, mix, self._active, pools_mean).handles
+        elif pools_mean:
+            self.handles += MeanPooling(self.body, self.inputs, num_virtual_tokens, self._active).handles
 
     @property
     def busy(self) -> bool:

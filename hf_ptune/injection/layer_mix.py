@@ -1,9 +1,11 @@
-"""What heads over the tokens of an encoder read: a trained mix of the states of all layers, in place of the last ones.
+"""What heads of encoders read: a trained mix of the states of all layers, in place of the last ones.
 
-What tells one token from another may lie in the middle of an encoder whose last layers were trained for sentences.
+What tells one token from another may lie in the middle of an encoder whose last layers were trained for sentences, and
+so may what tells how two texts of a row fit together. A head that pools reads the mean of the own tokens in the mix.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from transformers.utils import ModelOutput
 from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection.bridge import reentrant_layers
 from hf_ptune.injection.calls import bind, parameters_of, this_thread
-from hf_ptune.injection.probe import evaluating, run_on_tokens
+from hf_ptune.injection.pooling import has_pooler, mean_first, own_tokens, pool_again
+from hf_ptune.injection.probe import close, evaluating, run_on_tokens
 
 _ALIKE = 3.0
 _CAPTURES = "output_capturing_hook"
@@ -49,13 +52,14 @@ def layers_of(body: PreTrainedModel) -> int:
     return int(body.config.num_hidden_layers) + 1
 
 
-def gives_layers(body: PreTrainedModel, alike: bool = False) -> bool:
+def gives_layers(body: PreTrainedModel, alike: bool = False, pooled: bool = False) -> bool:
     """Whether a body gives out the states of all its layers, each of the shape of the last ones.
 
     Args:
         body: an encoder.
         alike: whether none may be several times as large as another, as they are where states are normalised behind
             the last layer alone.
+        pooled: whether its own pooler, if it has one, must be one that can be run again on a mix of them.
     """
     accepted = parameters_of(body)
     if not {"output_hidden_states", "kwargs"} & accepted or not hasattr(body.config, "num_hidden_layers"):
@@ -65,14 +69,24 @@ def gives_layers(body: PreTrainedModel, alike: bool = False) -> bool:
     try:
         with evaluating(body), torch.no_grad():
             output = run_on_tokens(body, output_hidden_states=True, return_dict=True)
+            pools = not pooled or not has_pooler(body) or _pools_again(body, output)
     except BackboneError:
         return False
     forget_captures(body)
     states: Any = getattr(output, "hidden_states", None)
-    if not _fit(states, output[0], layers_of(body)):
+    if not pools or not _fit(states, output[0], layers_of(body)):
         return False
     sizes = [float(s.float().square().mean()) ** 0.5 for s in states]
     return not alike or max(sizes) <= _ALIKE * min(sizes)
+
+
+def _pools_again(body: PreTrainedModel, output: Any) -> bool:
+    """Whether a body's own pooler gives from outside what it gave inside."""
+    try:
+        again = pool_again(body, output[0])
+        return again.shape == output.pooler_output.shape and close(again, output.pooler_output, body.dtype)
+    except (TypeError, AttributeError):
+        return False  # it takes more than states, or what it gives is not told
 
 
 def forget_captures(backbone: nn.Module) -> None:
@@ -91,6 +105,15 @@ def _fit(states: Any, last: Tensor, count: int) -> bool:
     return states is not None and len(states) == count and all(s.shape == last.shape for s in states)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Hold what the caller of a body asks for: states of layers, the kind of output, and its own tokens `[B, S]`."""
+
+    output_hidden_states: Any
+    return_dict: Any
+    own: Tensor | None
+
+
 class LayerMix:
     """Put the mix of all layers in the place of the last states, behind the body.
 
@@ -98,15 +121,20 @@ class LayerMix:
         body: an encoder that `gives_layers`.
         mix: weighs its states.
         active: whether the prompt is at work.
+        pools_mean: whether the mean of each row's own tokens, virtual ones and pads left out, takes the place of its
+            first state in the mix then, and the body's own pooler, if it has one, pools that.
     """
 
-    def __init__(self, body: PreTrainedModel, mix: ScalarMix, active: Callable[[], bool]) -> None:
+    def __init__(
+        self, body: PreTrainedModel, mix: ScalarMix, active: Callable[[], bool], pools_mean: bool = False
+    ) -> None:
         self.mix = mix
         self.active = active
-        # thread to output_hidden_states and return_dict of its caller, while the body runs
-        self.asked: dict[int, list[Any]] = {}
+        self.pools_mean = pools_mean
+        self.asked: dict[int, Asked] = {}  # by thread, while the body runs
         self.handles = [
-            body.register_forward_pre_hook(self._before, with_kwargs=True),
+            # before a prompt among the inputs comes there, and after it has left the states
+            body.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             body.register_forward_hook(self._after),
         ]
 
@@ -115,16 +143,17 @@ class LayerMix:
             return None
         _check_checkpointing(module)
         named = bind(module, args, kwargs)
-        self.asked[this_thread()] = [
+        states, as_dict = (
             getattr(module.config, n, None) if named.get(n) is None else named[n]
             for n in ("output_hidden_states", "return_dict")
-        ]
+        )
+        self.asked[this_thread()] = Asked(states, as_dict, own_tokens(named) if self.pools_mean else None)
         return (), named | {"output_hidden_states": True, "return_dict": True}
 
     def _after(self, module: Any, args: Any, output: ModelOutput) -> Any:
         if not self.active():
             return None
-        wanted, as_dict = self.asked.pop(this_thread())
+        asked = self.asked.pop(this_thread())
         states = output.hidden_states
         if not _fit(states, output[0], count := len(self.mix.weight)):
             raise InjectionError(
@@ -132,9 +161,13 @@ class LayerMix:
                 f"layers needs {count} of {tuple(output[0].shape)}. Train with head_states='last'."
             )
         kept = dict(output.items()) | {"last_hidden_state": self.mix(states)}
-        kept["hidden_states"] = _selected(states, wanted)
+        if asked.own is not None:
+            kept["last_hidden_state"] = mean_first(kept["last_hidden_state"], asked.own)
+            if has_pooler(module):
+                kept["pooler_output"] = pool_again(module, kept["last_hidden_state"])
+        kept["hidden_states"] = _selected(states, asked.output_hidden_states)
         mixed = type(output)(**kept)
-        return mixed if as_dict in (None, True) else mixed.to_tuple()
+        return mixed if asked.return_dict in (None, True) else mixed.to_tuple()
 
 
 def _selected(states: tuple[Tensor, ...], wanted: Any) -> tuple[Tensor | None, ...] | None:

@@ -27,10 +27,60 @@ def reads_first_token(body: nn.Module) -> bool:
 
 def _producer(body: nn.Module) -> nn.Module | None:
     """The module that gives out the last states; the body itself, where it has no pooler of its own."""
-    if not isinstance(getattr(body, "pooler", None), nn.Module):
+    if not has_pooler(body):
         return body
     producer: nn.Module | None = getattr(body, "encoder", None)
     return producer
+
+
+def own_tokens(named: dict[str, Any]) -> Tensor | None:
+    """Mark the own tokens of a call's rows.
+
+    Args:
+        named: arguments of a body, from before a prompt is put among them.
+
+    Returns:
+        One for own tokens, zero for pads `[B, S]`; `None` where the call names no tokens.
+
+    Raises:
+        InjectionError: the mask has other axes.
+    """
+    mask, ids, embeds = (named.get(n) for n in ("attention_mask", "input_ids", "inputs_embeds"))
+    if mask is not None and mask.dim() != 2:
+        raise InjectionError(f"attention_mask has {mask.dim()} axes; the mean of a row's tokens needs [B, S].")
+    tokens = ids if embeds is None else embeds[..., 0]
+    return mask if mask is not None or tokens is None else torch.ones_like(tokens)
+
+
+def mean_first(states: Tensor, own: Tensor) -> Tensor:
+    """Put the mean of the own tokens in the place of each row's first state.
+
+    Args:
+        states: `[B, N, H]`.
+        own: one for own tokens, else zero `[B, S]`, S being at most N: some bodies fill rows up to whole blocks.
+
+    Returns:
+        `[B, N, H]`.
+    """
+    weights = nn.functional.pad(own.to(states), (0, states.shape[1] - own.shape[1]))
+    mean = (weights / weights.sum(1, keepdim=True).clamp(min=1))[:, None] @ states
+    return torch.cat([mean, states[:, 1:]], 1)
+
+
+def has_pooler(body: nn.Module) -> bool:
+    """Whether a body pools by itself, behind its encoder."""
+    return isinstance(getattr(body, "pooler", None), nn.Module)
+
+
+def pool_again(body: nn.Module, states: Tensor) -> Tensor:
+    """What a body's own pooler makes of other last states `[B, N, H]`: `[B, H]`."""
+    pooler: Any = body.pooler
+    if isinstance(pooler, nn.Linear):  # ALBERT and BigBird take first state and activation apart
+        activation: Any = getattr(body, "pooler_activation", None) or getattr(body, "activation", nn.Identity())
+        pooled: Tensor = activation(pooler(states[:, 0]))
+        return pooled
+    pooled = pooler(states)
+    return pooled
 
 
 class MeanPooling:
@@ -57,30 +107,17 @@ class MeanPooling:
         ]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = bind(module, args, kwargs)
-        mask, ids, embeds = (named.get(n) for n in ("attention_mask", "input_ids", "inputs_embeds"))
-        if mask is not None and mask.dim() != 2:
-            raise InjectionError(f"attention_mask has {mask.dim()} axes; the mean of a row's tokens needs [B, S].")
-        tokens = ids if embeds is None else embeds[..., 0]
-        self.own[this_thread()] = mask if mask is not None or tokens is None else torch.ones_like(tokens)
+        self.own[this_thread()] = own_tokens(bind(module, args, kwargs))
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         own = self.own.pop(this_thread(), None)
         if own is None or not self.active():
             return None
-        states: Tensor = output[0]
-        weights = self._weights(own, states)
-        mean = (weights / weights.sum(1, keepdim=True).clamp(min=1))[:, None] @ states
-        pooled = torch.cat([mean, states[:, 1:]], 1)
+        if self.inputs is not None:
+            at = self.inputs.places(own, len(own), own.device)
+            own = splice(own, own.new_zeros(len(own), self.virtual), at)
+        pooled = mean_first(output[0], own)
         if isinstance(output, ModelOutput):
             output[next(iter(output.keys()))] = pooled
             return output
         return pooled if isinstance(output, Tensor) else (pooled, *output[1:])
-
-    def _weights(self, own: Tensor, states: Tensor) -> Tensor:
-        """One for own tokens, else zero `[B, N]`, N being the tokens that the producer saw."""
-        batch, count = states.shape[:2]
-        if self.inputs is not None:
-            at = self.inputs.places(own, batch, own.device)
-            own = splice(own, own.new_zeros(batch, self.virtual), at)
-        return nn.functional.pad(own.to(states), (0, count - own.shape[1]))  # bodies that fill rows up to whole blocks

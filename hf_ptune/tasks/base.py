@@ -59,6 +59,7 @@ class Task:
         forms: sets of roles, any one of which a row must have whole.
         possible: roles that a row may have besides.
         everywhere: those of them that all rows have, or none: they change what is asked.
+        pair_role: the one of these that is a second text to be compared with the first; `None` where there is none.
         lists: roles that hold lists, which a cell of CSV may tell as JSON.
         objects: roles that hold objects, likewise.
         depths: how deep lists may be in roles that hold text as a rule; in those of `lists` they are plain.
@@ -75,6 +76,7 @@ class Task:
     forms: ClassVar[tuple[tuple[str, ...], ...]]
     possible: ClassVar[tuple[str, ...]] = ()
     everywhere: ClassVar[tuple[str, ...]] = ()
+    pair_role: ClassVar[str | None] = None
     lists: ClassVar[tuple[str, ...]] = ()
     objects: ClassVar[tuple[str, ...]] = ()
     depths: ClassVar[Mapping[str, int]] = {}

@@ -23,6 +23,7 @@ class SequenceClassification(Task):
     forms = (("text", "label"),)
     possible = ("text_pair",)
     everywhere = ("text_pair",)
+    pair_role = "text_pair"
     depths: ClassVar[Mapping[str, int]] = {"label": 1}  # refused in its own words
     label_role = "label"
     group_role = "label"

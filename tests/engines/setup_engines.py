@@ -58,7 +58,9 @@ def pad(family: str) -> Callable[[Sequence[dict[str, Tensor]]], dict[str, Tensor
         fill = {"labels": -100}
         return {
             name: pad_sequence([f[name] for f in features], True, fill.get(name, 0), padding_side=side)
-            for name in features[0]
+            if first.dim()
+            else torch.stack([f[name] for f in features])
+            for name, first in features[0].items()
         }
 
     return collate

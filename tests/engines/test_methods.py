@@ -33,9 +33,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     ("engine", "methods"),
     [
         ("ddp", tuple(CASES)),
-        ("fsdp2", ("prompt_tuning", "p_tuning", "layer_mix")),
+        ("fsdp2", ("prompt_tuning", "p_tuning", "layer_mix", "mix_under_mean")),
         pytest.param("zero2", ("p_tuning", "bitfit", "layer_mix"), marks=needs_deepspeed),
-        pytest.param("zero3", ("prompt_tuning", "p_tuning", "bitfit", "layer_mix"), marks=needs_deepspeed),
+        pytest.param(
+            "zero3", ("prompt_tuning", "p_tuning", "bitfit", "layer_mix", "mix_under_mean"), marks=needs_deepspeed
+        ),
     ],
 )
 def test_methods_end_where_one_process_does(
