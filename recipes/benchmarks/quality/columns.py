@@ -128,7 +128,8 @@ def build(column: Column, setting: Setting, task: Task, labels: list[str], token
     names = {"length": "num_virtual_tokens", "init": "prompt_tuning_init", "text": "prompt_tuning_init_text"}
     known = {f.name for f in fields(PTuneConfig)}
     options = {names.get(k, k): v for k, v in setting.items() if names.get(k, k) in known}
-    options = defaults_of(column.method, task.kind).options | options
+    pairs = task.kind == "SEQ_CLS" and len(task.fields) > 2
+    options = defaults_of(column.method, task.kind, pairs).options | options
     return get_ptune_model(model, PTuneConfig(method=column.method, **options), tokenizer)
 
 
