@@ -91,7 +91,8 @@ def base(name: str) -> PreTrainedModel:
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_SMOLLM2_FILE, dtype=dtype)
     else:
-        model = AutoModelForCausalLM.from_config(_RANDOM[name], dtype=dtype)
+        with device():  # billions of random numbers are drawn where that is fast
+            model = AutoModelForCausalLM.from_config(_RANDOM[name], dtype=dtype)
     model.requires_grad_(False)
     return model.to(device())
 
