@@ -8,7 +8,7 @@ import torch
 from families import CONFIGS, DECODERS, batch, build
 
 from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
-from hf_ptune.injection import joint, kernels, merge
+from hf_ptune.injection import attention, joint, kernels, merge, own_attention
 from hf_ptune.injection.kernels import Kernel
 
 Wrap = Callable[..., PTunePreTrainedModel]
@@ -41,6 +41,16 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=["laid out", "merged", "copied"])
+def any_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CPU does with short prefixes and with long ones, and a GPU with short ones."""
+    if request.param == "merged":
+        monkeypatch.setattr(merge, "_COPY", 0)
+    elif request.param == "copied":
+        for route in (attention, own_attention):
+            monkeypatch.setattr(route, "merge_kernel", lambda *_: None)
+
+
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize(("queries", "keys"), [(5, 5), (1, 9), (70, 70)])
 @pytest.mark.parametrize("kind", ["full", "causal", "padded", "additive"])
@@ -64,7 +74,7 @@ def test_outputs_and_gradients(
         mask[0, ..., :3] = mask[1, ..., -2:] = False  # the first rows of left padding see none of their own keys
     elif kind == "additive":
         mask = torch.randn(3, 1, queries, keys, generator=generator, dtype=torch.float64).to(dtype)
-    kernel = merge.merge_kernel(query, key, value, mask, 0.0)
+    kernel = merge.merge_kernel(query, key, value, mask, 0.0, 3)
     assert kernel is not None
     found = merge.merged_attention(query, *tensors, mask, kind == "causal", 0.3, kernel)
     expected = naive(query, tensors, mask, kind == "causal", 0.3)
@@ -84,7 +94,7 @@ def test_half_precision_is_as_close_as_concatenation(dtype: torch.dtype) -> None
     prefix = [torch.randn(4, 7, 16), torch.randn(4, 7, 16)]
     exact = naive(query, [key, value, *prefix], None, True, 0.25)
     half = [t.to(dtype) for t in (query, key, value, *prefix)]
-    kernel = merge.merge_kernel(*half[:3], None, 0.0)
+    kernel = merge.merge_kernel(*half[:3], None, 0.0, 3)
     assert kernel is not None
     found = merge.merged_attention(*half, None, True, 0.25, kernel).float()
     plain = naive(half[0], half[1:], None, True, 0.25).float()
@@ -101,7 +111,7 @@ def test_autocast_reaches_the_kernels(wrap: Wrap) -> None:
 
 @pytest.mark.parametrize("family", ROUTE_1)
 @pytest.mark.parametrize("method", METHODS)
-def test_models_equal_the_reference_path(family: str, method: str, way: str, wrap: Wrap) -> None:
+def test_models_equal_the_reference_path(family: str, method: str, any_way: None, wrap: Wrap) -> None:
     model, inputs, results = wrap(family, method).train(), batch(family, rows=3), []
     inputs["attention_mask"][0, -2:] = 0
     for reference in (False, True):
@@ -119,6 +129,32 @@ def test_models_equal_the_reference_path(family: str, method: str, way: str, wra
         assert torch.allclose(gradient, results[1][1][name], rtol=1e-6, atol=1e-10), name
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_mask_beside_a_copy_is_made_once_for_all_layers(masked: bool, wrap: Wrap, monkeypatch: Any) -> None:
+    model, inputs = wrap("llama", "p_tuning_v2"), batch("llama")
+    inputs["attention_mask"][0, -2:] = 0 if masked else 1
+    monkeypatch.setattr(attention, "merge_kernel", lambda *_: None)
+    seen: list[Any] = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["attn_mask"])
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    model(**inputs)
+    assert len(seen) == 2 and seen[0] is seen[1] and seen[0].dtype == torch.float64 and seen[0].shape[-2:] == (7, 11)
+
+
+def test_a_gpu_merges_long_prefixes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "kernel_for", lambda *_: "merges")
+    monkeypatch.setattr(merge, "_working_type", lambda query: query.dtype)
+    query, key = (torch.empty(2, heads, 5, 8, device="meta") for heads in (4, 2))
+    limit = merge._KEPT // (2 * 2 * 2 * 8 * 4)
+    assert merge.merge_kernel(query, key, key, None, 0.0, limit) is None
+    assert merge.merge_kernel(query, key, key, None, 0.0, limit + 1) == "merges"
+
+
 def test_nothing_is_laid_out_beyond_the_limit(wrap: Wrap, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "lay", lambda *_: pytest.fail("a row got a copy"))
     monkeypatch.setattr(merge, "_COPY", 2 * 2 * 2 * 4 * 8 * 8 - 1)  # two rows of a layer's keys and values
@@ -129,10 +165,10 @@ def test_nothing_is_laid_out_beyond_the_limit(wrap: Wrap, monkeypatch: pytest.Mo
 
 def test_concatenation_where_it_must_be(wrap: Wrap) -> None:
     query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
-    assert merge.merge_kernel(query, key, key, None, 0.0) is not None
-    assert merge.merge_kernel(query, key, key, None, 0.1) is None  # dropout of probabilities
-    assert merge.merge_kernel(query, key, key[..., :4], None, 0.0) is None  # values of another width
-    assert merge.merge_kernel(query, key, key, torch.zeros(5, 5, requires_grad=True), 0.0) is None
+    assert merge.merge_kernel(query, key, key, None, 0.0, 3) is not None
+    assert merge.merge_kernel(query, key, key, None, 0.1, 3) is None  # dropout of probabilities
+    assert merge.merge_kernel(query, key, key[..., :4], None, 0.0, 3) is None  # values of another width
+    assert merge.merge_kernel(query, key, key, torch.zeros(5, 5, requires_grad=True), 0.0, 3) is None
     model = wrap("llama", "p_tuning_v2")
     model.set_attn_implementation("eager")
     assert model(**batch("llama"), output_attentions=True).attentions[0].shape == (2, 4, 7, 7)

@@ -19,7 +19,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from hf_ptune.errors import InjectionError
 from hf_ptune.injection import joint
-from hf_ptune.injection.merge import lay, merge_kernel, merged_attention
+from hf_ptune.injection.merge import lay, mask_beside_prefix, merge_kernel, merged_attention
 from hf_ptune.injection.sites import Site, site_of
 
 _WRAPPED = "_ptune_wrapped"
@@ -76,7 +76,12 @@ def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             and (merged := _merge(module, site, query, key, value, attention_mask, kwargs)) is not None
         ):
             return merged, None
-        mask = _extend_mask(module, site, query, key, attention_mask, kwargs, flash)
+        mask = None
+        if merges:
+            causal = query.shape[2] > 1 and _is_causal(module, kwargs)
+            mask = mask_beside_prefix(query, attention_mask, key.shape[2], site.num_virtual_tokens, causal)
+        if mask is None:
+            mask = _extend_mask(module, site, query, key, attention_mask, kwargs, flash)
         if (bias := kwargs.get("position_bias")) is not None:
             kwargs["position_bias"] = F.pad(bias, (site.num_virtual_tokens, 0))
         key, value = prepend(site, key, value)
@@ -103,7 +108,7 @@ def _merge(
         if not (mask is None or isinstance(mask, torch.Tensor)):
             return None
         mask, causal = _biased_mask(bias[..., : key.shape[2]], mask, causal), False
-    kernel = merge_kernel(query, key, value, mask, kwargs.get("dropout", 0.0))
+    kernel = merge_kernel(query, key, value, mask, kwargs.get("dropout", 0.0), site.num_virtual_tokens)
     if kernel is None:
         return None
     prefix_key, prefix_value = _checked_prefix(site, key, value)

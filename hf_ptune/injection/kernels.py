@@ -178,10 +178,10 @@ def _cuda_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     keys, values = _repeat(key, query), _repeat(value, query)
-    unused = torch.zeros(2, dtype=torch.uint64, device="cpu").to(query.device)  # the state of a dropout of zero
     lengths = (query.shape[2], key.shape[2])
     lse = lse.contiguous()
     if _is_flash(query, mask):
+        unused = torch.zeros(2, dtype=torch.long, device=query.device).view(torch.uint64)  # of a dropout of zero
         to_query, to_key, to_value = _ATEN._scaled_dot_product_flash_attention_backward(
             grad, query, keys, values, output, lse, None, None, *lengths, 0.0, causal, unused, unused, scale=scale
         )

@@ -6,7 +6,9 @@ exist once. Backward needs no more than the kernels offer: given the merged outp
 either part is that of its share (the identity behind ring attention).
 
 The CPU's kernel is faster over one longer row of keys than over two. There a short prefix is laid before the own
-keys of each row for the length of one call, forward or backward; what is kept for the backward stays shared.
+keys of each row for the length of one call, forward or backward; what is kept for the backward stays shared. A GPU
+waits for what launches its kernels, of which a merge has more: there a short prefix is copied before every row, and
+attention left to torch.
 """
 
 import weakref
@@ -25,6 +27,8 @@ from hf_ptune.injection.shared_prefix import shared_backward, shared_forward
 
 _disabled = False
 _COPY = 32 * 2**20  # bytes of prefix that one call may lay out
+_KEPT = 4 * 2**20  # bytes of it that a layer may keep for the backward, on a GPU
+_ROW = 16  # the length of a mask's rows in memory is a multiple of it, as CUDA's kernels want
 _causal_mask: "weakref.ref[Tensor] | None" = None  # the last one; kept alive by the layers that will need it again
 
 
@@ -39,7 +43,7 @@ def concatenated_attention() -> Iterator[None]:
         _disabled = before
 
 
-def merge_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float) -> Kernel | None:
+def merge_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float, virtual: int) -> Kernel | None:
     """The kernel that merges, or `None` where the prefix has to be concatenated.
 
     Args:
@@ -48,12 +52,42 @@ def merge_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: 
         value: own values; another width than the keys' is concatenated.
         mask: boolean or additive `[.., S, T]`, or `None`; one with a gradient is concatenated.
         dropout: of the probabilities; the kernels of some devices take none.
+        virtual: P, the length of the prefix.
     """
-    plain = mask is None or (isinstance(mask, Tensor) and not mask.requires_grad and mask.dim() in (2, 4))
     alike = query.dim() == 4 and query.shape[0] == key.shape[0] and key.shape[-1] == value.shape[-1]
-    if _disabled or dropout or not plain or not alike or query.shape[1] % key.shape[1]:
+    if _disabled or dropout or not _is_plain(mask) or not alike or query.shape[1] % key.shape[1]:
         return None
+    if query.device.type != "cpu":
+        copies = 2 * query.shape[0] * key.shape[1] * virtual * key.shape[3] * query.element_size()
+        # compiled, these kernels have been seen to give a prefix no gradient
+        if copies <= _KEPT or torch.compiler.is_compiling():
+            return None
     return kernel_for(query.device.type, _working_type(query), query.shape[-1])
+
+
+def mask_beside_prefix(query: Tensor, mask: Any, keys: int, virtual: int, causal: bool) -> Tensor | None:
+    """The mask of attention over [prefix | own tokens], made once for all layers that share the own one.
+
+    Args:
+        query: `[B, H, S, D]`.
+        mask: over own keys, boolean or additive `[.., S, T]`, or `None`.
+        keys: T.
+        virtual: P.
+        causal: whether a query sees the own keys up to its own place, where there is no mask; S is T then.
+
+    Returns:
+        An additive one `[.., S, P + T]`, or `None` where another way has to be taken.
+    """
+    if _disabled or not _is_plain(mask) or (mask is None and not (causal and keys == query.shape[2])):
+        return None
+    dtype = _working_type(query)
+    if mask is None:
+        return _causal(keys, virtual, dtype, query.device)
+    return _additive(mask, dtype, query.shape[2], keys, virtual)
+
+
+def _is_plain(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, Tensor) and not mask.requires_grad and mask.dim() in (2, 4))
 
 
 def merged_attention(
@@ -120,7 +154,7 @@ def _causal(queries: int, before: int, dtype: torch.dtype, device: torch.device)
     shape = (1, 1, queries, before + queries)
     if kept is None or kept.shape != shape or kept.dtype != dtype or kept.is_inference():
         hidden = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
-        kept = hidden.triu(before + 1)
+        kept = _in_rows(hidden.triu(before + 1))
         if not torch.compiler.is_compiling():
             _causal_mask = weakref.ref(kept)
     return kept
@@ -150,7 +184,13 @@ def _read(mask: Tensor, dtype: torch.dtype, queries: int, keys: int, before: int
         additive = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, lowest)
     else:
         additive = seen.to(dtype).clamp(min=lowest)
-    return F.pad(additive, (before, 0)).expand(*additive.shape[:-2], queries, before + keys)
+    return _in_rows(F.pad(additive, (before, 0))).expand(*additive.shape[:-2], queries, before + keys)
+
+
+def _in_rows(mask: Tensor) -> Tensor:
+    """The same mask, its rows apart in memory as kernels want them."""
+    rest = -mask.shape[-1] % _ROW
+    return mask if mask.device.type == "cpu" or not rest else F.pad(mask, (0, rest))[..., :-rest]
 
 
 class _Merged(torch.autograd.Function):

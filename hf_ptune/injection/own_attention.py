@@ -269,11 +269,12 @@ class ScoreShadow(TorchFunctionMode):
         if self.site.key is not None:
             pair = self.site.prefix(key)
             prefix_key, prefix_value = (t.repeat_interleave(key.shape[1] // t.shape[0], dim=0) for t in pair)
-            fused = None if self.bias is not None else merge_kernel(query, key, value, attn_mask, dropout_p)
+            virtual = self.site.num_virtual_tokens
+            fused = None if self.bias is not None else merge_kernel(query, key, value, attn_mask, dropout_p, virtual)
             if fused is not None:
                 scale = kwargs.get("scale")
                 return merged_attention(query, key, value, prefix_key, prefix_value, attn_mask, is_causal, scale, fused)
-            virtual, keys, queries = self.site.num_virtual_tokens, key.shape[-2], query.shape[-2]
+            keys, queries = key.shape[-2], query.shape[-2]
             if is_causal:
                 attn_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
             if attn_mask is not None:
