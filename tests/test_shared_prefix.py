@@ -146,6 +146,12 @@ def test_a_mask_beside_a_copy_is_made_once_for_all_layers(masked: bool, wrap: Wr
     assert len(seen) == 2 and seen[0] is seen[1] and seen[0].dtype == torch.float64 and seen[0].shape[-2:] == (7, 11)
 
 
+def test_a_causal_mask_is_kept_for_its_device() -> None:
+    kept = merge._causal(3, 2, torch.float32, torch.device("cpu"))
+    assert merge._causal(3, 2, torch.float32, torch.device("cpu")) is kept
+    assert merge._causal(3, 2, torch.float32, torch.device("meta")).device.type == "meta"
+
+
 def test_a_gpu_merges_long_prefixes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "kernel_for", lambda *_: "merges")
     monkeypatch.setattr(merge, "_working_type", lambda query: query.dtype)
