@@ -78,7 +78,7 @@ COLUMNS: dict[str, Column] = {
         "full",
         "full",
         (1e-4, 3e-4, 1e-3),
-        others={"smollm2": (2e-5, 5e-5, 1e-4), "long": (5e-5, 1e-4, 3e-4)},
+        others={"smollm2": (2e-5, 5e-5, 1e-4), "long": (5e-5, 1e-4, 3e-4, 1e-3)},
     ),
 }
 

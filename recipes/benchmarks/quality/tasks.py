@@ -77,7 +77,7 @@ _SHORT: dict[str, Task] = {
 
 
 def _long(name: str, train: int, epochs: int, **changes: Any) -> Task:
-    settings = {"batch": 32, "budget": "long", "virtual": (20, 64)} | changes
+    settings = {"batch": 32, "budget": "long"} | changes
     return replace(_SHORT[name], train=train, epochs=epochs, **settings)
 
 
@@ -95,12 +95,12 @@ _LONG: dict[str, Task] = {
     "srl-long": _long("srl", 2999, 10),
     "qasrl-long": _long("qasrl", 2500, 10),
     "squad-long": _long("squad", 2500, 10, held_out=800, max_length=384),
-    "trec-smollm2": _long("trec", 4000, 3, base="smollm2", virtual=(20,)),
-    "sst2-smollm2": _long("sst2", 5000, 2, base="smollm2", virtual=(20,)),
-    "ag_news-smollm2": _long("ag_news", 4000, 2, base="smollm2", virtual=(20,)),
-    "boolq-smollm2": _long("boolq", 2000, 4, base="smollm2", virtual=(20,), max_length=256),
-    "e2e-long": _long("e2e", 4672, 1, batch=16, held_out=200, virtual=(20,)),
-    "alpaca_zh-long": _long("alpaca_zh", 1500, 2, batch=16, held_out=200, max_length=384, virtual=(20,)),
+    "trec-smollm2": _long("trec", 4000, 3, base="smollm2"),
+    "sst2-smollm2": _long("sst2", 5000, 2, base="smollm2"),
+    "ag_news-smollm2": _long("ag_news", 4000, 2, base="smollm2"),
+    "boolq-smollm2": _long("boolq", 2000, 4, base="smollm2", max_length=256),
+    "e2e-long": _long("e2e", 4672, 1, batch=16, held_out=200),
+    "alpaca_zh-long": _long("alpaca_zh", 1500, 2, batch=16, held_out=200, max_length=384),
 }
 TASKS: dict[str, Task] = _SHORT | _LONG
 

@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
+_HEAD = 4  # lines of a table before its first row
 
 
 def write(records: dict[str, Any], folder: Path) -> None:
     """Write results.md and results.png."""
     lines = ["# Time and memory beside PEFT", ""]
-    for where in sorted({r["where"] for r in records.values()}):
+    for where in sorted({r["where"] for r in records.values()}, key=lambda name: "CPU" not in name):
         mine = [r for r in records.values() if r["where"] == where]
-        lines += [f"Measured on: {where}.", "", *_training(mine), *_memory(mine), *_generation(mine), *_rest(mine)]
+        lines += [f"## On {where}", "", *_training(mine), *_memory(mine), *_generation(mine), *_rest(mine)]
     (folder / "results.md").write_text("\n".join(lines).rstrip() + "\n")
     _plot(records, folder / "results.png")
 
@@ -22,7 +23,7 @@ def _of(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 def _training(records: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "## Training step",
+        "### Training step",
         "",
         "Seconds are medians; ratios are medians over rounds in which each runs once. PEFT / ours above 1: ours is "
         "faster. Floor: forward and backward of the frozen base without a prompt. Token bound: tokens that PEFT runs, "
@@ -38,16 +39,16 @@ def _training(records: list[dict[str, Any]]) -> list[str]:
             continue
         bound = r.get("tokens, peft / hf_ptune")
         lines.append(
-            f"| {record['title']} | {r['hf_ptune']:.2f} | {r['peft']:.2f} | {r['base']:.2f} | "
+            f"| {record['title']} | {r['hf_ptune']:.3f} | {r['peft']:.3f} | {r['base']:.3f} | "
             f"{r['peft / hf_ptune']:.2f} | {'' if bound is None else f'{bound:.2f}'} | {r['hf_ptune / base']:.2f} | "
             f"{r['peft / base']:.2f} |"
         )
-    return [*lines, ""]
+    return [*lines, ""] if _of(records, "train") else []
 
 
 def _memory(records: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "## Peak memory of a training step",
+        "### Peak memory of a training step",
         "",
         "Tensors held at the highest point beyond weights and gradients, MiB, each in a fresh process.",
         "",
@@ -65,12 +66,12 @@ def _memory(records: list[dict[str, Any]]) -> list[str]:
         both = "bytes" in by.get("peft", {}) and "bytes" in by.get("hf_ptune", {})
         ratio = f"{by['peft']['bytes'] / by['hf_ptune']['bytes']:.2f}" if both else ""
         lines.append(f"| {title} | {' | '.join(cells)} | {ratio} |")
-    return [*lines, ""]
+    return [*lines, ""] if found else []
 
 
 def _generation(records: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "## generate",
+        "### generate",
         "",
         "| what | prefill, PEFT / ours | whole call of 32 tokens, PEFT / ours | ours / base without a prompt |",
         "| --- | --- | --- | --- |",
@@ -85,11 +86,11 @@ def _generation(records: list[dict[str, Any]]) -> list[str]:
             f"| {record['title']} | {first['peft / hf_ptune']:.2f} | {whole['peft / hf_ptune']:.2f} | "
             f"{whole['hf_ptune / base']:.2f} |"
         )
-    return [*lines, ""]
+    return [*lines, ""] if _of(records, "generate") else []
 
 
 def _rest(records: list[dict[str, Any]]) -> list[str]:
-    lines = ["## Long prefixes, loading, import", "", "| what | ours | PEFT or base |", "| --- | --- | --- |"]
+    lines = ["### Long prefixes, loading, import", "", "| what | ours | PEFT or base |", "| --- | --- | --- |"]
     pairs: dict[str, dict[str, Any]] = {}
     for kind in ("long_prefix", "whole_load"):
         for record in _of(records, kind):
@@ -111,7 +112,7 @@ def _rest(records: list[dict[str, Any]]) -> list[str]:
             if "error" not in r:
                 what = f"{title}, {record['title']}" if kind == "load" else f"{title} ({r['transformers']:.2f} s)"
                 lines.append(f"| {what} | {1000 * r['hf_ptune']:.0f} ms | {1000 * r['peft']:.0f} ms |")
-    return [*lines, ""]
+    return [*lines, ""] if len(lines) > _HEAD else []
 
 
 def _resident(result: dict[str, Any]) -> str:
@@ -134,7 +135,7 @@ def _plot(records: dict[str, Any], path: Path) -> None:
             axes.plot([bound, bound], [place - 0.4, place + 0.4], color="#c1432e", linewidth=2)
     axes.plot([], [], color="#c1432e", linewidth=2, label="token bound")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(list(places), [r["title"] for r in rows], fontsize=8)
+    axes.set_yticks(list(places), [f"{r['title']} ({r['where'].split()[0]})" for r in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("time of a training step, PEFT / ours")
     axes.legend(loc="lower right")

@@ -64,6 +64,12 @@ def cases(gpu: bool) -> list[Case]:
                     {"name": other, "method": "prompt_tuning", "rows": 8, "length": 64, "virtual": 100},
                 )
             )
+    if gpu:  # enough work to keep it busy
+        full = {"name": "llama-8b", "rows": 16, "length": 128}
+        found += [
+            ("train", "Prompt Tuning, llama-8b, B 16 S 128 P 100", full | {"method": "prompt_tuning", "virtual": 100}),
+            ("train", "P-Tuning v2, llama-8b, B 16 S 128 P 20", full | {"method": "p_tuning_v2", "virtual": 20}),
+        ]
     for method, title, rows, length, virtual, checkpointing in (
         ("prompt_tuning", "Prompt Tuning", 16, 64, 100, False),
         ("p_tuning_v2", "P-Tuning v2", 4, 128, 20, False),
