@@ -171,14 +171,22 @@ def attend(
         kwargs: of the attention function.
     """
     layout = mask.layout
-    parts = [t.split([layout.virtual, layout.rows * layout.length], dim=2) for t in tensors]
-    prompt = [p[0] for p in parts]
-    rows = [p[1][0].unflatten(1, (layout.rows, layout.length)).transpose(0, 1) for p in parts]  # B H S D
+    prompt, rows = zip(*(_apart(t, layout) for t in tensors), strict=True)
     site.fill(None)
-    first = attention(module, *prompt, mask.prompt, **kwargs)[0]  # 1 P H D
-    site.fill((prompt[1][0], prompt[2][0]))
+    first = attention(module, *(t[None] for t in prompt), mask.prompt, **kwargs)[0]  # 1 P H D
+    site.fill(prompt[1:])
     try:
         second = attention(module, *rows, mask.rows, **kwargs)[0]  # B S H D
     finally:
         site.fill(None)
-    return torch.cat([first, second.flatten(0, 1)[None]], dim=1), None
+    return torch.cat([first, second.view(1, -1, *second.shape[2:])], dim=1), None
+
+
+def _apart(joint: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """`[1, H, P + B * S, D]` to `[H, P, D]` and `[B, H, S, D]`.
+
+    All of it are views but for one copy in the backward, whose axes lie in memory as a projection's do.
+    """
+    tokens = joint.transpose(1, 2).squeeze(0)
+    prompt, rows = tokens.split_with_sizes([layout.virtual, layout.rows * layout.length])
+    return prompt.transpose(0, 1), rows.view(layout.rows, layout.length, *rows.shape[1:]).transpose(1, 2)
