@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # label of a position that has no loss
 _PIECE = {"cpu": 2**22}  # logits that are exponentiated at a time: as many as a CPU's caches hold
-_LARGE_PIECE = 2**24  # other devices wait for whoever launches a piece's kernels
+_LARGE_PIECE = 2**25  # other devices wait for whoever launches a piece's kernels
 
 
 def causal_lm_loss(
