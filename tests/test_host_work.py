@@ -80,11 +80,12 @@ def test_a_joint_pass_takes_sequences_apart_in_one_step(copied: None) -> None:
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
-def test_a_mask_is_made_once_a_pass_without_gradients(copied: None, method: str) -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_mask_is_made_once_a_pass_without_gradients(copied: None, method: str, mode: Any) -> None:
     found = []
     for layers in (2, 3):
         model = prompted(layers, method).eval()
-        with torch.no_grad():
+        with mode():
             model(batch("llama")["input_ids"])
             found.append(operators(lambda model=model: model(batch("llama")["input_ids"]))["aten::triu"])
     assert found == [1, 1]

@@ -160,7 +160,9 @@ def _causal(queries: int, before: int, dtype: torch.dtype, device: torch.device)
     global _causal_mask
     kept = None if _causal_mask is None or torch.compiler.is_compiling() else _causal_mask()
     shape = (1, 1, queries, before + queries)
-    if kept is None or kept.shape != shape or kept.dtype != dtype or kept.is_inference():
+    if kept is not None and kept.is_inference() and torch.is_grad_enabled():
+        kept = None  # it cannot be kept for a backward pass
+    if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, device):
         hidden = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
         kept = _in_rows(hidden.triu(before + 1))
         if not torch.compiler.is_compiling():
