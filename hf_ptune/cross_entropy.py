@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # label of a position that has no loss
-_PIECE = 2**22  # logits that are exponentiated at a time
+_PIECE = {"cpu": 2**22}  # logits that are exponentiated at a time: as many as a CPU's caches hold
+_LARGE_PIECE = 2**25  # other devices wait for whoever launches a piece's kernels
 
 
 def causal_lm_loss(
@@ -71,14 +72,14 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, counts, lse = ctx.saved_tensors
         weights = counts * grad.float()
-        gradient = torch.empty_like(logits)
+        negative, gradient = -weights, torch.empty_like(logits)
         for piece in _pieces(logits):
             shares = (logits[piece].float() - lse[piece, None]).exp_().mul_(weights[piece, None])
-            gradient[piece] = shares.scatter_add_(1, targets[piece, None], -weights[piece, None])
+            gradient[piece] = shares.scatter_add_(1, targets[piece, None], negative[piece, None])
         return gradient, None, None
 
 
 def _pieces(logits: Tensor) -> Iterator[slice]:
-    size = max(1, _PIECE // logits.shape[1])
+    size = max(1, _PIECE.get(logits.device.type, _LARGE_PIECE) // logits.shape[1])
     for start in range(0, len(logits), size):
         yield slice(start, start + size)

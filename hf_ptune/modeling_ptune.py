@@ -247,12 +247,13 @@ class PTunePreTrainedModel(SavedAdapter):
             raise PTuneError("torch.nn.DataParallel is not supported; start one process per device: accelerate launch.")
         if self.prompt is not None and self._injector is None:
             raise PTuneError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
-        count = count_labels(kwargs, self.task == "CAUSAL_LM")
+        items = kwargs.get("num_items_in_batch")
+        count = None if items is None else count_labels(kwargs, self.task == "CAUSAL_LM")
         if isinstance(labels := kwargs.get("labels"), Tensor):
             kwargs["labels"] = self.labels_of_words(labels)
-        if count is None or kwargs.get("num_items_in_batch") is None:
+        if count is None or items is None:
             return self._answer(args, kwargs)
-        items = kwargs.pop("num_items_in_batch")
+        del kwargs["num_items_in_batch"]
         return with_share(self._answer(args, kwargs), count, items)
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

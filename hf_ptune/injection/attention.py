@@ -101,7 +101,7 @@ def _merge(
     kwargs: dict[str, Any],
 ) -> torch.Tensor | None:
     """What torch's fused attention over [prefix | own tokens] gives, `[B, S, H, D]`, or `None` to concatenate."""
-    if any(kwargs.get(name) is not None for name in ("cache", "softcap")):
+    if kwargs.get("cache") is not None or kwargs.get("softcap") is not None:
         return None
     causal = mask is None and query.shape[2] > 1 and _is_causal(module, kwargs)
     if (bias := kwargs.get("position_bias")) is not None:

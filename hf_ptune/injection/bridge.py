@@ -5,7 +5,7 @@ the second layer would meet it freed ("backward through the graph a second time"
 gradients gather there, and enter the encoder's graph once, when the backward has come down to the embeddings.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -45,9 +45,14 @@ def bridge(encoded: list[Tensor]) -> tuple[list[Tensor], Callable[[Tensor], Tens
     return leaves, cross
 
 
-def reentrant_layers(body: nn.Module) -> Iterator[nn.Module]:
-    """Modules of a body that run under reentrant checkpoints while it trains."""
-    for module in body.modules():
+def checkpoint_layers(body: nn.Module) -> list[nn.Module]:
+    """Modules of a body that can run under checkpoints; to walk all modules takes longer than a layer."""
+    return [m for m in body.modules() if hasattr(m, "gradient_checkpointing")]
+
+
+def reentrant_layers(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Those among layers that run under reentrant checkpoints while they train."""
+    for module in layers:
         function: Any = getattr(module, "_gradient_checkpointing_func", None)
         reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
         if reentrant and getattr(module, "gradient_checkpointing", False):

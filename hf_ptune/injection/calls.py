@@ -29,6 +29,8 @@ def parameters_of(module: nn.Module) -> set[str]:
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Name the arguments of a forward call."""
+    if not args:
+        return dict(kwargs)
     signature = _forward_of(module)
     bound = signature.bind_partial(*args, **kwargs).arguments
     for name, parameter in signature.parameters.items():

@@ -1,5 +1,6 @@
 """The one seam: an encoder's prompt, embeddings or prefix, meets a backbone here and nowhere else."""
 
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel
 
 from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection import attention, embeddings, joint, own_attention, positions, sites
-from hf_ptune.injection.bridge import bridge, reentrant_layers
+from hf_ptune.injection.bridge import bridge, checkpoint_layers, reentrant_layers
 from hf_ptune.injection.calls import bind, parameters_of, version_of
 from hf_ptune.injection.embeddings import InputPrompt
 from hf_ptune.injection.layer_mix import LayerMix, ScalarMix
+from hf_ptune.injection.merge import keep_masks
 from hf_ptune.injection.placeholders import Placeholders
 from hf_ptune.injection.pooling import MeanPooling
 from hf_ptune.injection.probe import DEVICE_FAILURES, body_of, close, evaluating, text_of, vocabulary_of
@@ -75,6 +77,7 @@ class Injector:
     ) -> None:
         self.backbone = backbone
         self.body = body_of(backbone)
+        self.layers = checkpoint_layers(self.body)
         self.causal: bool = geometry["causal"]
         self.prompt = prompt
         self.kind = kind = prompt.kind
@@ -86,6 +89,8 @@ class Injector:
         self.text = text_of(self.body, [c["name"] for c in geometry["sites"]])
         self.places = shift or (rotary and "position_ids" in parameters_of(self.text))
         self.table = positions.learned_table(self.body) if shift and not self.causal else None
+        # a site of several layers adds up their gradients, for which half precision would be too coarse
+        self.casts_at_once = len(geometry["sites"]) >= getattr(self.body.config, "num_hidden_layers", math.inf)
         self.moves_with_pads = rotary and self.causal and not self.places
         self.enabled = True
         self.inside = False  # while the body runs
@@ -95,6 +100,7 @@ class Injector:
         self.cached: Encoded | None = None
         self.crossing: Callable[[Tensor], Tensor] | None = None
         self.handles: list[Any] = []
+        self.watch = own_attention.Watch()
         self.sites = [] if virtual_token_ids is not None else [self._site(c) for c in chosen]
         self.inputs: InputPrompt | None = None
         self.placeholders: Placeholders | None = None
@@ -155,8 +161,7 @@ class Injector:
             for site in self.sites:
                 module = self.body.get_submodule(site.name)
                 sites.place(module, site)
-                add(module.register_forward_pre_hook(own_attention.before, with_kwargs=True))
-                add(module.register_forward_hook(own_attention.after, always_call=True))
+                self.watch.add(module)
             self.install()
             add(self.body.register_forward_pre_hook(self._before_body, with_kwargs=True, prepend=True))
             add(self.body.register_forward_hook(self._after_body, always_call=True))
@@ -185,6 +190,7 @@ class Injector:
             name = getattr(config, "_attn_implementation", None)
             if name not in (None, "eager"):
                 attention.install(name)
+        self.watch.follow()
 
     def _active(self) -> bool:
         return self.enabled and not self.busy
@@ -195,6 +201,7 @@ class Injector:
             handle.remove()
         self.handles.clear()
         if self.in_attention:
+            self.watch.stop()
             for site in self.sites:
                 sites.remove(self.body.get_submodule(site.name))
 
@@ -204,6 +211,7 @@ class Injector:
         if self.busy:
             return None
         self.inside = True
+        keep_masks(True)
         if not self.enabled:
             self.fill(None)
             return None
@@ -237,6 +245,7 @@ class Injector:
         if self.busy:
             return None
         self.inside = False
+        keep_masks(False)
         layout, self.layout = self.layout, None
         if layout is None:
             return None
@@ -248,6 +257,8 @@ class Injector:
             self.fill(self._current_pairs() if self.enabled else None)
 
     def fill(self, pairs: list[tuple[Tensor, Tensor]] | None) -> None:
+        """Hand every site its prefix for the pass that begins."""
+        self.watch.follow()
         for number, site in enumerate(self.sites):
             site.fill(None if pairs is None else pairs[number])
 
@@ -290,6 +301,8 @@ class Injector:
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         encoded = self.encode()
         if self.kind is PromptKind.PREFIX:
+            if self.casts_at_once:
+                encoded = encoded.to(self.backbone.dtype)
             return split_prefix(encoded, [s.shape for s in self.sites])
         return self.run_prompt(encoded)
 
@@ -312,7 +325,7 @@ class Injector:
         for site in self.sites:
             site.recording = True
         try:
-            with _without_checkpointing(self.body):
+            with _without_checkpointing(self.layers):
                 self.body(**inputs)
             for site in self.sites:
                 site.check_recorded()
@@ -386,7 +399,7 @@ class Injector:
     def _reentrant(self) -> bool:
         if not self.backbone.training:
             return False
-        return next(reentrant_layers(self.body), None) is not None
+        return next(reentrant_layers(self.layers), None) is not None
 
     def _bridged(self, pairs: list[tuple[Tensor, Tensor]], named: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         leaves, cross = bridge([t for pair in pairs for t in pair])
@@ -445,9 +458,9 @@ class Injector:
 
 
 @contextmanager
-def _without_checkpointing(body: nn.Module) -> Iterator[None]:
+def _without_checkpointing(layers: list[nn.Module]) -> Iterator[None]:
     # a reentrant checkpoint keeps no graph of what it computes; the prompt's own pass is short
-    stopped = [m for m in body.modules() if getattr(m, "gradient_checkpointing", False)]
+    stopped = [m for m in layers if getattr(m, "gradient_checkpointing", False)]
     for module in stopped:
         module.gradient_checkpointing = False  # type: ignore[assignment]
     try:

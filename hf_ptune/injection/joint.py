@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionMaskInterface
 
 from hf_ptune.errors import InjectionError
@@ -171,14 +172,41 @@ def attend(
         kwargs: of the attention function.
     """
     layout = mask.layout
-    parts = [t.split([layout.virtual, layout.rows * layout.length], dim=2) for t in tensors]
-    prompt = [p[0] for p in parts]
-    rows = [p[1][0].unflatten(1, (layout.rows, layout.length)).transpose(0, 1) for p in parts]  # B H S D
+    parts = _Apart.apply(*tensors, layout)
+    prompt, rows = parts[:3], parts[3:]
     site.fill(None)
-    first = attention(module, *prompt, mask.prompt, **kwargs)[0]  # 1 P H D
-    site.fill((prompt[1][0], prompt[2][0]))
+    first = attention(module, *(t[None] for t in prompt), mask.prompt, **kwargs)[0]  # 1 P H D
+    site.fill(prompt[1:])
     try:
         second = attention(module, *rows, mask.rows, **kwargs)[0]  # B S H D
     finally:
         site.fill(None)
-    return torch.cat([first, second.flatten(0, 1)[None]], dim=1), None
+    return torch.cat([first, second.view(1, -1, *second.shape[2:])], dim=1), None
+
+
+class _Apart(torch.autograd.Function):
+    """Query, key, value `[1, H, P + B * S, D]` to three of the prompt `[H, P, D]` and three of rows `[B, H, S, D]`.
+
+    They are views, made in one step of the graph where each would take several, and several more in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+        virtual, rows, length = layout.virtual, layout.rows, layout.length
+        prompts, others = [], []
+        for tensor in (query, key, value):
+            _, heads, _, width = tensor.shape
+            _, head, token, one = tensor.stride()
+            start = tensor.storage_offset()
+            prompts.append(tensor.as_strided((heads, virtual, width), (head, token, one), start))
+            shape, strides = (rows, heads, length, width), (length * token, head, token, one)
+            others.append(tensor.as_strided(shape, strides, start + virtual * token))
+        return (*prompts, *others)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # tokens first, as they lie in memory behind a projection
+        pairs = zip(grads[:3], grads[3:], strict=True)
+        joined = [torch.cat([p.transpose(0, 1), r.transpose(1, 2).flatten(0, 1)]) for p, r in pairs]
+        return (*(t.transpose(0, 1)[None] for t in joined), None)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_ptune.errors import BackboneError, InjectionError
-from hf_ptune.injection.bridge import reentrant_layers
+from hf_ptune.injection.bridge import checkpoint_layers, reentrant_layers
 from hf_ptune.injection.calls import bind, parameters_of, this_thread
 from hf_ptune.injection.pooling import has_pooler, mean_first, own_tokens, pool_again
 from hf_ptune.injection.probe import close, evaluating, run_on_tokens
@@ -128,6 +128,7 @@ class LayerMix:
     def __init__(
         self, body: PreTrainedModel, mix: ScalarMix, active: Callable[[], bool], pools_mean: bool = False
     ) -> None:
+        self.layers = checkpoint_layers(body)
         self.mix = mix
         self.active = active
         self.pools_mean = pools_mean
@@ -141,7 +142,7 @@ class LayerMix:
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active():
             return None
-        _check_checkpointing(module)
+        _check_checkpointing(module, self.layers)
         named = bind(module, args, kwargs)
         states, as_dict = (
             getattr(module.config, n, None) if named.get(n) is None else named[n]
@@ -178,11 +179,11 @@ def _selected(states: tuple[Tensor, ...], wanted: Any) -> tuple[Tensor | None, .
     return tuple(s if n in named else None for n, s in enumerate(states))
 
 
-def _check_checkpointing(body: nn.Module) -> None:
+def _check_checkpointing(body: nn.Module, layers: list[nn.Module]) -> None:
     """Refuse checkpoints from whose inside states come without a graph, in versions that checkpoint around hooks."""
     if not (body.training and torch.is_grad_enabled()):
         return
-    if any(type(layer).__call__ is not nn.Module.__call__ for layer in reentrant_layers(body)):
+    if any(type(layer).__call__ is not nn.Module.__call__ for layer in reentrant_layers(layers)):
         raise InjectionError(
             "use_reentrant=True gives the states of inner layers no gradient, which a mix of layers needs; take "
             "gradient_checkpointing_kwargs={'use_reentrant': False}."

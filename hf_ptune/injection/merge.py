@@ -11,6 +11,7 @@ waits for what launches its kernels, of which a merge has more: there a short pr
 attention left to torch.
 """
 
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ _disabled = False
 _COPY = 32 * 2**20  # bytes of prefix that one call may lay out
 _KEPT = 4 * 2**20  # bytes of it that a layer may keep for the backward, on a GPU
 _ROW = 16  # the length of a mask's rows in memory is a multiple of it, as CUDA's kernels want
-_causal_mask: "weakref.ref[Tensor] | None" = None  # the last one; kept alive by the layers that will need it again
+_causal_mask: "weakref.ref[Tensor] | None" = None  # the last one; kept alive by the pass, or by what it has saved
+_passing = threading.local()
 
 
 @contextmanager
@@ -41,6 +43,12 @@ def concatenated_attention() -> Iterator[None]:
         yield
     finally:
         _disabled = before
+
+
+def keep_masks(on: bool) -> None:
+    """Keep, until told not to, the causal mask that a layer makes for the layers behind it in this thread's pass."""
+    if not torch.compiler.is_compiling():
+        _passing.on, _passing.mask = on, None
 
 
 def merge_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float, virtual: int) -> Kernel | None:
@@ -152,11 +160,15 @@ def _causal(queries: int, before: int, dtype: torch.dtype, device: torch.device)
     global _causal_mask
     kept = None if _causal_mask is None or torch.compiler.is_compiling() else _causal_mask()
     shape = (1, 1, queries, before + queries)
-    if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, device) or kept.is_inference():
+    if kept is not None and kept.is_inference() and torch.is_grad_enabled():
+        kept = None  # it cannot be kept for a backward pass
+    if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, device):
         hidden = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
         kept = _in_rows(hidden.triu(before + 1))
         if not torch.compiler.is_compiling():
             _causal_mask = weakref.ref(kept)
+    if not torch.compiler.is_compiling() and getattr(_passing, "on", False):
+        _passing.mask = kept
     return kept
 
 
@@ -280,4 +292,4 @@ def _needed(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 def lay(prefix: Tensor, own: Tensor) -> Tensor:
     """Put a shared prefix `[K, P, D]` before each row of `[B, K, T, D]`."""
-    return torch.cat([prefix[None].expand(own.shape[0], -1, -1, -1), own], dim=2)
+    return torch.cat([prefix.expand(own.shape[0], *prefix.shape), own], dim=2)

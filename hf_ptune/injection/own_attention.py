@@ -62,6 +62,44 @@ def after(module: nn.Module, args: Any, output: Any) -> None:
             mode.check()
 
 
+class Watch:
+    """Follow the scores of the modules that attend by themselves, and hook no others: hooks slow every call.
+
+    Which ones do may change with the attention that a backbone is set to.
+    """
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self.configs: list[Any] = []
+        self.names: list[Any] | None = None  # of the attentions that were set when the hooks were put
+        self.handles: list[Any] = []
+
+    def add(self, module: nn.Module) -> None:
+        """Watch an attention module."""
+        self.modules.append(module)
+        config = getattr(module, "config", None)
+        if not any(config is c for c in self.configs):
+            self.configs.append(config)
+
+    def follow(self) -> None:
+        """Put hooks on those that attend by themselves now."""
+        names = [getattr(c, "_attn_implementation", None) for c in self.configs]
+        if names == self.names:
+            return
+        self.stop()
+        self.names = names
+        for module in filter(is_own, self.modules):
+            self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(after, always_call=True))
+
+    def stop(self) -> None:
+        """Take all hooks away."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.names = None
+
+
 def _stack() -> list[Any]:
     if not hasattr(_running, "stack"):
         _running.stack = []

@@ -33,16 +33,15 @@ class SiteShape:
 
 def split_prefix(flat: torch.Tensor, shapes: list[SiteShape]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Cut flat keys and values `[P, W]` into a pair `([K, P, D], [K, P, D])` per site, keys before values."""
-    pairs = []
-    for shape, block in zip(shapes, flat.split([s.width for s in shapes], dim=1), strict=True):
-        key, value = block.split([shape.heads * shape.key_dim, shape.heads * shape.value_dim], dim=1)
-        pairs.append(
-            (
-                key.reshape(-1, shape.heads, shape.key_dim).transpose(0, 1),
-                value.reshape(-1, shape.heads, shape.value_dim).transpose(0, 1),
-            )
-        )
-    return pairs
+    first = shapes[0]
+    if first.key_dim == first.value_dim and all(s == first for s in shapes):
+        # in one step, and one of backward, whatever the number of sites
+        parts = flat.reshape(flat.shape[0], 2 * len(shapes), first.heads, first.key_dim).permute(1, 2, 0, 3).unbind()
+    else:
+        sizes = [(s.heads, d) for s in shapes for d in (s.key_dim, s.value_dim)]
+        blocks = flat.split([heads * dim for heads, dim in sizes], dim=1)
+        parts = tuple(b.unflatten(1, size).transpose(0, 1) for b, size in zip(blocks, sizes, strict=True))
+    return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def join_prefix(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
