@@ -25,7 +25,7 @@ from hf_ptune.fresh_base import load_tokenizer
 from hf_ptune.methods import get_method
 from hf_ptune.recipe import Recipe
 from hf_ptune.templates import Template
-from hf_ptune.train import evaluate, make_arguments, make_trainer, wrap_base
+from hf_ptune.train import evaluate, has_pairs, make_arguments, make_trainer, wrap_base
 
 RESULTS_NAME, TABLE_NAME, PLOT_NAME = "results.json", "results.md", "sweep.png"
 _STARTED = "the process ended during this run"
@@ -175,11 +175,10 @@ def sweep(
     Raises:
         RecipeError: the folder holds another sweep, or a value of the grid is out of range.
     """
-    grid = _grid(recipe, rates, lengths, seeds)
-    rows = _choose_rows(recipe, load_rows(recipe))
+    task, rows = recipe.build_task(), _choose_rows(recipe, load_rows(recipe))
+    grid = _grid(recipe, rates, lengths, seeds, has_pairs(task, rows))
     fingerprint = _fingerprint(recipe, rows)
     known = _read(folder, fingerprint)
-    task = recipe.build_task()
     done: list[Trial] = []
     with tqdm(total=len(grid), desc="sweep", unit="run") as bar:
         for place in grid:
@@ -207,9 +206,9 @@ def sweep(
 
 
 def _grid(
-    recipe: Recipe, rates: Sequence[float], lengths: Sequence[int], seeds: Sequence[int]
+    recipe: Recipe, rates: Sequence[float], lengths: Sequence[int], seeds: Sequence[int], pairs: bool = False
 ) -> list[tuple[float, int | None, int]]:
-    own = recipe.defaults()
+    own = recipe.defaults(pairs)
     usual = recipe.training.get("learning_rate", own.training.get("learning_rate", 1e-2))
     rates = list(rates) or [float(f"{usual * factor:.1g}") for factor in (0.1, 0.3, 1, 3)]
     tokens: list[int | None] = list(lengths) or [(own.options | recipe.options).get("num_virtual_tokens", 20)]

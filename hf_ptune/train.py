@@ -130,8 +130,7 @@ def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) ->
         PTuneError: the base does not fit the task, or cannot take the method.
     """
     task = recipe.build_task()
-    pairs = any(task.pair_role in row for row in rows.train)
-    config = make_config(recipe, task.config_options(), pairs)
+    config = make_config(recipe, task.config_options(), has_pairs(task, rows))
     base = load_base(recipe.base, task.model_task, rows.labels, tokenizer, config, recipe.base_options)
     model = get_ptune_model(base, config, tokenizer)
     check_direction(model, task)
@@ -141,6 +140,11 @@ def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) ->
             "lost. Leave base_options.dtype out and set training.bf16: true, to train it in full precision."
         )
     return model
+
+
+def has_pairs(task: Task, rows: Rows) -> bool:
+    """Whether rows have a second text beside the first one."""
+    return any(task.pair_role in row for row in rows.train)
 
 
 def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None, pairs: bool = False) -> PTuneConfig:
@@ -228,8 +232,11 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
 ) -> TaskTrainer:
-    """Put a Trainer around a model, watched by the callbacks."""
+    """Put a Trainer around a model, watched by the callbacks; a learning rate left open is that of such rows."""
     task = recipe.build_task()
+    if "learning_rate" not in recipe.training:
+        usual = recipe.defaults(has_pairs(task, rows)).training
+        arguments.learning_rate = usual.get("learning_rate", arguments.learning_rate)
     scorer = task.scorer(tokenizer, rows.labels)
     train = task.encode(rows.train, tokenizer, rows.labels)
     held_out = task.encode(rows.held_out, tokenizer, rows.labels, held_out=True)

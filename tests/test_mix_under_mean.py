@@ -27,7 +27,7 @@ from hf_ptune.injection import gives_layers
 from hf_ptune.interop import save_peft
 from hf_ptune.multitask import get_multitask_model
 from hf_ptune.recipe import make_recipe
-from hf_ptune.train import run, wrap_base
+from hf_ptune.train import make_arguments, make_trainer, run, wrap_base
 
 BOTH = {"head_states": "mix", "pooling": "mean"}
 
@@ -360,6 +360,18 @@ def test_recipes_mix_for_pairs_alone(method: str, tmp_path: Path) -> None:
     assert reading(data=replace(recipe.data, columns={})) == ("mix", "mean")
 
 
+@pytest.mark.parametrize(("named", "expected"), [({}, 2e-2), ({"learning_rate": 5e-3}, 5e-3)])
+def test_pairs_have_a_learning_rate_of_their_own(named: dict[str, float], expected: float, tmp_path: Path) -> None:
+    content = of_pairs(tmp_path)
+    content["training"].pop("learning_rate", None)
+    content["training"] |= named
+    recipe = make_recipe(content, folder=tmp_path)
+    tokenizer, rows = load_tokenizer(recipe.base, None), load_rows(recipe)
+    trainer = make_trainer(recipe, make_arguments(recipe), wrap_base(recipe, rows, tokenizer), tokenizer, rows)
+    trainer.create_optimizer()
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {expected}
+
+
 def test_a_recipe_of_pairs_trains_its_mix_and_a_sweep_does_so_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,6 +384,8 @@ def test_a_recipe_of_pairs_trains_its_mix_and_a_sweep_does_so_too(
     assert "| head_states | mix |" in (outcome.folder / "README.md").read_text().replace("`", "")
     seen: list[nn.Module | None] = []
     make = sweep.make_trainer
+    silent = replace(recipe, training={})
+    assert [place[0] for place in sweep._grid(silent, [], [], [], True)] == [2e-3, 6e-3, 2e-2, 6e-2]
 
     def watched(recipe: Any, arguments: Any, model: Any, *further: Any) -> Any:
         seen.append(model.mix)

@@ -119,8 +119,10 @@ def test_language_models_start_otherwise() -> None:
 
 def test_rows_of_two_texts_start_otherwise() -> None:
     one, two = defaults_of("p_tuning_v2", "SEQ_CLS"), defaults_of("p_tuning_v2", "SEQ_CLS", pairs=True)
-    assert two.options == one.options | {"head_states": "auto_pairs"} and two.training == one.training
-    assert two.source.startswith(one.source) and "BoolQ" in two.source
+    assert two.options == one.options | {"head_states": "auto_pairs"} and "BoolQ" in two.source
+    assert two.training == one.training | {"learning_rate": 2e-2}
+    assert defaults_of("p_tuning", pairs=True).training == defaults_of("p_tuning").training
+    assert defaults_of("p_tuning", pairs=True).options["head_states"] == "auto_pairs"
     assert defaults_of("bitfit", "SEQ_CLS", pairs=True) == defaults_of("bitfit")
     recipe = make_recipe(SILENT | {"preset": "p_tuning/fewglue_cb/albert-xxlarge"})
     assert train.make_config(recipe, pairs=True).head_states == "last"
