@@ -122,9 +122,10 @@ class Runner:
         )
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         padding = tokenizer.pad_token_id or 0
-        if found is not None and test and path.exists():
+        kept = torch.load(path) if found is not None and test and path.exists() else {}
+        if kept.keys() == trained.keys():  # else a setting of that name trained something else then
             with torch.no_grad():
-                for n, tensor in torch.load(path).items():
+                for n, tensor in kept.items():
                     trained[n].copy_(tensor)
             return {"test": self._test(model, task, splits, data, tokenizer)}
         figures: list[float] = []
