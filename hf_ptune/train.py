@@ -87,9 +87,11 @@ def run(recipe: Recipe) -> Outcome:
     Raises:
         PTuneError: data, base, method or first batch do not fit.
     """
-    arguments = make_arguments(recipe)
+    arguments = make_arguments(recipe)  # what is wrong there is told before data are read
     set_seed(recipe.seed)
     task, rows = recipe.build_task(), load_rows(recipe)
+    if has_pairs(task, rows):
+        arguments = make_arguments(recipe, pairs=True)
     tokenizer = load_tokenizer(recipe.base, recipe.base_options.get("revision"))
     model = wrap_base(recipe, rows, tokenizer)
     trainer = make_trainer(recipe, arguments, model, tokenizer, rows)
@@ -174,14 +176,18 @@ def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedToke
     return given if example is None else given | {"example": example}
 
 
-def make_arguments(recipe: Recipe) -> TrainingArguments:
+def make_arguments(recipe: Recipe, pairs: bool = False) -> TrainingArguments:
     """Turn a recipe's training section into TrainingArguments; its method's defaults fill what it leaves out.
+
+    Args:
+        recipe: names method, task and what is set.
+        pairs: whether its rows have two texts.
 
     Raises:
         RecipeError: values that transformers refuses, or that leave nothing to train or to measure.
     """
     settings: dict[str, Any] = {"dataloader_pin_memory": torch.accelerator.is_available()}
-    settings |= recipe.defaults().training | recipe.training
+    settings |= recipe.defaults(pairs).training | recipe.training
     if settings.get("max_steps") == 0 or (settings.get("max_steps", -1) < 0 and settings.get("num_train_epochs") == 0):
         raise RecipeError("training.max_steps or num_train_epochs is 0; expected a step at least (max_steps: 1).")
     for name in ("batch_eval_metrics", "prediction_loss_only"):
@@ -232,11 +238,8 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
 ) -> TaskTrainer:
-    """Put a Trainer around a model, watched by the callbacks; a learning rate left open is that of such rows."""
+    """Put a Trainer around a model, watched by the callbacks."""
     task = recipe.build_task()
-    if "learning_rate" not in recipe.training:
-        usual = recipe.defaults(has_pairs(task, rows)).training
-        arguments.learning_rate = usual.get("learning_rate", arguments.learning_rate)
     scorer = task.scorer(tokenizer, rows.labels)
     train = task.encode(rows.train, tokenizer, rows.labels)
     held_out = task.encode(rows.held_out, tokenizer, rows.labels, held_out=True)
@@ -254,7 +257,7 @@ def make_trainer(
         callbacks=[
             FreezeBackboneCallback(),
             GuardCallback(None if scorer is None else scorer.loss),
-            LearningCallback(),
+            LearningCallback(recipe.defaults(has_pairs(task, rows)).training.get("learning_rate")),
             MemoryCallback(),
             ModelCardCallback(**card_facts(recipe, rows, task, tokenizer)),
             *stopping(recipe),

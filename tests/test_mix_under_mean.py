@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertMod
 from transformers.modeling_outputs import BaseModelOutput
 
 import hf_ptune.sweep as sweep
-from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
+from hf_ptune import LearningCallback, PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.backbone import TASKS
 from hf_ptune.data import load_rows
 from hf_ptune.errors import ConfigError, InjectionError
@@ -367,9 +367,15 @@ def test_pairs_have_a_learning_rate_of_their_own(named: dict[str, float], expect
     content["training"] |= named
     recipe = make_recipe(content, folder=tmp_path)
     tokenizer, rows = load_tokenizer(recipe.base, None), load_rows(recipe)
-    trainer = make_trainer(recipe, make_arguments(recipe), wrap_base(recipe, rows, tokenizer), tokenizer, rows)
+    trainer = make_trainer(
+        recipe, make_arguments(recipe, pairs=True), wrap_base(recipe, rows, tokenizer), tokenizer, rows
+    )
     trainer.create_optimizer()
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {expected}
+    watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, LearningCallback))
+    assert watch.usual == 2e-2
+    facts = (run(recipe).folder / "README.md").read_text().replace("`", "")
+    assert f"| learning_rate | {expected} |" in facts
 
 
 def test_a_recipe_of_pairs_trains_its_mix_and_a_sweep_does_so_too(

@@ -74,7 +74,7 @@ def test_outputs_and_gradients(
         mask[0, ..., :3] = mask[1, ..., -2:] = False  # the first rows of left padding see none of their own keys
     elif kind == "additive":
         mask = torch.randn(3, 1, queries, keys, generator=generator, dtype=torch.float64).to(dtype)
-    kernel = merge.merge_kernel(query, key, value, mask, 0.0, 3)
+    kernel = merge.merge_kernel(query, key, value, mask, False, 0.0, 3)
     assert kernel is not None
     found = merge.merged_attention(query, *tensors, mask, kind == "causal", 0.3, kernel)
     expected = naive(query, tensors, mask, kind == "causal", 0.3)
@@ -94,7 +94,7 @@ def test_half_precision_is_as_close_as_concatenation(dtype: torch.dtype) -> None
     prefix = [torch.randn(4, 7, 16), torch.randn(4, 7, 16)]
     exact = naive(query, [key, value, *prefix], None, True, 0.25)
     half = [t.to(dtype) for t in (query, key, value, *prefix)]
-    kernel = merge.merge_kernel(*half[:3], None, 0.0, 3)
+    kernel = merge.merge_kernel(*half[:3], None, False, 0.0, 3)
     assert kernel is not None
     found = merge.merged_attention(*half, None, True, 0.25, kernel).float()
     plain = naive(half[0], half[1:], None, True, 0.25).float()
@@ -156,9 +156,21 @@ def test_a_gpu_merges_long_prefixes_alone(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(merge, "kernel_for", lambda *_: "merges")
     monkeypatch.setattr(merge, "_working_type", lambda query: query.dtype)
     query, key = (torch.empty(2, heads, 5, 8, device="meta") for heads in (4, 2))
-    limit = merge._KEPT // (2 * 2 * 2 * 8 * 4)
-    assert merge.merge_kernel(query, key, key, None, 0.0, limit) is None
-    assert merge.merge_kernel(query, key, key, None, 0.0, limit + 1) == "merges"
+    token = 2 * 2 * 2 * 8 * 4  # keys and values of both rows
+    limit = merge._KEPT // token
+    assert merge.merge_kernel(query, key, key, None, False, 0.0, limit) is None
+    assert merge.merge_kernel(query, key, key, None, False, 0.0, limit + 1) == "merges"
+
+    def chosen(queries: int, keys: int, mask: Any = None, causal: bool = False) -> Any:
+        query, key = torch.empty(2, 4, queries, 8, device="meta"), torch.empty(2, 2, keys, 8, device="meta")
+        return merge.merge_kernel(query, key, key, mask, causal, 0.0, 4)
+
+    whole, mask = merge._COPY // token, torch.empty(1, 1, 1, 1)
+    assert chosen(1, whole - 8) is None and chosen(1, whole) == "merges"  # a step would lay out its whole cache
+    assert chosen(9, whole - 12, mask) is None and chosen(9, whole, mask) == "merges"  # shared heads are repeated
+    assert chosen(9, whole) is None
+    long = int((merge._COPY / 4) ** 0.5)
+    assert chosen(long - 4, long - 4, causal=True) is None and chosen(long, long, causal=True) == "merges"
 
 
 def test_nothing_is_laid_out_beyond_the_limit(wrap: Wrap, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,10 +183,10 @@ def test_nothing_is_laid_out_beyond_the_limit(wrap: Wrap, monkeypatch: pytest.Mo
 
 def test_concatenation_where_it_must_be(wrap: Wrap) -> None:
     query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
-    assert merge.merge_kernel(query, key, key, None, 0.0, 3) is not None
-    assert merge.merge_kernel(query, key, key, None, 0.1, 3) is None  # dropout of probabilities
-    assert merge.merge_kernel(query, key, key[..., :4], None, 0.0, 3) is None  # values of another width
-    assert merge.merge_kernel(query, key, key, torch.zeros(5, 5, requires_grad=True), 0.0, 3) is None
+    assert merge.merge_kernel(query, key, key, None, False, 0.0, 3) is not None
+    assert merge.merge_kernel(query, key, key, None, False, 0.1, 3) is None  # dropout of probabilities
+    assert merge.merge_kernel(query, key, key[..., :4], None, False, 0.0, 3) is None  # values of another width
+    assert merge.merge_kernel(query, key, key, torch.zeros(5, 5, requires_grad=True), False, 0.0, 3) is None
     model = wrap("llama", "p_tuning_v2")
     model.set_attn_implementation("eager")
     assert model(**batch("llama"), output_attentions=True).attentions[0].shape == (2, 4, 7, 7)

@@ -47,12 +47,16 @@ class LearningCallback(TrainerCallback):
     a loss that rose by half, a prompt that changed by less than 0.03 %. A run that goes on from a checkpoint beyond
     its first tenth is judged by `too_high` alone: what had been learnt before is not known.
 
+    Args:
+        usual: the learning rate that cures lead to; what the model's method starts with on its task when unset.
+
     Attributes:
         found: name of a finding to its message.
         summary: after training: `prompt_change`, and the step of each finding.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, usual: float | None = None) -> None:
+        self.usual = usual
         self.found: dict[str, str] = {}
         self.summary: dict[str, float] = {}
         self._begin()
@@ -165,13 +169,18 @@ class LearningCallback(TrainerCallback):
         below_early = early - recent > max(_GAIN * abs(early), _ERRORS * error * math.sqrt(2 / steps))
         return not below_first and not below_early and early - recent < _CLEAR_GAIN * abs(early)
 
+    def _usual(self, model: PTunePreTrainedModel) -> float | None:
+        if self.usual is not None:
+            return self.usual
+        return defaults_of(model.config.method, getattr(model, "task", None)).training.get("learning_rate")
+
     def _lower(self, model: PTunePreTrainedModel) -> str:
-        usual = _usual(model)
+        usual = self._usual(model)
         target = usual if usual is not None and usual < self._rate else self._rate / 10
         return f"Lower the learning rate from {self._rate:.2g} to about {target:.2g}, or warm up for longer."
 
     def _unstick(self, model: PTunePreTrainedModel, change: float | None) -> str:
-        usual = _usual(model) or 0.0
+        usual = self._usual(model) or 0.0
         if self._rate > _FAR * usual > 0:
             return self._lower(model)
         # behind a network a small rate moves a prompt far: P-Tuning at 1e-5 by 17 %, and learns nothing
@@ -186,7 +195,7 @@ class LearningCallback(TrainerCallback):
         )
 
     def _raise(self, model: PTunePreTrainedModel, change: float | None) -> str:
-        usual = _usual(model)
+        usual = self._usual(model)
         if change == 0 and self._rate > 0 and (usual is None or self._rate >= usual / 1000):
             return (
                 f"It gets no update at learning rate {self._rate:.2g}: let the optimizer hold it (the Trainer's own "
@@ -204,11 +213,6 @@ class LearningCallback(TrainerCallback):
         self.summary[f"learning_{name}"] = float(state.global_step)
         if state.is_world_process_zero:
             logger.warning(self.found[name])
-
-
-def _usual(model: PTunePreTrainedModel) -> float | None:
-    """The learning rate that the model's method starts with."""
-    return defaults_of(model.config.method, getattr(model, "task", None)).training.get("learning_rate")
 
 
 def _unwrap(model: Any) -> Any:

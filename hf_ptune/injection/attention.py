@@ -108,7 +108,7 @@ def _merge(
         if not (mask is None or isinstance(mask, torch.Tensor)):
             return None
         mask, causal = _biased_mask(bias[..., : key.shape[2]], mask, causal), False
-    kernel = merge_kernel(query, key, value, mask, kwargs.get("dropout", 0.0), site.num_virtual_tokens)
+    kernel = merge_kernel(query, key, value, mask, causal, kwargs.get("dropout", 0.0), site.num_virtual_tokens)
     if kernel is None:
         return None
     prefix_key, prefix_value = _checked_prefix(site, key, value)

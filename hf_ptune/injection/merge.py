@@ -27,8 +27,8 @@ from hf_ptune.injection.kernels import Kernel, kernel_for
 from hf_ptune.injection.shared_prefix import shared_backward, shared_forward
 
 _disabled = False
-_COPY = 32 * 2**20  # bytes of prefix that one call may lay out
-_KEPT = 4 * 2**20  # bytes of it that a layer may keep for the backward, on a GPU
+_COPY = 32 * 2**20  # bytes that one call may lay out for the sake of a prefix
+_KEPT = 4 * 2**20  # bytes of prefix that a layer may keep for the backward, on a GPU
 _ROW = 16  # the length of a mask's rows in memory is a multiple of it, as CUDA's kernels want
 _causal_mask: "weakref.ref[Tensor] | None" = None  # the last one; kept alive by the pass, or by what it has saved
 _passing = threading.local()
@@ -51,7 +51,9 @@ def keep_masks(on: bool) -> None:
         _passing.on, _passing.mask = on, None
 
 
-def merge_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: float, virtual: int) -> Kernel | None:
+def merge_kernel(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, causal: bool, dropout: float, virtual: int
+) -> Kernel | None:
     """The kernel that merges, or `None` where the prefix has to be concatenated.
 
     Args:
@@ -59,18 +61,32 @@ def merge_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout: 
         key: own keys `[B, K, T, D]`.
         value: own values; another width than the keys' is concatenated.
         mask: boolean or additive `[.., S, T]`, or `None`; one with a gradient is concatenated.
+        causal: whether a query sees the own keys up to its own place, where there is no mask.
         dropout: of the probabilities; the kernels of some devices take none.
         virtual: P, the length of the prefix.
     """
     alike = query.dim() == 4 and query.shape[0] == key.shape[0] and key.shape[-1] == value.shape[-1]
     if _disabled or dropout or not _is_plain(mask) or not alike or query.shape[1] % key.shape[1]:
         return None
-    if query.device.type != "cpu":
-        copies = 2 * query.shape[0] * key.shape[1] * virtual * key.shape[3] * query.element_size()
-        # compiled, these kernels have been seen to give a prefix no gradient
-        if copies <= _KEPT or torch.compiler.is_compiling():
-            return None
+    # compiled, these kernels have been seen to give a prefix no gradient on a GPU
+    if query.device.type != "cpu" and (
+        torch.compiler.is_compiling() or _copies_little(query, key, mask, causal, virtual)
+    ):
+        return None
     return kernel_for(query.device.type, _working_type(query), query.shape[-1])
+
+
+def _copies_little(query: Tensor, key: Tensor, mask: Any, causal: bool, virtual: int) -> bool:
+    """Whether copies of a prefix before every row, and what comes of them, are small beside what a GPU has."""
+    rows, heads, queries, width = query.shape
+    key_heads, keys = key.shape[1], virtual + key.shape[2]
+    token = 2 * rows * width * query.element_size()  # of a key head
+    copies = token * key_heads * virtual
+    masked = queries > 1 and (mask is not None or causal)
+    # a step of generation lays out its whole cache; under a mask keys are repeated for the heads that share them
+    laid = token * keys * (key_heads if queries == 1 else heads - key_heads if masked else 0)
+    made = queries * keys * query.element_size() if masked and mask is None else 0
+    return copies <= _KEPT and max(copies + laid, made) <= _COPY
 
 
 def mask_beside_prefix(query: Tensor, mask: Any, keys: int, virtual: int, causal: bool) -> Tensor | None:

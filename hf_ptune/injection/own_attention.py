@@ -308,7 +308,9 @@ class ScoreShadow(TorchFunctionMode):
             pair = self.site.prefix(key)
             prefix_key, prefix_value = (t.repeat_interleave(key.shape[1] // t.shape[0], dim=0) for t in pair)
             virtual = self.site.num_virtual_tokens
-            fused = None if self.bias is not None else merge_kernel(query, key, value, attn_mask, dropout_p, virtual)
+            fused = None
+            if self.bias is None:
+                fused = merge_kernel(query, key, value, attn_mask, is_causal, dropout_p, virtual)
             if fused is not None:
                 scale = kwargs.get("scale")
                 return merged_attention(query, key, value, prefix_key, prefix_value, attn_mask, is_causal, scale, fused)

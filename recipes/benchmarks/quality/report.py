@@ -157,10 +157,10 @@ def _costs(chosen: dict[Any, list[Record]], tasks: Sequence[str], columns: Seque
         "",
         "Medians over seeds. CPU seconds of all threads include a pass over validation after every epoch, and for "
         "heads the features only where they were not cached; peak resident memory is of the whole process, base "
-        "included.",
+        "included. Runs on a GPU shared it with up to twenty others, so that their seconds say little.",
         "",
-        "| task | column | setting | validation | trained | steps | CPU s | peak RSS, MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| task | column | setting | validation | trained | steps | CPU s | peak RSS, MiB | device |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for task in tasks:
         for column in columns:
@@ -171,7 +171,7 @@ def _costs(chosen: dict[Any, list[Record]], tasks: Sequence[str], columns: Seque
             lines.append(
                 f"| {task} | {COLUMNS[column].title} | {_plain(runs[0]['setting'])} | "
                 f"{_mean(final(r) for r in runs):.3f} | {runs[0]['parameters']:,} | {runs[0]['steps']} | "
-                f"{middle[0]:.0f} | {middle[1]:.0f} |"
+                f"{middle[0]:.0f} | {middle[1]:.0f} | {runs[0].get('device', 'CPU')} |"
             )
     return [*lines, ""]
 

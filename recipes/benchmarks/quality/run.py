@@ -114,7 +114,8 @@ class Runner:
         data, tokenizer = self.data(name)
         torch.manual_seed(seed)
         begin, cpu = time.perf_counter(), time.process_time()
-        _forget_peaks()
+        with contextlib.suppress(OSError):  # the peak of this run alone; not every kernel lets it be forgotten
+            Path("/proc/self/clear_refs").write_text("5")
         model = columns.build(how, setting, task, data.labels, tokenizer)
         splits = self._splits(name, column, model, data, tokenizer)
         path = (
@@ -148,7 +149,6 @@ class Runner:
         }
         if columns.DEVICE.type == "cuda":
             record["device"] = torch.cuda.get_device_name()
-            record["peak_gpu_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
         if test:
             record["test"] = self._test(model, task, splits, data, tokenizer)
         elif not column.startswith("head"):
@@ -211,17 +211,6 @@ class Runner:
         if best is not None and self.options.stage != "grid":
             for seed in seeds:
                 self.run(name, column, best, seed, test=True)
-
-
-def _forget_peaks() -> None:
-    """Let the peaks of memory be those of the next run alone."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # not every kernel lets them be reset
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> int:
