@@ -40,7 +40,7 @@ STRUCTURE = (
 # what a head reads -> as it does in the papers, and what may take the place of that
 READINGS = {"pooling": ("cls", "mean"), "head_states": ("last", "mix")}
 # what leaves the choice between them to the base and its task
-_ASKED = {"pooling": ("auto",), "head_states": ("auto", "auto_pairs")}
+ASKED = {"pooling": ("auto",), "head_states": ("auto", "auto_pairs")}
 # more than anybody has trained, and little enough that nothing runs out of memory before it is compared with the file
 _MOST = {"num_virtual_tokens": 2**20, "encoder_hidden_size": 2**20, "encoder_num_layers": 64}
 # how a base is run, and by whose code, is up to whoever loads it
@@ -188,7 +188,7 @@ class PTuneConfig(PreTrainedConfig):
             raise ConfigError(f"layers is for prefixes; {self.method} puts its prompt into the input only.")
         for name, (published, other) in READINGS.items():
             value = getattr(self, name)
-            allowed = (published, other, *_ASKED[name])
+            allowed = (published, other, *ASKED[name])
             if value is not None and value not in allowed:
                 raise ConfigError(f"{name}={value!r}; expected {', '.join(map(repr, allowed))} or None.")
             if value == other and (method.kind is None or self.places_tokens):

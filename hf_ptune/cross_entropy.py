@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # label of a position that has no loss
-_PIECE = {"cpu": 2**22}  # logits that are exponentiated at a time: as many as a CPU's caches hold
+_PIECE = 2**22  # logits that are exponentiated at a time: as many as a CPU's caches hold
 _LARGE_PIECE = 2**25  # other devices wait for whoever launches a piece's kernels
 
 
@@ -80,6 +80,6 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _pieces(logits: Tensor) -> Iterator[slice]:
-    size = max(1, _PIECE.get(logits.device.type, _LARGE_PIECE) // logits.shape[1])
+    size = max(1, (_PIECE if logits.device.type == "cpu" else _LARGE_PIECE) // logits.shape[1])
     for start in range(0, len(logits), size):
         yield slice(start, start + size)

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_ptune.backbone import describe
-from hf_ptune.configuration_ptune import READINGS, PTuneConfig
+from hf_ptune.configuration_ptune import ASKED, READINGS, PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
 from hf_ptune.injection import (
     body_of,
@@ -31,7 +31,6 @@ _SHAPE = (
 )
 _POOLED = ("SEQ_CLS", "MULTIPLE_CHOICE")
 _OVER_TOKENS = ("TOKEN_CLS", "QUESTION_ANS")
-_AUTO = ("auto", "auto_pairs")
 
 
 def choose_sites(config: PTuneConfig, kind: PromptKind, task: str) -> list[dict[str, Any]]:
@@ -171,7 +170,7 @@ def choose_head_states(config: PTuneConfig, backbone: PreTrainedModel, task: str
         return asked
     if asked != "last" and able and _brings_head(config):
         return settled_reading(_source_of(config))["head_states"]
-    wanted = able and ((asked == "auto_pairs" and pooled) or (asked in _AUTO and task == "TOKEN_CLS"))
+    wanted = able and ((asked == "auto_pairs" and pooled) or (asked in ASKED["head_states"] and task == "TOKEN_CLS"))
     return "mix" if wanted and gives_layers(body_of(backbone), alike=True, pooled=pooled) else "last"
 
 

@@ -145,8 +145,8 @@ def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def has_pairs(task: Task, rows: Rows) -> bool:
-    """Whether rows have a second text beside the first one."""
-    return any(task.pair_role in row for row in rows.train)
+    """Whether rows have a second text beside the first one: all have it, or none."""
+    return any(task.pair_role in row for row in rows.train[:1])
 
 
 def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None, pairs: bool = False) -> PTuneConfig:

@@ -145,3 +145,13 @@ def batch(family: str, rows: int = 2, length: int = 7) -> dict[str, torch.Tensor
         main_task(family)
     ]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def assert_checkpoints_change_no_gradient(model: Any, inputs: dict[str, torch.Tensor], reentrant: bool) -> None:
+    """Compare the gradients of an adapter's parameters with and without gradient checkpointing."""
+    parameters = [p for n, p in model.named_parameters() if n in model.adapter_parameter_names()]
+    wanted = torch.autograd.grad(model(**inputs).loss, parameters)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(**inputs).loss.backward()
+    for parameter, gradient in zip(parameters, wanted, strict=True):
+        assert parameter.grad is not None and torch.allclose(parameter.grad, gradient, atol=1e-9)

