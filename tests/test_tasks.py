@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -149,16 +150,26 @@ def test_words_of_long_sentences_count_once(stride: int) -> None:
 
 
 def test_a_predicate_stands_behind_its_sentence() -> None:
-    tokenizer = words_tokenizer()
+    tokenizer = words_tokenizer("a b *")
     tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     row = {"tokens": ["a", "xy", "b", "xy"], "tags": ["B-ARG0", "B-V", "O", "O"], "predicate_index": "1"}
     task = TokenClassification(unscored=["V"])
     names = ["B-ARG0", "B-V", "O"]
     feature = task.encode(checked(task, row), tokenizer, names)[0]
-    assert text_of(tokenizer, feature["input_ids"]) == "[CLS] a xy b xy [SEP] xy [SEP]"
-    assert feature["token_type_ids"] == [0, 0, 1, 1, 0, 0, 0, 0, 1, 1, 1]  # the first xy is meant
-    assert feature["labels"] == [IGNORED, 0, 1, IGNORED, 2, 2, *[IGNORED] * 5]
-    windows = TokenClassification(max_length=8, stride=0).encode(checked(task, row), tokenizer, names)
+    assert text_of(tokenizer, feature["input_ids"]) == "[CLS] a * xy * b xy [SEP] xy [SEP]"
+    assert feature["token_type_ids"] == [0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1]  # the first xy is meant
+    assert feature["labels"] == [IGNORED, 0, IGNORED, 1, IGNORED, IGNORED, 2, 2, *[IGNORED] * 5]
+    assert feature["words"] == {1: 0, 3: 1, 6: 2, 7: 3}
+    bare = replace(task, predicate_marks=[])
+    plain = bare.encode(checked(task, row), tokenizer, names)[0]
+    assert text_of(tokenizer, plain["input_ids"]) == "[CLS] a xy b xy [SEP] xy [SEP]"
+    assert plain["labels"] == [IGNORED, 0, 1, IGNORED, 2, 2, *[IGNORED] * 5]
+    other = replace(task, predicate_marks=["a", "b"]).encode(checked(task, row), tokenizer, names)[0]
+    assert text_of(tokenizer, other["input_ids"]) == "[CLS] a a xy b b xy [SEP] xy [SEP]"
+    for wrong in (["*"], ["*", ""], ["a", "b", "c"]):
+        with pytest.raises(RecipeError, match="expected the word before the predicate and the one behind it"):
+            TokenClassification(predicate_marks=wrong)
+    windows = replace(bare, max_length=8, stride=0).encode(checked(task, row), tokenizer, names)
     texts = [text_of(tokenizer, f["input_ids"]) for f in windows]
     assert texts == ["[CLS] a xy [SEP] xy [SEP]", "[CLS] b xy [SEP] xy [SEP]"]
     # predicates are given, so finding them is no merit: one argument of one is right

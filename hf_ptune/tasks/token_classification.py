@@ -39,8 +39,10 @@ class TokenClassification(Task):
 
     A row with `predicate_index` asks for the semantic roles of that word, as Shi and Lin 2019, Simple BERT Models
     for Relation Extraction and Semantic Role Labeling, section 3: the predicate stands behind the sentence as its
-    second segment. A word may occur twice, so its tokens in the sentence get the second segment's type too, where
-    the base has token types; the paper adds an indicator behind the encoder instead, which no prompt could use.
+    second segment. A word may occur twice, so it stands between two marks in the sentence, words that a frozen base
+    knows, as Baldini Soares et al. 2019, Matching the Blanks, section 3.2, mark entities by new tokens, and its tokens
+    get the second segment's type too, where the base has token types. Shi and Lin add an indicator behind the encoder
+    instead, which no prompt could use.
 
     Sentences of more than `max_length` tokens are cut into windows; a word counts in the first that has it.
 
@@ -49,11 +51,13 @@ class TokenClassification(Task):
             later ones inside (I-) what the first begins. Words are always measured by their first token.
         stride: tokens that a window shares with the one before it.
         unscored: types of entity that the metrics take for O, such as V in semantic roles.
+        predicate_marks: the words before and behind the predicate of a sentence; none leave it as it is.
     """
 
     label_subwords: Literal["first", "all"] = "first"
     stride: int = 16
     unscored: list[str] = field(default_factory=list)
+    predicate_marks: list[str] = field(default_factory=lambda: ["*", "*"])
 
     name = "TOKEN_CLS"
     model_task = "TOKEN_CLS"
@@ -67,6 +71,11 @@ class TokenClassification(Task):
     def __post_init__(self) -> None:
         if self.stride < 0:
             raise RecipeError(f"task_options.stride is {self.stride}; expected 0 or more.")
+        if len(self.predicate_marks) not in (0, 2) or not all(self.predicate_marks):
+            raise RecipeError(
+                f"task_options.predicate_marks is {self.predicate_marks}; expected the word before the predicate and "
+                "the one behind it, or none: []."
+            )
 
     def check_row(self, row: Row, where: str) -> Row:
         # CSV has no lists
@@ -123,8 +132,10 @@ class TokenClassification(Task):
         predicate = row.get("predicate_index")
         windows: list[Feature] = []
         seen: set[int] = set()
-        given = _with_spaces(words) if spaced else words
-        for feature, places in self._encode_words(given, None if predicate is None else words[predicate], tokenizer):
+        given, numbers = self._marked(words, predicate)
+        given = _with_spaces(given) if spaced else given
+        second = None if predicate is None else words[predicate]
+        for feature, places in self._encode_words(given, numbers, second, tokenizer):
             if predicate is not None and "token_type_ids" in feature:
                 types = feature["token_type_ids"]
                 feature["token_type_ids"] = [
@@ -133,10 +144,27 @@ class TokenClassification(Task):
             windows.append(feature | _labels(places, row["tags"], number, seen, everywhere))
         return windows
 
+    def _marked(self, words: list[str], predicate: int | None) -> tuple[list[str], list[int | None]]:
+        """Words with the marks around the predicate, and which word of the sentence each is; a mark is none."""
+        numbers: list[int | None] = list(range(len(words)))
+        if predicate is None or not self.predicate_marks:
+            return words, numbers
+        before, behind = self.predicate_marks
+        head, tail = words[:predicate], words[predicate + 1 :]
+        numbers[predicate : predicate + 1] = [None, predicate, None]
+        return [*head, before, words[predicate], behind, *tail], numbers
+
     def _encode_words(
-        self, words: list[str], second: str | None, tokenizer: PreTrainedTokenizerBase
+        self, words: list[str], numbers: list[int | None], second: str | None, tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[tuple[Feature, list[int | None]]]:
-        """Inputs of every window, and of which word of the sentence each of its tokens is, `[T]`."""
+        """Inputs of every window, and of which word of the sentence each of its tokens is, `[T]`.
+
+        Args:
+            words: of the sentence, and marks.
+            numbers: which word of the sentence each is.
+            second: the predicate.
+            tokenizer: the base's.
+        """
         told = 0 if second is None else len(tokenizer(second, add_special_tokens=False)["input_ids"]) + 1
         room = self.max_length - told - tokenizer.num_special_tokens_to_add(pair=second is not None)
         if room < 1:
@@ -153,8 +181,8 @@ class TokenClassification(Task):
             return_overflowing_tokens=True,
         )
         for n in range(len(encoded["input_ids"])):
-            numbers, segments = encoded.word_ids(n), encoded.sequence_ids(n)
-            places = [word if segment == 0 else None for word, segment in zip(numbers, segments, strict=True)]
+            own = zip(encoded.word_ids(n), encoded.sequence_ids(n), strict=True)
+            places = [numbers[word] if segment == 0 else None for word, segment in own]
             yield {name: list(encoded[name][n]) for name in tokenizer.model_input_names if name in encoded}, places
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
