@@ -75,6 +75,7 @@ _PROMPT: dict[str, Any] = {
     "prefix_dropout": 0.0,
     "pooling": "auto",
     "head_states": "auto",
+    "backbone_dropout": False,
 }
 # the one table that measurements will change; `source` says what each row rests on
 _DEFAULTS: dict[str, Defaults] = {
@@ -164,7 +165,7 @@ _UNKNOWN_METHOD = Defaults({}, {}, "a method of somebody else's: transformers' o
 _P_TUNING_V2 = "THUDM/P-tuning-v2, run_script"
 _DECAY = "the source multiplies the rate by 0.95 an epoch; linear here"
 _MODELS = {"bert-large": "bert-large-cased"}  # others have the Hub's own name
-_AS_PUBLISHED = {"pooling": "cls", "head_states": "last"}
+_AS_PUBLISHED = {"pooling": "cls", "head_states": "last", "backbone_dropout": True}
 # task, model -> learning rate, tokens, batch, epochs, dropout, max_length, note
 _P_TUNING_V2_RUNS: dict[tuple[str, str], tuple[float, int, int, int, float, int, str]] = {
     ("boolq", "bert-large"): (5e-3, 40, 32, 100, 0.1, 128, ""),

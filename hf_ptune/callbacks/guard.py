@@ -45,7 +45,7 @@ def kept_model_state(model: nn.Module) -> Iterator[None]:
 
     Buffers of more than one integer are not copied: they hold packed weights, which no forward pass writes.
     """
-    modes = [(m, m.training) for m in model.modules()]
+    mode, modes = model.training, [(m, m.training) for m in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
     buffers = [
         (m, name, b, b.detach().clone() if b.is_floating_point() or b.numel() == 1 else b)
@@ -58,6 +58,7 @@ def kept_model_state(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        model.train(mode)  # ours does more than set a flag
         for module, training in modes:
             module.training = training
         for parameter, gradient in gradients:

@@ -276,8 +276,9 @@ def _sparse_as_it_was(body: nn.Module) -> Iterator[None]:
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put every module into eval mode for a while."""
     training = [m for m in module.modules() if m.training]
-    module.eval()
     try:
+        for part in training:
+            part.training = False
         yield
     finally:
         for part in training:

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import ModelOutput
 from hf_ptune import PTuneConfig, get_ptune_model
 from hf_ptune.backbone import TASKS as AUTO_CLASSES
 from hf_ptune.backbone import resolve
+from hf_ptune.backbone_dropout import BackboneDropout
 from hf_ptune.presets import defaults_of
 
 DEVICE = bases.device()
@@ -116,8 +117,8 @@ def build(column: Column, setting: Setting, task: Task, labels: list[str], token
     model = base_of(task, labels)
     if column.library == "head":
         return FeatureHead(model, task, len(labels), column.method)
-    if setting.get("backbone_dropout") is False:
-        still(model)
+    if column.library != "hf_ptune" and setting.get("backbone_dropout") is False:
+        BackboneDropout(model.base_model).take()
     if column.library == "full":
         return model.requires_grad_(True)
     if column.library == "peft":
@@ -145,16 +146,6 @@ def _peft(column: Column, setting: Setting, task: Task, model: PreTrainedModel) 
     else:
         config = peft.PrefixTuningConfig(init_weights="zero" if setting.get("init") == "ZERO" else None, **common)
     return peft.get_peft_model(model, config)
-
-
-def still(model: nn.Module) -> None:
-    """Take the dropout out of a base; a head keeps its own."""
-    for name, module in model.named_modules():
-        for attribute in ("p", "dropout_prob", "attention_dropout"):
-            if isinstance(getattr(module, attribute, None), float) and name != "dropout":
-                setattr(module, attribute, 0.0)
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
 
 
 class FeatureHead(nn.Module):

@@ -7,6 +7,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class Task:
         max_length: tokens a row is cut to.
         metric: name of the score.
         labels: key in labels.json, where it holds several lists.
+        marks: words before and behind the predicate of a sentence.
+        unscored: a type that the score takes for O, as it is given: the predicate itself.
         virtual: numbers of virtual tokens to choose from; the first is the usual one.
         base: "minilm" or "smollm2".
         budget: "short" (minutes on a CPU) or "long" (on a GPU: nearly all rows, more epochs).
@@ -44,6 +47,8 @@ class Task:
     max_length: int = 128
     metric: str = "accuracy"
     labels: str | None = None
+    marks: tuple[str, ...] = ()
+    unscored: str = ""
     virtual: tuple[int, ...] = (20,)
     base: str = "minilm"
     budget: str = "short"
@@ -56,7 +61,10 @@ _SHORT: dict[str, Task] = {
     "sst2": Task("sst2", "SEQ_CLS", ("sentence", "label"), 1500, epochs=2),
     "qasrl": Task("qasrl_gs", "QUESTION_ANS", ("tokens", "question", "answers"), 1200, epochs=2, metric="F1"),
     "banking77": Task("banking77", "SEQ_CLS", ("text", "label"), 3000, epochs=3),
-    "srl": Task("srl_up_ewt", "TOKEN_CLS", ("tokens", "srl_tags", "predicate_index"), 1500, epochs=2, metric="F1"),
+    "srl": Task(
+        "srl_up_ewt", "TOKEN_CLS", ("tokens", "srl_tags", "predicate_index"), 1500, epochs=2, metric="F1",
+        marks=("*", "*"), unscored="V",
+    ),
     "wikigold": Task("wikigold", "TOKEN_CLS", ("tokens", "ner_tags"), 994, epochs=3, metric="F1"),
     "rte": Task("rte", "SEQ_CLS", ("sentence1", "sentence2", "label"), 800, epochs=3, max_length=128),
     "boolq": Task("boolq", "SEQ_CLS", ("question", "passage", "label"), 600, epochs=3, max_length=128),
@@ -93,6 +101,7 @@ _LONG: dict[str, Task] = {
     "btc-long": _long("btc", 3500, 8),
     "wikigold-long": _long("wikigold", 994, 20),
     "srl-long": _long("srl", 2999, 10),
+    "srl_unmarked-long": _long("srl", 2999, 10, marks=(), unscored=""),
     "qasrl-long": _long("qasrl", 2500, 10),
     "squad-long": _long("squad", 2500, 10, held_out=800, max_length=384),
     "trec-smollm2": _long("trec", 4000, 3, base="smollm2"),
@@ -151,9 +160,13 @@ def _encode_text(row: Row, task: Task, tokenizer: Any) -> Row:
 
 
 def _encode_words(row: Row, task: Task, tokenizer: Any) -> Row:
-    """Tags of words go to their first tokens; a predicate is told as a second segment (Shi and Lin 2019)."""
+    """Tags of words go to their first tokens; a predicate is told as a second segment (Shi and Lin 2019) and marked."""
     words, tags = row[task.fields[0]], row[task.fields[1]]
     pair = [[words[row[name]]] for name in task.fields[2:]]
+    for name in task.fields[2:] if task.marks else ():
+        n = row[name]
+        words = [*words[:n], task.marks[0], words[n], task.marks[1], *words[n + 1 :]]
+        tags = [*tags[:n], IGNORED, tags[n], IGNORED, *tags[n + 1 :]]
     encoded = tokenizer(words, *pair, is_split_into_words=True, truncation=True, max_length=task.max_length)
     numbers, sequences = encoded.word_ids(), encoded.sequence_ids()
     labels = [
@@ -212,7 +225,7 @@ def score(task: Task, rows: Sequence[Row], predictions: Sequence[Any], labels: S
     """
     scores: dict[str, Callable[[Sequence[Row], Sequence[Any], Sequence[str]], float]] = {
         "SEQ_CLS": _accuracy,
-        "TOKEN_CLS": _entities,
+        "TOKEN_CLS": partial(_entities, unscored=task.unscored),
         "QUESTION_ANS": _answers,
         "CAUSAL_LM": _loss,
     }
@@ -223,12 +236,15 @@ def _accuracy(rows: Sequence[Row], predictions: Sequence[int], labels: Sequence[
     return sum(p == r["labels"] for p, r in zip(predictions, rows, strict=True)) / len(rows)
 
 
-def _entities(rows: Sequence[Row], predictions: Sequence[Sequence[int]], labels: Sequence[str]) -> float:
+def _entities(
+    rows: Sequence[Row], predictions: Sequence[Sequence[int]], labels: Sequence[str], unscored: str = ""
+) -> float:
     from seqeval.metrics import f1_score
 
     kept = [[n for n, label in enumerate(r["labels"]) if label != IGNORED] for r in rows]
-    true = [[labels[r["labels"][n]] for n in places] for r, places in zip(rows, kept, strict=True)]
-    found = [[labels[p[n]] for n in places] for p, places in zip(predictions, kept, strict=True)]
+    names = ["O" if unscored and name.endswith(f"-{unscored}") else name for name in labels]
+    true = [[names[r["labels"][n]] for n in places] for r, places in zip(rows, kept, strict=True)]
+    found = [[names[p[n]] for n in places] for p, places in zip(predictions, kept, strict=True)]
     return float(f1_score(true, found, zero_division=0))
 
 

@@ -1,0 +1,45 @@
+"""The dropout of a frozen backbone, taken out while a prompt trains in front of it, and put back."""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+_NAMED = "drop"
+
+
+class BackboneDropout:
+    """Hold the dropout of a body: probabilities of its dropout modules, and what its own functions draw by.
+
+    Dropout keeps weights from fitting their rows too well. Frozen ones cannot, and a prompt has few parameters; what is
+    left is noise on every state that it works through. The papers' scripts keep it.
+
+    Args:
+        body: the backbone without its head, whose own dropout stays.
+    """
+
+    def __init__(self, body: nn.Module) -> None:
+        self.body = body
+        self.taken: list[tuple[nn.Module, str, float]] = []
+
+    def take(self) -> None:
+        """Set every probability to zero."""
+        if self.taken:
+            return
+        self.taken = [(m, name, value) for m in self.body.modules() for name, value in _probabilities(m)]
+        for module, name, _ in self.taken:
+            setattr(module, name, 0.0)
+
+    def give_back(self) -> None:
+        """Set every probability to what it was."""
+        taken, self.taken = self.taken, []
+        for module, name, value in taken:
+            setattr(module, name, value)
+
+
+def _probabilities(module: nn.Module) -> list[tuple[str, float]]:
+    """Names and values of what a module drops by, where that is more than zero (layers dropped whole included)."""
+    held: dict[str, Any] = vars(module)
+    dropout = isinstance(module, _DropoutNd)
+    names = [n for n in held if _NAMED in n or (dropout and n == "p")]
+    return [(n, held[n]) for n in names if isinstance(held[n], float) and held[n] > 0]
