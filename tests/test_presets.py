@@ -57,7 +57,8 @@ def test_the_recipe_s_own_keys_win() -> None:
     given |= {"options": {"num_virtual_tokens": 16}, "training": {"learning_rate": "1e-3"}}
     recipe = make_recipe(SILENT | given | {"data": {"source": "rows.jsonl", "max_length": 64}})
     assert recipe.base == "roberta-base" and recipe.data.max_length == 64
-    published = {"prompt_tuning_init": "RANDOM", "prefix_dropout": 0.1, "pooling": "cls", "head_states": "last"}
+    published = {"prompt_tuning_init": "RANDOM", "prefix_dropout": 0.1, "backbone_dropout": True}
+    published |= {"pooling": "cls", "head_states": "last"}
     assert recipe.options == {"num_virtual_tokens": 16} | published
     assert recipe.training["learning_rate"] == 1e-3 and recipe.training["num_train_epochs"] == 100
     epochs = {"preset": "prompt_tuning/superglue/t5-base", "training": {"num_train_epochs": 2}}
