@@ -356,7 +356,10 @@ class PTunePreTrainedModel(SavedAdapter):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        self.backbone.activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+        base: Any = self.backbone
+        # its older name alone in transformers 5.20
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable(activation_checkpointing_kwargs, *args, **kwargs)
         reentrant = bool((activation_checkpointing_kwargs or {}).get("use_reentrant", False))
         if reentrant and self.prompt is None:
             self.backbone.enable_input_require_grads()
