@@ -82,6 +82,18 @@ COLUMNS: dict[str, Column] = {
 }
 
 
+def has_pairs(task: Task) -> bool:
+    """Whether a row is classified that has two texts."""
+    return task.kind == "SEQ_CLS" and len(task.fields) > 2
+
+
+def untouched(column: Column, task: Task) -> Setting:
+    """The setting that one of ours has where nobody names any."""
+    found = defaults_of(column.method, task.kind, has_pairs(task))
+    head = {} if found.head_learning_rate is None else {"head_lr": found.head_learning_rate}
+    return {"length": found.options["num_virtual_tokens"], "lr": found.training["learning_rate"]} | head
+
+
 def tokenizer_of(task: Task) -> Any:
     """The tokenizer of a task's base."""
     return AutoTokenizer.from_pretrained(resolve(MINILM) if task.base == "minilm" else _dequantised())
@@ -126,8 +138,7 @@ def build(column: Column, setting: Setting, task: Task, labels: list[str], token
     names = {"length": "num_virtual_tokens", "init": "prompt_tuning_init", "text": "prompt_tuning_init_text"}
     known = {f.name for f in fields(PTuneConfig)}
     options = {names.get(k, k): v for k, v in setting.items() if names.get(k, k) in known}
-    pairs = task.kind == "SEQ_CLS" and len(task.fields) > 2
-    options = defaults_of(column.method, task.kind, pairs).options | options
+    options = defaults_of(column.method, task.kind, has_pairs(task)).options | options
     return get_ptune_model(model, PTuneConfig(method=column.method, **options), tokenizer)
 
 

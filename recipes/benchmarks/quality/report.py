@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from columns import COLUMNS
+from columns import COLUMNS, untouched
 from tasks import TASKS
 
 Record = dict[str, Any]
@@ -45,6 +45,7 @@ def _write(records: dict[str, Record], folder: Path, budget: str, suffix: str) -
         _INTRODUCTION[budget],
         *_figures(chosen, tasks, columns),
         *_against(chosen, tasks),
+        *_defaults(records, chosen, tasks),
         *_costs(chosen, tasks, columns),
     ]
     failed = [r for r in records.values() if "error" in r]
@@ -140,6 +141,30 @@ def _against(chosen: dict[Any, list[Record]], tasks: Sequence[str]) -> list[str]
             cells.insert(1, reached(ours, theirs) if theirs else ".")
             lines.append(f"| {task} | {COLUMNS[column].title} | {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def _defaults(records: dict[str, Record], chosen: dict[Any, list[Record]], tasks: Sequence[str]) -> list[str]:
+    """What runs at the defaults came to, whatever validation says of them."""
+    lines = [
+        "## Defaults, untouched",
+        "",
+        "Test figures of the settings that recipes have where nobody names any, and differences as above.",
+        "",
+        "| task | ours | setting | test | ours - PEFT | ours - full | ours - head on mean |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    head = len(lines)
+    for task in tasks:
+        for column, rival in RIVALS.items():
+            setting = untouched(COLUMNS[column], TASKS[task])
+            here = [r for r in records.values() if (r["task"], r["column"], r["setting"]) == (task, column, setting)]
+            runs = [r for r in here if "test" in r]
+            if not runs:
+                continue
+            cells = [_difference(runs, chosen.get((task, c))) for c in (rival, "full", "head_mean")]
+            cells = [COLUMNS[column].title, _plain(setting), _figure(runs), *cells]
+            lines.append(f"| {task} | {' | '.join(cells)} |")
+    return [*lines, ""] if len(lines) > head else []
 
 
 def _difference(ours: Sequence[Record], theirs: Sequence[Record] | None) -> str:
