@@ -11,8 +11,8 @@ _NAMED = "drop"
 class BackboneDropout:
     """Hold the dropout of a body: probabilities of its dropout modules, and what its own functions draw by.
 
-    Dropout keeps weights from fitting their rows too well. Frozen ones cannot, and a prompt has few parameters; what is
-    left is noise on every state that it works through. The papers' scripts keep it.
+    In a few epochs, dropout in front of which nothing trains is little but noise on the states that a prompt works
+    through; in many it keeps the prompt from fitting its rows too well. The papers' scripts keep it.
 
     Args:
         body: the backbone without its head, whose own dropout stays.

@@ -106,7 +106,8 @@ class PTuneConfig(PreTrainedConfig):
             and there under the mean too, for rows of two texts. Unset: "last", as in the papers. An adapter that brings
             its head brings this too. `get_ptune_model` makes it one of the first two.
         backbone_dropout: whether a frozen backbone keeps its dropout while the prompt trains, as in the papers'
-            scripts; heads keep theirs, and so does a backbone that trains along. Recipes take it out.
+            scripts; heads keep theirs, and so does a backbone that trains along. Recipes of up to five epochs
+            take it out: a prompt moves faster without it, and later fits its rows too well.
         loss_at_labels: whether language models compute logits only where a label counts while they train; loss
             and gradients stay the same. Logits that somebody asks for all the same cost a second forward pass.
         modules_to_save: further modules of the backbone that are trained and saved; a task's head always is.

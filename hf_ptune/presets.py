@@ -75,8 +75,9 @@ _PROMPT: dict[str, Any] = {
     "prefix_dropout": 0.0,
     "pooling": "auto",
     "head_states": "auto",
-    "backbone_dropout": False,
 }
+# passes over the rows after which a prompt fits them too well beside a base without dropout
+_FEW_EPOCHS = 5
 # the one table that measurements will change; `source` says what each row rests on
 _DEFAULTS: dict[str, Defaults] = {
     "p_tuning_v2": Defaults(
@@ -335,16 +336,21 @@ def _p_tuning() -> list[Preset]:
 _PRESETS = {p.name: p for p in (*_p_tuning_v2(), *_prefix_tuning(), *_prompt_tuning(), *_p_tuning())}
 
 
-def defaults_of(method: str, task: str | None = None, pairs: bool = False) -> Defaults:
+def defaults_of(method: str, task: str | None = None, pairs: bool = False, epochs: float | None = None) -> Defaults:
     """What a method starts with where nothing else is said.
 
     Args:
         method: a method of PTuneConfig; one registered elsewhere has none.
         task: a key of `backbone.TASKS`; methods may start otherwise where heads read every token, or text is written.
         pairs: whether every row to be classified has two texts.
+        epochs: passes over the rows, where they are known; a prompt that sees them few times starts beside a base
+            without dropout.
     """
     table = _OF_PAIRS if pairs else _DEFAULTS_OF_TASKS.get(task or "", {})
-    return table.get(method) or _DEFAULTS.get(method, _UNKNOWN_METHOD)
+    found = table.get(method) or _DEFAULTS.get(method, _UNKNOWN_METHOD)
+    if epochs is None or epochs > _FEW_EPOCHS or "prompt_tuning_init" not in found.options:
+        return found
+    return replace(found, options=found.options | {"backbone_dropout": False})
 
 
 def preset(name: str) -> Preset:

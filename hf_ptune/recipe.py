@@ -150,7 +150,13 @@ class Recipe:
 
     def defaults(self, pairs: bool = False) -> Defaults:
         """What its method starts with, for its task, where it is silent; for rows of two texts, if they are `pairs`."""
-        return defaults_of(self.method, self.build_task().model_task, pairs)
+        return defaults_of(self.method, self.build_task().model_task, pairs, self.epochs)
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over its rows; `None` where it counts steps."""
+        by_steps = self.training.get("max_steps", -1) > 0
+        return None if by_steps else float(self.training.get("num_train_epochs", TrainingArguments.num_train_epochs))
 
     def rates(self) -> tuple[float | None, float | None]:
         """Learning rates of backbone and head; `None` where they have none of their own."""

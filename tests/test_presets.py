@@ -147,3 +147,20 @@ def test_few_shot_presets_train_the_base_too() -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_papers_read_the_first_token(name: str) -> None:
     assert preset(name).options["pooling"] == "cls"
+
+
+def test_runs_of_few_epochs_start_without_the_base_s_dropout() -> None:
+    def chosen(**content: Any) -> Any:
+        return train.make_config(
+            make_recipe(SILENT | {"base": "b", "method": "p_tuning_v2"} | content)
+        ).backbone_dropout
+
+    assert chosen() is False, "three epochs, as transformers has it"
+    assert chosen(training={"num_train_epochs": 5}) is False
+    assert chosen(training={"num_train_epochs": 5.5}) is True
+    assert chosen(training={"num_train_epochs": 2, "max_steps": 100}) is True, "epochs are not known"
+    assert chosen(options={"backbone_dropout": True}) is True
+    assert chosen(options={"backbone_dropout": False}, training={"num_train_epochs": 50}) is False
+    assert chosen(method="bitfit") is True
+    assert chosen(method="prefix_tuning") is False
+    assert chosen(preset="p_tuning_v2/wsc/roberta-large", training={"num_train_epochs": 2}) is True

@@ -89,7 +89,7 @@ def has_pairs(task: Task) -> bool:
 
 def untouched(column: Column, task: Task) -> Setting:
     """The setting that one of ours has where nobody names any."""
-    found = defaults_of(column.method, task.kind, has_pairs(task))
+    found = defaults_of(column.method, task.kind, has_pairs(task), task.epochs)
     head = {} if found.head_learning_rate is None else {"head_lr": found.head_learning_rate}
     return {"length": found.options["num_virtual_tokens"], "lr": found.training["learning_rate"]} | head
 
@@ -138,7 +138,7 @@ def build(column: Column, setting: Setting, task: Task, labels: list[str], token
     names = {"length": "num_virtual_tokens", "init": "prompt_tuning_init", "text": "prompt_tuning_init_text"}
     known = {f.name for f in fields(PTuneConfig)}
     options = {names.get(k, k): v for k, v in setting.items() if names.get(k, k) in known}
-    options = defaults_of(column.method, task.kind, has_pairs(task)).options | options
+    options = defaults_of(column.method, task.kind, has_pairs(task), task.epochs).options | options
     return get_ptune_model(model, PTuneConfig(method=column.method, **options), tokenizer)
 
 
