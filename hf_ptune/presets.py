@@ -76,7 +76,8 @@ _PROMPT: dict[str, Any] = {
     "pooling": "auto",
     "head_states": "auto",
 }
-# passes over the rows after which a prompt fits them too well beside a base without dropout
+# passes over the rows after which a prompt fits them too well beside a base without dropout, and heads that tag tokens
+# are better off with the last layer than with a mix of all
 _FEW_EPOCHS = 5
 # the one table that measurements will change; `source` says what each row rests on
 _DEFAULTS: dict[str, Defaults] = {
@@ -344,13 +345,15 @@ def defaults_of(method: str, task: str | None = None, pairs: bool = False, epoch
         task: a key of `backbone.TASKS`; methods may start otherwise where heads read every token, or text is written.
         pairs: whether every row to be classified has two texts.
         epochs: passes over the rows, where they are known; a prompt that sees them few times starts beside a base
-            without dropout.
+            without dropout, and heads that tag tokens read the last layer where they are many.
     """
     table = _OF_PAIRS if pairs else _DEFAULTS_OF_TASKS.get(task or "", {})
     found = table.get(method) or _DEFAULTS.get(method, _UNKNOWN_METHOD)
-    if epochs is None or epochs > _FEW_EPOCHS or "prompt_tuning_init" not in found.options:
+    if epochs is None or "prompt_tuning_init" not in found.options:
         return found
-    return replace(found, options=found.options | {"backbone_dropout": False})
+    if epochs <= _FEW_EPOCHS:
+        return replace(found, options=found.options | {"backbone_dropout": False})
+    return replace(found, options=found.options | {"head_states": "last"}) if task == "TOKEN_CLS" else found
 
 
 def preset(name: str) -> Preset:

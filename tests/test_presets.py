@@ -164,3 +164,12 @@ def test_runs_of_few_epochs_start_without_the_base_s_dropout() -> None:
     assert chosen(method="bitfit") is True
     assert chosen(method="prefix_tuning") is False
     assert chosen(preset="p_tuning_v2/wsc/roberta-large", training={"num_train_epochs": 2}) is True
+
+
+def test_tags_read_the_last_layer_in_runs_of_many_epochs() -> None:
+    def chosen(task: str, epochs: float | None) -> Any:
+        return defaults_of("p_tuning_v2", task, epochs=epochs).options["head_states"]
+
+    assert [chosen("TOKEN_CLS", n) for n in (None, 5, 6)] == ["auto", "auto", "last"]
+    assert chosen("SEQ_CLS", 6) == "auto"
+    assert defaults_of("p_tuning_v2", "SEQ_CLS", True, 6).options["head_states"] == "auto_pairs"
