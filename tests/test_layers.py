@@ -7,7 +7,18 @@ import hf_ptune
 
 ROOT = Path(hf_ptune.__file__).parent
 LAYERS = [
-    {"errors", "shapes", "cross_entropy", "auto", "sharding", "templates", "registry", "base_settings", "identity"},
+    {
+        "errors",
+        "shapes",
+        "cross_entropy",
+        "auto",
+        "sharding",
+        "templates",
+        "registry",
+        "base_settings",
+        "identity",
+        "backbone_dropout",
+    },
     {"methods"},
     {"adapter_file"},
     {"config_checks"},
