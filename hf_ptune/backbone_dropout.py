@@ -16,22 +16,23 @@ class BackboneDropout:
 
     Args:
         body: the backbone without its head, whose own dropout stays.
+        kept: whether it is left alone.
     """
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: nn.Module, kept: bool = False) -> None:
         self.body = body
+        self.kept = kept
         self.taken: list[tuple[nn.Module, str, float]] = []
 
-    def take(self) -> None:
-        """Set every probability to zero."""
-        if self.taken:
+    def follow(self, training: bool) -> None:
+        """Set every probability to zero for training, else to what it was."""
+        if self.kept or (training and self.taken):
             return
-        self.taken = [(m, name, value) for m in self.body.modules() for name, value in _probabilities(m)]
-        for module, name, _ in self.taken:
-            setattr(module, name, 0.0)
-
-    def give_back(self) -> None:
-        """Set every probability to what it was."""
+        if training:
+            self.taken = [(m, name, value) for m in self.body.modules() for name, value in _probabilities(m)]
+            for module, name, _ in self.taken:
+                setattr(module, name, 0.0)
+            return
         taken, self.taken = self.taken, []
         for module, name, value in taken:
             setattr(module, name, value)

@@ -68,8 +68,7 @@ class PTunePreTrainedModel(SavedAdapter):
         self.mix: ScalarMix | None = None
         self._injector: Injector | None = None
         self._loss_at_labels = self._watched_head()
-        quiet = not (config.backbone_dropout or config.train_backbone)
-        self._dropout = BackboneDropout(body_of(backbone)) if quiet else None
+        self._dropout = BackboneDropout(body_of(backbone), config.backbone_dropout or config.train_backbone)
         method = get_method(config.method)
         self._adopt(backbone)
         if fresh := not config.geometry:
@@ -83,7 +82,7 @@ class PTunePreTrainedModel(SavedAdapter):
         layers = getattr(self, "_no_split_modules", None) or ()
         self._no_split_modules = units_of(self, layers, word_embeddings(backbone))
         self.freeze_backbone()
-        self._set_dropout(backbone.training)
+        self._dropout.follow(backbone.training)
         self.__class__ = specialised(type(self), type(backbone))
 
     def init_weights(self) -> None:
@@ -145,7 +144,7 @@ class PTunePreTrainedModel(SavedAdapter):
         if before is None and self.prompt is not None:
             return  # unwrapped
         self._release()
-        self._set_dropout(self.backbone.training)
+        self._dropout.follow(self.backbone.training)
         self._loss_at_labels = self._watched_head()
         if before is None or self.prompt is None:
             return
@@ -243,16 +242,8 @@ class PTunePreTrainedModel(SavedAdapter):
     def train(self, mode: bool = True) -> "PTunePreTrainedModel":
         if self._injector is not None:
             self._injector.cached = None  # engines write parameters unseen by torch's count of changes
-        self._set_dropout(mode)
+        self._dropout.follow(mode)
         return super().train(mode)
-
-    def _set_dropout(self, training: bool) -> None:
-        if self._dropout is None:
-            return
-        if training:
-            self._dropout.take()
-        else:
-            self._dropout.give_back()
 
     # the backbone answers ----------------------------------------------------------------------------------
 
@@ -309,7 +300,7 @@ class PTunePreTrainedModel(SavedAdapter):
 
     def _release(self) -> None:
         """Take every hook off the backbone, and give it its dropout back."""
-        self._set_dropout(False)
+        self._dropout.follow(False)
         if self._injector is not None:
             self._injector.detach()
             self._injector = None

@@ -26,11 +26,7 @@ HEADS = ("classifier_dropout", "summary_first_dropout", "seq_classif_dropout", "
 def noisy(family: str) -> PreTrainedModel:
     """A base all of whose dropouts have probability one half, but for the head's."""
     known = {n for n in HALF if hasattr(CONFIGS[family](), n)}
-    heads = {
-        n: 0.0
-        for n in ("classifier_dropout", "summary_first_dropout", "seq_classif_dropout", "cls_dropout", "pooler_dropout")
-    }
-    return build(family, **{n: HALF[n] for n in known}, **heads)
+    return build(family, **{n: HALF[n] for n in known}, **dict.fromkeys(HEADS, 0.0))
 
 
 def passes(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

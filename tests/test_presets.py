@@ -151,9 +151,8 @@ def test_papers_read_the_first_token(name: str) -> None:
 
 def test_runs_of_few_epochs_start_without_the_base_s_dropout() -> None:
     def chosen(**content: Any) -> Any:
-        return train.make_config(
-            make_recipe(SILENT | {"base": "b", "method": "p_tuning_v2"} | content)
-        ).backbone_dropout
+        recipe = make_recipe(SILENT | {"base": "b", "method": "p_tuning_v2"} | content)
+        return train.make_config(recipe).backbone_dropout
 
     assert chosen() is False, "three epochs, as transformers has it"
     assert chosen(training={"num_train_epochs": 5}) is False

@@ -63,7 +63,8 @@ def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
         BackboneError: it cannot run on plain tokens.
     """
     body = body_of(backbone)
-    with _quiet(backbone), _sparse_as_it_was(body), torch.no_grad():
+    frozen_rng = torch.random.fork_rng(devices=[])
+    with evaluating(backbone), frozen_rng, _sparse_as_it_was(body), torch.no_grad():
         seen, first = _watch(body)
         second = _states(body, changed=True)
     found: list[dict[str, Any]] = [
@@ -108,16 +109,6 @@ def _embed(backbone: PreTrainedModel, embeddings: nn.Module) -> Tensor:
 
 def _device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
-
-
-@contextmanager
-def _quiet(backbone: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in backbone.modules()}
-    backbone.eval()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    for module, training in modes.items():
-        module.training = training
 
 
 def _tokens(body: PreTrainedModel, count: int, changed: bool) -> Tensor:

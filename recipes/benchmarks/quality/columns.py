@@ -130,7 +130,7 @@ def build(column: Column, setting: Setting, task: Task, labels: list[str], token
     if column.library == "head":
         return FeatureHead(model, task, len(labels), column.method)
     if column.library != "hf_ptune" and setting.get("backbone_dropout") is False:
-        BackboneDropout(model.base_model).take()
+        BackboneDropout(model.base_model).follow(training=True)
     if column.library == "full":
         return model.requires_grad_(True)
     if column.library == "peft":
