@@ -16,7 +16,7 @@ from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import EncoderSpec, PromptEncoder, SiteShape, direct_prompt
 from hf_ptune.templates import Template
 
-INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO", "ADAPTER")
+INITS = ("AUTO", "RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO", "ADAPTER")
 # what the tensors of an adapter follow from; kept beside them too
 STRUCTURE = (
     "method",
@@ -81,7 +81,9 @@ class PTuneConfig(PreTrainedConfig):
         prompt_tuning_init: "RANDOM" (with the deviation of the backbone's own embeddings, or mean and deviation of
             each channel of its own keys and values; with deviation 1 where an encoder normalises its embeddings),
             "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO" or "ADAPTER" (where another adapter of the same base ended;
-            Vu et al. 2022, SPoT). A prefix takes the backbone's keys and values of the named tokens.
+            Vu et al. 2022, SPoT). A prefix takes the backbone's keys and values of the named tokens. "AUTO": sampled
+            words in decoders, where what is drawn at random, many layers deep, drowns the text; at random elsewhere,
+            and behind a reparameterisation. `get_ptune_model` makes it one of the others.
         prompt_tuning_init_text: the text of "TEXT".
         prompt_tuning_init_adapter: folder or Hub id of "ADAPTER"; read once, when the base is wrapped.
         prompt_tuning_init_head: whether "ADAPTER" brings its head and other modules too; the labels must be the same.
@@ -122,7 +124,7 @@ class PTuneConfig(PreTrainedConfig):
 
     method: str = "p_tuning_v2"
     num_virtual_tokens: int = 20
-    prompt_tuning_init: str = "RANDOM"
+    prompt_tuning_init: str = "AUTO"
     prompt_tuning_init_text: str | None = None
     prompt_tuning_init_adapter: str | None = None
     prompt_tuning_init_head: bool = False
@@ -240,6 +242,11 @@ class PTuneConfig(PreTrainedConfig):
     def places_tokens(self) -> bool:
         """Whether virtual tokens stand where the template has them."""
         return self.template is not None and Template.parse(self.template).num_virtual_tokens > 0
+
+    @property
+    def causal(self) -> bool:
+        """Whether the base, once it has been wrapped, is a decoder: its tokens attend to none behind them."""
+        return bool(self.geometry.get("causal")) and not self.is_encoder_decoder
 
     def _mirror_base(self) -> None:
         # the base's own object, made anew from its dictionary: sharing a live one unsets its attention

@@ -33,7 +33,7 @@ from hf_ptune.loss_at_labels import LossAtLabels
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
-from hf_ptune.placement import choose_head_states, choose_pooling, choose_sites, shifts_positions
+from hf_ptune.placement import choose_head_states, choose_pooling, choose_sites, choose_start, shifts_positions
 from hf_ptune.saving import SavedAdapter
 from hf_ptune.sharding import units_of, whole, write
 
@@ -73,6 +73,7 @@ class PTunePreTrainedModel(SavedAdapter):
         self._adopt(backbone)
         if fresh := not config.geometry:
             config.geometry = find_geometry(backbone)
+        config.prompt_tuning_init = choose_start(config)
         config.pooling = choose_pooling(config, backbone, self.task)
         config.head_states = choose_head_states(config, backbone, self.task, fresh)
         if method.kind is not None:

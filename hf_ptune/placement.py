@@ -110,6 +110,20 @@ def check_base(backbone: PreTrainedModel, config: PTuneConfig) -> None:
         raise BackboneError(f"the backbone has another shape than the adapter's base: {listed}.")
 
 
+def choose_start(config: PTuneConfig) -> str:
+    """Where a new prompt starts.
+
+    Args:
+        config: with its geometry.
+
+    Returns:
+        What it asks for; for "AUTO" the backbone's own words where it is a decoder, else a random start.
+    """
+    if config.prompt_tuning_init != "AUTO":
+        return config.prompt_tuning_init
+    return "SAMPLE_VOCAB" if config.causal and not get_method(config.method).reparameterised else "RANDOM"
+
+
 def choose_pooling(config: PTuneConfig, backbone: PreTrainedModel, task: str) -> str:
     """What the head of an encoder reads: "mean" of the own tokens, or "cls", what it reads by itself.
 

@@ -148,9 +148,14 @@ class Recipe:
         """The task, with its options."""
         return get_task(self.task)(max_length=self.data.max_length, **self.task_options)
 
-    def defaults(self, pairs: bool = False) -> Defaults:
-        """What its method starts with, for its task, where it is silent; for rows of two texts, if they are `pairs`."""
-        return defaults_of(self.method, self.build_task().model_task, pairs, self.epochs)
+    def defaults(self, pairs: bool = False, causal: bool = False) -> Defaults:
+        """What its method starts with, for its task, where it is silent.
+
+        Args:
+            pairs: whether its rows have two texts.
+            causal: whether its base is a decoder.
+        """
+        return defaults_of(self.method, self.build_task().model_task, pairs, self.epochs, causal)
 
     @property
     def epochs(self) -> float | None:

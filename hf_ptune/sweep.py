@@ -176,7 +176,8 @@ def sweep(
         RecipeError: the folder holds another sweep, or a value of the grid is out of range.
     """
     task, rows = recipe.build_task(), _choose_rows(recipe, load_rows(recipe))
-    grid = _grid(recipe, rates, lengths, seeds, has_pairs(task, rows))
+    rates = list(rates) or _usual_rates(recipe, rows)
+    grid = _grid(recipe, rates, lengths, seeds)
     fingerprint = _fingerprint(recipe, rows)
     known = _read(folder, fingerprint)
     done: list[Trial] = []
@@ -205,13 +206,21 @@ def sweep(
     return found
 
 
+def _usual_rates(recipe: Recipe, rows: Rows) -> list[float]:
+    usual = recipe.training.get("learning_rate")
+    if usual is None:
+        tokenizer = load_tokenizer(recipe.base, recipe.base_options.get("revision"))
+        causal = wrap_base(recipe, rows, tokenizer).config.causal
+        own = recipe.defaults(has_pairs(recipe.build_task(), rows), causal)
+        usual = own.training.get("learning_rate", 1e-2)
+    return [float(f"{usual * factor:.1g}") for factor in (0.1, 0.3, 1, 3)]
+
+
 def _grid(
-    recipe: Recipe, rates: Sequence[float], lengths: Sequence[int], seeds: Sequence[int], pairs: bool = False
+    recipe: Recipe, rates: Sequence[float], lengths: Sequence[int], seeds: Sequence[int]
 ) -> list[tuple[float, int | None, int]]:
-    own = recipe.defaults(pairs)
-    usual = recipe.training.get("learning_rate", own.training.get("learning_rate", 1e-2))
-    rates = list(rates) or [float(f"{usual * factor:.1g}") for factor in (0.1, 0.3, 1, 3)]
-    tokens: list[int | None] = list(lengths) or [(own.options | recipe.options).get("num_virtual_tokens", 20)]
+    options = recipe.defaults().options | recipe.options
+    tokens: list[int | None] = list(lengths) or [options.get("num_virtual_tokens", 20)]
     template = recipe.build_task().config_options().get("template")
     if template and (placed := Template.parse(template).num_virtual_tokens):
         if set(lengths) - {placed}:

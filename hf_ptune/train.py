@@ -90,10 +90,12 @@ def run(recipe: Recipe) -> Outcome:
     arguments = make_arguments(recipe)  # what is wrong there is told before data are read
     set_seed(recipe.seed)
     task, rows = recipe.build_task(), load_rows(recipe)
-    if has_pairs(task, rows):
-        arguments = make_arguments(recipe, pairs=True)
+    if pairs := has_pairs(task, rows):
+        arguments = make_arguments(recipe, pairs)
     tokenizer = load_tokenizer(recipe.base, recipe.base_options.get("revision"))
     model = wrap_base(recipe, rows, tokenizer)
+    if recipe.defaults(pairs, model.config.causal) != recipe.defaults(pairs):
+        arguments = make_arguments(recipe, pairs, model.config.causal)
     trainer = make_trainer(recipe, arguments, model, tokenizer, rows)
     test_features = task.encode(rows.test, tokenizer, rows.labels, held_out=True) if rows.test else []
     if test_features:
@@ -176,18 +178,19 @@ def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedToke
     return given if example is None else given | {"example": example}
 
 
-def make_arguments(recipe: Recipe, pairs: bool = False) -> TrainingArguments:
+def make_arguments(recipe: Recipe, pairs: bool = False, causal: bool = False) -> TrainingArguments:
     """Turn a recipe's training section into TrainingArguments; its method's defaults fill what it leaves out.
 
     Args:
         recipe: names method, task and what is set.
         pairs: whether its rows have two texts.
+        causal: whether its base is a decoder.
 
     Raises:
         RecipeError: values that transformers refuses, or that leave nothing to train or to measure.
     """
     settings: dict[str, Any] = {"dataloader_pin_memory": torch.accelerator.is_available()}
-    settings |= recipe.defaults(pairs).training | recipe.training
+    settings |= recipe.defaults(pairs, causal).training | recipe.training
     if settings.get("max_steps") == 0 or (settings.get("max_steps", -1) < 0 and settings.get("num_train_epochs") == 0):
         raise RecipeError("training.max_steps or num_train_epochs is 0; expected a step at least (max_steps: 1).")
     for name in ("batch_eval_metrics", "prediction_loss_only"):
@@ -257,7 +260,7 @@ def make_trainer(
         callbacks=[
             FreezeBackboneCallback(),
             GuardCallback(None if scorer is None else scorer.loss),
-            LearningCallback(recipe.defaults(has_pairs(task, rows)).training.get("learning_rate")),
+            LearningCallback(recipe.defaults(has_pairs(task, rows), model.config.causal).training.get("learning_rate")),
             MemoryCallback(),
             ModelCardCallback(**card_facts(recipe, rows, task, tokenizer)),
             *stopping(recipe),

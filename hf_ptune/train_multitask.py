@@ -235,12 +235,14 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
         PTuneError: data, base, method or a task's first batch do not fit.
         HubError: an adapter could not be pushed; all of them have been written.
     """
-    arguments = make_arguments(recipe.shared)
-    # the Trainer would push them as one repository, which no Auto class reads by its name
-    push, arguments.push_to_hub = arguments.push_to_hub, False
+    arguments = make_arguments(recipe.shared)  # what is wrong there is told before data are read
     set_seed(recipe.shared.seed)
     tokenizer = load_tokenizer(recipe.shared.base, recipe.shared.base_options.get("revision"))
     model, parts = build(recipe, tokenizer)
+    if recipe.shared.defaults(causal=model.config.causal) != recipe.shared.defaults():
+        arguments = make_arguments(recipe.shared, causal=model.config.causal)
+    # the Trainer would push them as one repository, which no Auto class reads by its name
+    push, arguments.push_to_hub = arguments.push_to_hub, False
     watched_by = [LearningCallback(), MemoryCallback(), *stopping(recipe.shared)]
     rates = make_optimizer(arguments, model, *recipe.shared.rates())
     trainer = MultiTaskTrainer(

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,6 +187,32 @@ def test_starts(start: str, method: str, wrap: Wrap) -> None:
     assert torch.isfinite(logits(model, **batch("llama"))).all()
 
 
+@pytest.mark.parametrize(
+    ("family", "method", "expected"),
+    [
+        ("llama", "p_tuning_v2", "SAMPLE_VOCAB"),
+        ("llama", "prompt_tuning", "SAMPLE_VOCAB"),
+        ("llama", "prefix_tuning", "RANDOM"),  # behind its network
+        ("llama", "p_tuning", "RANDOM"),
+        ("bert", "p_tuning_v2", "RANDOM"),
+        ("bert", "prompt_tuning", "RANDOM"),
+        ("t5", "p_tuning_v2", "RANDOM"),
+        ("bart", "prompt_tuning", "RANDOM"),
+    ],
+)
+def test_decoders_start_from_words(family: str, method: str, expected: str, wrap: Wrap, tmp_path: Path) -> None:
+    model = wrap(family, method, strong=False)
+    assert model.config.prompt_tuning_init == expected and model.config.causal is (family == "llama")
+    model.save_pretrained(tmp_path)
+    assert PTuneConfig.from_pretrained(tmp_path).prompt_tuning_init == expected
+    torch.manual_seed(2)
+    named = get_ptune_model(
+        model.unwrap(), PTuneConfig(method=method, num_virtual_tokens=4, prompt_tuning_init=expected)
+    )
+    same = zip(model.prompt.parameters(), named.prompt.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+
+
 def test_sampled_tokens_stand_for_text() -> None:
     """Low ids of BERT's vocabulary are [PAD], [CLS] and [unused0] to [unused993]."""
     tokenizer = tokenizer_of("wordpiece", further=" ".join(f"[unused{n}]" for n in range(9)))
@@ -199,7 +226,9 @@ def test_sampled_tokens_stand_for_text() -> None:
 
 
 def test_random_prompt_has_the_deviation_of_the_embeddings() -> None:
-    model = get_ptune_model(build("llama"), PTuneConfig(method="prompt_tuning", num_virtual_tokens=500))
+    model = get_ptune_model(
+        build("llama"), PTuneConfig(method="prompt_tuning", num_virtual_tokens=500, prompt_tuning_init="RANDOM")
+    )
     spread = model.get_input_embeddings().weight.std()
     assert abs(model.prompt.weight.std() / spread - 1) < 0.1
 
@@ -210,7 +239,9 @@ def test_random_prefixes_are_distributed_as_the_backbone_s_own_keys_and_values()
     large = backbone.model.layers[0].self_attn.k_proj.weight
     with torch.no_grad():
         large[3] *= 100
-    model = get_ptune_model(backbone, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=400))
+    model = get_ptune_model(
+        backbone, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=400, prompt_tuning_init="RANDOM")
+    )
     keys = model.prompt.weight[:, : large.shape[0]].detach()
     with torch.no_grad():
         hidden = backbone.model.layers[0].input_layernorm(backbone.get_input_embeddings().weight)

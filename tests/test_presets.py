@@ -118,6 +118,21 @@ def test_language_models_start_otherwise() -> None:
     assert defaults_of("prompt_tuning", "TOKEN_CLS") == defaults_of("prompt_tuning")
 
 
+def test_heads_over_decoders_start_otherwise(tmp_path: Path) -> None:
+    found = defaults_of("p_tuning_v2", "SEQ_CLS", causal=True)
+    assert found.training == defaults_of("p_tuning_v2").training | {"learning_rate": 2e-2}
+    assert defaults_of("p_tuning_v2", "TOKEN_CLS", causal=True).training == found.training
+    assert defaults_of("p_tuning_v2", "CAUSAL_LM", causal=True) == defaults_of("p_tuning_v2", "CAUSAL_LM")
+    assert defaults_of("p_tuning_v2", "SEQ_CLS", epochs=9, causal=True).options == found.options
+    assert defaults_of("bitfit", "SEQ_CLS", causal=True) == defaults_of("bitfit")
+    base = write_base(tmp_path / "base", "llama", "SEQ_CLS")
+    short = {"max_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
+    content = write_recipe(tmp_path, "SEQ_CLS", base, "p_tuning_v2", options={}, training=short)
+    outcome = train.run(make_recipe(content, folder=tmp_path))
+    assert PTuneConfig.from_pretrained(outcome.folder).prompt_tuning_init == "SAMPLE_VOCAB"
+    assert "| `learning_rate` | 0.02 |" in (outcome.folder / "README.md").read_text()
+
+
 def test_rows_of_two_texts_start_otherwise() -> None:
     one, two = defaults_of("p_tuning_v2", "SEQ_CLS"), defaults_of("p_tuning_v2", "SEQ_CLS", pairs=True)
     assert two.options == one.options | {"head_states": "auto_pairs"} and "BoolQ" in two.source

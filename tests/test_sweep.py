@@ -154,6 +154,9 @@ def test_what_a_grid_may_hold(recipe: Recipe, tmp_path: Path, monkeypatch: pytes
     usual = defaults_of(recipe.method).training["learning_rate"]
     rates = sweep(silent, tmp_path / "silent").rates
     assert usual in rates and rates == pytest.approx([usual / 10, usual * 0.3, usual, usual * 3], rel=0.2)
+    decoder = write_base(tmp_path / "decoder", "llama", "SEQ_CLS")
+    heads = make_recipe_with(silent, base=str(decoder), method="p_tuning_v2")
+    assert sweep(heads, tmp_path / "heads").rates == [2e-3, 6e-3, 2e-2, 6e-2]
 
 
 def test_seed_is_not_seeds(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

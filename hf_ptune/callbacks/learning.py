@@ -172,7 +172,8 @@ class LearningCallback(TrainerCallback):
     def _usual(self, model: PTunePreTrainedModel) -> float | None:
         if self.usual is not None:
             return self.usual
-        return defaults_of(model.config.method, getattr(model, "task", None)).training.get("learning_rate")
+        found = defaults_of(model.config.method, getattr(model, "task", None), causal=model.config.causal)
+        return found.training.get("learning_rate")
 
     def _lower(self, model: PTunePreTrainedModel) -> str:
         usual = self._usual(model)

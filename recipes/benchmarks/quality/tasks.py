@@ -182,7 +182,7 @@ def _encode_question(row: Row, task: Task, tokenizer: Any) -> Row:
     if isinstance(context, list):
         first, last = row["answer_ranges"][0]
         lengths = [len(word) + 1 for word in context]
-        start, end = sum(lengths[:first]), sum(lengths[: last + 1]) - 1
+        start, end = sum(lengths[:first]), sum(lengths[:last]) - 1  # ranges leave their end out
         context = " ".join(context)
     else:
         start = answers["answer_start"][0]
