@@ -440,6 +440,7 @@ def list_presets() -> str:
         "": _DEFAULTS,
         ", and rows of two texts are classified": _OF_PAIRS,
         ", and tokens are tagged or spans found": _OF_TOKENS,
+        ", and a head reads a decoder": _OF_DECODERS,
         ", and language models write text": _OF_WRITERS,
     }
     for where, table in tables.items():

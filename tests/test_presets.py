@@ -150,6 +150,7 @@ def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in printed for name in (*preset_names(), *METHODS))
     assert "THUDM/P-tuning-v2, run_script" in printed
     assert "rows of two texts are classified" in printed and "head_states=auto_pairs" in printed
+    assert "a head reads a decoder" in printed and "prompt_tuning_init=AUTO" in printed
 
 
 def test_few_shot_presets_train_the_base_too() -> None:

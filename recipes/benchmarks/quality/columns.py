@@ -40,7 +40,7 @@ class Column:
         rates: learning rates to choose from, the same for columns of one kind.
         further: settings that are tried at the best rate, one after the other.
         defaults: settings that the rates are tried with.
-        others: learning rates where those of MiniLM on a short budget are no good, by base or budget.
+        others: learning rates where those of MiniLM on a short budget are no good, by budget or base.
     """
 
     title: str
@@ -53,12 +53,12 @@ class Column:
 
     def rates_for(self, task: Task) -> tuple[float, ...]:
         """Learning rates to choose from on a task."""
-        return self.others.get(task.base) or self.others.get(task.budget) or self.rates
+        return self.others.get(task.budget) or self.others.get(task.base) or self.rates
 
 
 # one grid of learning rates for every kind, whatever the library
 _PROMPT, _NETWORK, _PREFIX = (3e-2, 1e-1, 3e-1), (1e-3, 3e-3, 1e-2), (2e-2, 4e-2, 8e-2)
-_LONGER = {"smollm2": (3e-3, 1e-2, 3e-2), "long": (1e-2, *_PREFIX)}
+_LONGER = {"smollm2": (3e-3, 1e-2, 3e-2), "decoder": (1e-2, 2e-2, 4e-2), "long": (1e-2, *_PREFIX)}
 _PROMPT_ON_DECODERS = {"smollm2": (1e-2, 3e-2, 1e-1)}
 COLUMNS: dict[str, Column] = {
     "head_cls": Column("head on [CLS]", "head", "cls", (3e-3, 1e-2, 3e-2, 1e-1)),
@@ -77,7 +77,7 @@ COLUMNS: dict[str, Column] = {
         "full",
         "full",
         (1e-4, 3e-4, 1e-3),
-        others={"smollm2": (2e-5, 5e-5, 1e-4), "long": (5e-5, 1e-4, 3e-4, 1e-3)},
+        others={"decoder": (5e-5, 1e-4, 2e-4), "long": (5e-5, 1e-4, 3e-4, 1e-3)},
     ),
 }
 
@@ -87,9 +87,13 @@ def has_pairs(task: Task) -> bool:
     return task.kind == "SEQ_CLS" and len(task.fields) > 2
 
 
+def _defaults_of(column: Column, task: Task) -> Any:
+    return defaults_of(column.method, task.kind, has_pairs(task), task.epochs, task.base == "smollm2")
+
+
 def untouched(column: Column, task: Task) -> Setting:
     """The setting that one of ours has where nobody names any."""
-    found = defaults_of(column.method, task.kind, has_pairs(task), task.epochs)
+    found = _defaults_of(column, task)
     head = {} if found.head_learning_rate is None else {"head_lr": found.head_learning_rate}
     return {"length": found.options["num_virtual_tokens"], "lr": found.training["learning_rate"]} | head
 
@@ -128,7 +132,7 @@ def build(column: Column, setting: Setting, task: Task, labels: list[str], token
     """The model of a column under a setting, of which what requires a gradient is trained."""
     model = base_of(task, labels)
     if column.library == "head":
-        return FeatureHead(model, task, len(labels), column.method)
+        return FeatureHead(model, task, len(labels), column.method).to(DEVICE)
     if column.library != "hf_ptune" and setting.get("backbone_dropout") is False:
         BackboneDropout(model.base_model).follow(training=True)
     if column.library == "full":
@@ -138,7 +142,7 @@ def build(column: Column, setting: Setting, task: Task, labels: list[str], token
     names = {"length": "num_virtual_tokens", "init": "prompt_tuning_init", "text": "prompt_tuning_init_text"}
     known = {f.name for f in fields(PTuneConfig)}
     options = {names.get(k, k): v for k, v in setting.items() if names.get(k, k) in known}
-    options = defaults_of(column.method, task.kind, has_pairs(task), task.epochs).options | options
+    options = _defaults_of(column, task).options | options
     return get_ptune_model(model, PTuneConfig(method=column.method, **options), tokenizer)
 
 

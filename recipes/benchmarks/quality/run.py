@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=os.environ.get("PTUNE_DATA", str(HERE.parents[3] / "shared" / "data")))
     parser.add_argument("--tasks", default="", help="comma-separated; all of the budget when unset, as in tasks.py")
-    parser.add_argument("--budget", choices=("short", "long"), default="short")
+    parser.add_argument("--budget", choices=("short", "long", "decoder"), default="short")
     parser.add_argument("--columns", default="", help="comma-separated; those that fit the task when unset")
     parser.add_argument("--only", default="", help="part of a run's key")
     parser.add_argument("--missing", action="store_true", help="run only what has no record yet")
@@ -226,7 +226,7 @@ def fitting(name: str) -> list[str]:
     if TASKS[name].kind == "CAUSAL_LM":
         return ["peft_prompt_tuning", "prompt_tuning", "peft_prefix", "prefix_tuning", "p_tuning_v2", "lora"]
     if TASKS[name].base == "smollm2":
-        return ["peft_prompt_tuning", "prompt_tuning", "peft_prefix", "p_tuning_v2", "lora", "full"]
+        return ["head_mean", "peft_prompt_tuning", "prompt_tuning", "peft_prefix", "p_tuning_v2", "lora", "full"]
     heads = [] if TASKS[name].kind == "SEQ_CLS" else ["head_mean"]
     return [c for c in COLUMNS if c not in ("lora", *heads)]
 
