@@ -7,6 +7,7 @@ from hf_ptune.auto import register
 
 if TYPE_CHECKING:
     from hf_ptune.callbacks import (
+        DecayCallback,
         FreezeBackboneCallback,
         GuardCallback,
         LearningCallback,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "DecayCallback",
     "FreezeBackboneCallback",
     "GuardCallback",
     "LearningCallback",

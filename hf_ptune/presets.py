@@ -38,6 +38,7 @@ class Preset:
         source: the file or paper it was read in.
         max_length: tokens that a row is cut to; `None` where the source does not say.
         backbone_learning_rate: of a base that is trained too.
+        learning_rate_decay: factor by which the rate falls with every epoch.
         note: what of the source cannot be said here.
     """
 
@@ -49,6 +50,7 @@ class Preset:
     source: str
     max_length: int | None = None
     backbone_learning_rate: float | None = None
+    learning_rate_decay: float | None = None
     note: str = ""
 
     def line(self) -> str:
@@ -58,8 +60,10 @@ class Preset:
         unit = "steps" if "max_steps" in training else "epochs"
         batch = training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1)
         base = self.backbone_learning_rate
+        decay = self.learning_rate_decay
         trained = "" if base is None else f"the base is trained too, at {base:g}"
-        notes = "; ".join(filter(None, (trained, self.note)))
+        falls = "" if decay is None else f"times {decay:g} after every epoch"
+        notes = "; ".join(filter(None, (trained, falls, self.note)))
         note = f" ({notes})" if notes else ""
         return (
             f"{self.name:42} learning rate {training['learning_rate']:<7g} tokens "
@@ -182,9 +186,9 @@ _DEFAULTS_OF_TASKS = {
 _UNKNOWN_METHOD = Defaults({}, {}, "a method of somebody else's: transformers' own defaults")
 
 _P_TUNING_V2 = "THUDM/P-tuning-v2, run_script"
-_DECAY = "the source multiplies the rate by 0.95 an epoch; linear here"
 _MODELS = {"bert-large": "bert-large-cased"}  # others have the Hub's own name
 _AS_PUBLISHED = {"pooling": "cls", "head_states": "last", "backbone_dropout": True}
+_TAGS = ("conll03", "conll04", "ontonotes", "conll05", "conll12", "squad", "squad_v2")  # and answers
 # task, model -> learning rate, tokens, batch, epochs, dropout, max_length, note
 _P_TUNING_V2_RUNS: dict[tuple[str, str], tuple[float, int, int, int, float, int, str]] = {
     ("boolq", "bert-large"): (5e-3, 40, 32, 100, 0.1, 128, ""),
@@ -197,15 +201,15 @@ _P_TUNING_V2_RUNS: dict[tuple[str, str], tuple[float, int, int, int, float, int,
     ("wic", "roberta-large"): (1e-2, 8, 32, 50, 0.1, 128, ""),
     ("wsc", "bert-large"): (5e-3, 20, 16, 80, 0.1, 128, ""),
     ("wsc", "roberta-large"): (1e-2, 8, 16, 10, 0.1, 128, ""),
-    ("conll03", "roberta-large"): (3e-2, 11, 16, 30, 0.1, 152, _DECAY),
-    ("conll04", "bert-large-uncased"): (2e-2, 128, 32, 40, 0.2, 128, _DECAY),
-    ("conll04", "roberta-large"): (6e-2, 144, 32, 80, 0.1, 128, _DECAY),
-    ("ontonotes", "bert-large-uncased"): (1e-2, 16, 16, 30, 0.1, 128, _DECAY),
-    ("ontonotes", "roberta-large"): (7e-3, 48, 16, 60, 0.1, 128, _DECAY),
-    ("conll05", "roberta-large"): (6e-3, 224, 16, 15, 0.1, 128, _DECAY),
-    ("conll12", "roberta-large"): (5e-3, 64, 32, 45, 0.1, 128, _DECAY),
-    ("squad", "roberta-large"): (5e-3, 16, 8, 30, 0.2, 384, f"stride 128; {_DECAY}"),
-    ("squad_v2", "roberta-large"): (5e-3, 8, 8, 10, 0.2, 384, f"stride 128; {_DECAY}"),
+    ("conll03", "roberta-large"): (3e-2, 11, 16, 30, 0.1, 152, ""),
+    ("conll04", "bert-large-uncased"): (2e-2, 128, 32, 40, 0.2, 128, ""),
+    ("conll04", "roberta-large"): (6e-2, 144, 32, 80, 0.1, 128, ""),
+    ("ontonotes", "bert-large-uncased"): (1e-2, 16, 16, 30, 0.1, 128, ""),
+    ("ontonotes", "roberta-large"): (7e-3, 48, 16, 60, 0.1, 128, ""),
+    ("conll05", "roberta-large"): (6e-3, 224, 16, 15, 0.1, 128, ""),
+    ("conll12", "roberta-large"): (5e-3, 64, 32, 45, 0.1, 128, ""),
+    ("squad", "roberta-large"): (5e-3, 16, 8, 30, 0.2, 384, "stride 128"),
+    ("squad_v2", "roberta-large"): (5e-3, 8, 8, 10, 0.2, 384, "stride 128"),
 }
 # task, model -> base, learning rate, tokens, batch, accumulation, epochs, width of the MLP
 _PREFIX_RUNS: dict[tuple[str, str], tuple[str, float, int, int, int, int, int]] = {
@@ -237,15 +241,17 @@ def _p_tuning_v2() -> list[Preset]:
             "prefix_dropout": dropout,
         } | _AS_PUBLISHED
         training = {"learning_rate": rate, "per_device_train_batch_size": batch, "num_train_epochs": float(epochs)}
+        falls = task in _TAGS
         presets.append(
             Preset(
                 f"p_tuning_v2/{task}/{model}",
                 "prefix_tuning" if behind_mlp else "p_tuning_v2",
                 _MODELS.get(model, model),
                 options | ({"encoder_hidden_size": 512} if behind_mlp else {}),
-                training | _ADAMW,
+                training | _ADAMW | ({"lr_scheduler_type": "constant"} if falls else {}),
                 _P_TUNING_V2,
                 length,
+                learning_rate_decay=0.95 if falls else None,
                 note=note,
             )
         )
@@ -301,6 +307,7 @@ def _p_tuning() -> list[Preset]:
     probing = {
         "learning_rate": 1e-5,
         "weight_decay": 5e-4,
+        "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 8,
         "num_train_epochs": 100.0,
     }
@@ -312,7 +319,8 @@ def _p_tuning() -> list[Preset]:
             lstm | {"num_virtual_tokens": 9},
             _ADAMW | probing,
             "THUDM/P-tuning, LAMA/cli.py",
-            note="template (3, 3, 3); stops after 20 epochs without gain; the rate falls by 0.98 an epoch there",
+            learning_rate_decay=0.98,
+            note="template (3, 3, 3); stops after 20 epochs without gain",
         )
         for base in ("bert-base-cased", "bert-large-cased", "roberta-large")
     ]
@@ -430,6 +438,9 @@ def fill_from_preset(content: Mapping[str, Any], where: str = "recipe") -> dict[
     options = filled["options"]
     if found.backbone_learning_rate is not None and isinstance(options, Mapping) and options.get("train_backbone"):
         filled.setdefault("backbone_learning_rate", found.backbone_learning_rate)
+    own = content.get("training")
+    if found.learning_rate_decay is not None and not (isinstance(own, Mapping) and "lr_scheduler_type" in own):
+        filled.setdefault("learning_rate_decay", found.learning_rate_decay)
     return filled
 
 

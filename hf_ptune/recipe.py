@@ -121,6 +121,8 @@ class Recipe:
             Liu et al. 2021 take it.
         head_learning_rate: that of the task's head; the prompt's when unset, or the method's default where the recipe
             names no learning rate at all.
+        learning_rate_decay: factor by which all learning rates fall with every epoch, more than 0 and at most 1, on
+            top of `training.lr_scheduler_type`.
         early_stopping_patience: evaluations after which training ends, if none of them was better than the best
             before by `training.metric_for_best_model` ("loss" when unset); needs `training.eval_strategy`.
         seed: seed of the prompt, the head and the training.
@@ -139,6 +141,7 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     backbone_learning_rate: float | None = None
     head_learning_rate: float | None = None
+    learning_rate_decay: float | None = None
     early_stopping_patience: int | None = None
     seed: int = 0
     card: CardRecipe = field(default_factory=CardRecipe)
@@ -273,6 +276,10 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
         )
     if recipe.head_learning_rate is not None and recipe.head_learning_rate <= 0:
         raise RecipeError(f"{where}: head_learning_rate is {recipe.head_learning_rate}; expected more than 0.")
+    if recipe.learning_rate_decay is not None and not 0 < recipe.learning_rate_decay <= 1:
+        raise RecipeError(
+            f"{where}: learning_rate_decay is {recipe.learning_rate_decay}; expected more than 0 and at most 1."
+        )
     if recipe.early_stopping_patience is not None and recipe.early_stopping_patience < 1:
         raise RecipeError(f"{where}: early_stopping_patience is {recipe.early_stopping_patience}; expected 1 or more.")
     try:

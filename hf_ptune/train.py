@@ -33,6 +33,7 @@ from hf_ptune.backbone import (
 )
 from hf_ptune.callbacks import (
     BestMetricCallback,
+    DecayCallback,
     FreezeBackboneCallback,
     GuardCallback,
     LearningCallback,
@@ -263,15 +264,15 @@ def make_trainer(
             LearningCallback(recipe.defaults(has_pairs(task, rows), model.config.causal).training.get("learning_rate")),
             MemoryCallback(),
             ModelCardCallback(**card_facts(recipe, rows, task, tokenizer)),
-            *stopping(recipe),
+            *scheduling(recipe),
         ],
     )
 
 
-def stopping(recipe: Recipe) -> list[TrainerCallback]:
-    """What ends training early, where a recipe asks for it."""
-    patience = recipe.early_stopping_patience
-    return [] if patience is None else [EarlyStoppingCallback(patience)]
+def scheduling(recipe: Recipe) -> list[TrainerCallback]:
+    """What lets learning rates fall by epochs, or ends training early, where a recipe asks for it."""
+    asked = ((DecayCallback, recipe.learning_rate_decay), (EarlyStoppingCallback, recipe.early_stopping_patience))
+    return [callback(value) for callback, value in asked if value is not None]
 
 
 def check_features(

@@ -48,7 +48,7 @@ from hf_ptune.train import (
     leave,
     make_arguments,
     make_config,
-    stopping,
+    scheduling,
     train_on,
 )
 
@@ -243,7 +243,7 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
         arguments = make_arguments(recipe.shared, causal=model.config.causal)
     # the Trainer would push them as one repository, which no Auto class reads by its name
     push, arguments.push_to_hub = arguments.push_to_hub, False
-    watched_by = [LearningCallback(), MemoryCallback(), *stopping(recipe.shared)]
+    watched_by = [LearningCallback(), MemoryCallback(), *scheduling(recipe.shared)]
     rates = make_optimizer(arguments, model, *recipe.shared.rates())
     trainer = MultiTaskTrainer(
         model, arguments, parts, tokenizer, recipe.temperature, callbacks=watched_by, optimizer_cls_and_kwargs=rates

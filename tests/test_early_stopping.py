@@ -1,4 +1,4 @@
-"""A run that ends when held-out rows get no better."""
+"""Runs that end when held-out rows get no better, and rates that fall by epochs."""
 
 from pathlib import Path
 from typing import Any
@@ -46,3 +46,15 @@ def test_what_it_needs(content: dict[str, Any], tmp_path: Path) -> None:
     content["training"] |= {"eval_strategy": "no"}
     with pytest.raises(RecipeError, match="early_stopping_patience counts evaluations.*eval_strategy: epoch"):
         run(make_recipe(content, folder=tmp_path))
+
+
+def test_rates_fall_by_epochs(content: dict[str, Any], tmp_path: Path) -> None:
+    del content["early_stopping_patience"]
+    changes = {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": -1, "num_train_epochs": 2}
+    content["training"] |= changes | {"learning_rate": 0.1, "eval_strategy": "no", "logging_strategy": "epoch"}
+    content["learning_rate_decay"] = 0.5
+    history = RunFacts.load(run(make_recipe(content, folder=tmp_path)).folder).history
+    rates = [(entry["learning_rate"], entry["epoch"]) for entry in history if "learning_rate" in entry]
+    assert rates and all(rate == pytest.approx(0.1 if epoch <= 1 else 0.05) for rate, epoch in rates)
+    with pytest.raises(RecipeError, match="learning_rate_decay is 0.0; expected more than 0 and at most 1"):
+        make_recipe(content | {"learning_rate_decay": 0.0})

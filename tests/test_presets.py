@@ -28,6 +28,7 @@ def test_what_a_preset_says_is_understood(name: str, tmp_path: Path) -> None:
     assert found.source and name.count("/") == 2
     recipe = make_recipe(SILENT | {"preset": name})
     assert (recipe.method, recipe.base, recipe.training) == (found.method, found.base, found.training)
+    assert recipe.learning_rate_decay == found.learning_rate_decay
 
 
 # read in the authors' scripts by hand: learning rate, tokens, batch, epochs or steps, rows' length
@@ -61,6 +62,13 @@ def test_the_recipe_s_own_keys_win() -> None:
     published |= {"pooling": "cls", "head_states": "last"}
     assert recipe.options == {"num_virtual_tokens": 16} | published
     assert recipe.training["learning_rate"] == 1e-3 and recipe.training["num_train_epochs"] == 100
+    falls = {"preset": "p_tuning_v2/conll05/roberta-large"}
+    assert make_recipe(SILENT | falls).learning_rate_decay == 0.95
+    assert make_recipe(SILENT | falls).training["lr_scheduler_type"] == "constant"
+    assert make_recipe(SILENT | falls | {"learning_rate_decay": 0.9}).learning_rate_decay == 0.9
+    linear = make_recipe(SILENT | falls | {"training": {"lr_scheduler_type": "linear"}})
+    assert linear.learning_rate_decay is None and linear.training["lr_scheduler_type"] == "linear"
+    assert make_recipe(SILENT | {"preset": "p_tuning/lama/roberta-large"}).learning_rate_decay == 0.98
     epochs = {"preset": "prompt_tuning/superglue/t5-base", "training": {"num_train_epochs": 2}}
     assert "max_steps" not in make_recipe(SILENT | epochs).training
 

@@ -2,6 +2,7 @@
 
 import hf_ptune.engines  # noqa: F401  # the Trainer comes there
 from hf_ptune.callbacks.best import BestMetricCallback
+from hf_ptune.callbacks.decay import DecayCallback
 from hf_ptune.callbacks.freeze import FreezeBackboneCallback
 from hf_ptune.callbacks.guard import GuardCallback, check_batch
 from hf_ptune.callbacks.learning import LearningCallback
@@ -10,6 +11,7 @@ from hf_ptune.callbacks.model_card import ModelCardCallback
 
 __all__ = [
     "BestMetricCallback",
+    "DecayCallback",
     "FreezeBackboneCallback",
     "GuardCallback",
     "LearningCallback",

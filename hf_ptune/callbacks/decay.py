@@ -1,0 +1,53 @@
+"""Let learning rates fall by a factor with every epoch, which no schedule of transformers does."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+
+from hf_ptune.errors import RecipeError
+
+
+class DecayCallback(TrainerCallback):
+    """Multiply all learning rates by a factor after each epoch, on top of the Trainer's schedule and its warm-up.
+
+    With `lr_scheduler_type="constant"` and a factor of 0.95 it is the schedule of the scripts of P-Tuning v2 (Liu et
+    al. 2022) for tagging and question answering.
+
+    Args:
+        factor: more than 0, and at most 1.
+
+    Raises:
+        RecipeError: the factor is out of range.
+    """
+
+    def __init__(self, factor: float) -> None:
+        if not 0 < factor <= 1:
+            raise RecipeError(f"learning_rate_decay is {factor}; expected more than 0 and at most 1.")
+        self.factor = factor
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the schedule's place; a resumed run goes on where its steps are.
+
+        Raises:
+            RecipeError: the schedule follows measurements, or the rows do not say how many of them an epoch has.
+        """
+        schedule, rows = kwargs["lr_scheduler"], kwargs["train_dataloader"]
+        schedule = getattr(schedule, "scheduler", schedule)  # engines wrap it
+        if not isinstance(schedule, LambdaLR):
+            raise RecipeError(
+                f"learning_rate_decay cannot be joined with {type(schedule).__name__}; set training.lr_scheduler_type: "
+                "constant, or leave one of them out."
+            )
+        if not has_length(rows):
+            raise RecipeError("learning_rate_decay counts epochs, but the rows have no length.")
+        steps = math.ceil(len(rows) / args.gradient_accumulation_steps)
+        schedule.lr_lambdas = [self._falling(own, steps) for own in schedule.lr_lambdas]
+
+    def _falling(self, own: Callable[[int], float], steps: int) -> Callable[[int], float]:
+        return lambda step: own(step) * self.factor ** (step // steps)
