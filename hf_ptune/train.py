@@ -173,7 +173,8 @@ def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedToke
     given = {k: v for k, v in asdict(recipe.card).items() if v is not None}
     source = recipe.data.source
     given.setdefault("datasets", [source.removeprefix(HUB) if source.startswith(HUB) else Path(source).stem])
-    rates = zip(("backbone_learning_rate", "head_learning_rate"), recipe.rates(), strict=True)
+    own = (*recipe.rates(), recipe.learning_rate_decay)
+    rates = zip(("backbone_learning_rate", "head_learning_rate", "learning_rate_decay"), own, strict=True)
     given["hyperparameters"] = {name: rate for name, rate in rates if rate is not None}
     example = task.example(rows.held_out[0], tokenizer) if rows.held_out else None
     return given if example is None else given | {"example": example}

@@ -53,7 +53,9 @@ def test_rates_fall_by_epochs(content: dict[str, Any], tmp_path: Path) -> None:
     changes = {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": -1, "num_train_epochs": 2}
     content["training"] |= changes | {"learning_rate": 0.1, "eval_strategy": "no", "logging_strategy": "epoch"}
     content["learning_rate_decay"] = 0.5
-    history = RunFacts.load(run(make_recipe(content, folder=tmp_path)).folder).history
+    folder = run(make_recipe(content, folder=tmp_path)).folder
+    assert "| `learning_rate_decay` | 0.5 |" in (folder / "README.md").read_text()
+    history = RunFacts.load(folder).history
     rates = [(entry["learning_rate"], entry["epoch"]) for entry in history if "learning_rate" in entry]
     assert rates and all(rate == pytest.approx(0.1 if epoch <= 1 else 0.05) for rate, epoch in rates)
     with pytest.raises(RecipeError, match="learning_rate_decay is 0.0; expected more than 0 and at most 1"):

@@ -49,7 +49,8 @@ def test_same_loss_and_gradients(family: str, task: str | None, method: str, wra
     # transformers computes its losses in float32, whatever the logits are in
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-6)
     for ours, whole in zip(results[0][1], results[1][1], strict=True):
-        assert torch.allclose(ours, whole, rtol=1e-5, atol=1e-8)
+        # and what they give back too: its last digit, of gradients up to 1
+        assert torch.allclose(ours, whole, rtol=1e-5, atol=3e-7)
 
 
 @every_case
