@@ -91,12 +91,9 @@ def run(recipe: Recipe) -> Outcome:
     arguments = make_arguments(recipe)  # what is wrong there is told before data are read
     set_seed(recipe.seed)
     task, rows = recipe.build_task(), load_rows(recipe)
-    if pairs := has_pairs(task, rows):
-        arguments = make_arguments(recipe, pairs)
     tokenizer = load_tokenizer(recipe.base, recipe.base_options.get("revision"))
     model = wrap_base(recipe, rows, tokenizer)
-    if recipe.defaults(pairs, model.config.causal) != recipe.defaults(pairs):
-        arguments = make_arguments(recipe, pairs, model.config.causal)
+    settle_arguments(arguments, recipe, has_pairs(task, rows), model.config.causal)
     trainer = make_trainer(recipe, arguments, model, tokenizer, rows)
     test_features = task.encode(rows.test, tokenizer, rows.labels, held_out=True) if rows.test else []
     if test_features:
@@ -180,19 +177,17 @@ def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedToke
     return given if example is None else given | {"example": example}
 
 
-def make_arguments(recipe: Recipe, pairs: bool = False, causal: bool = False) -> TrainingArguments:
+def make_arguments(recipe: Recipe) -> TrainingArguments:
     """Turn a recipe's training section into TrainingArguments; its method's defaults fill what it leaves out.
 
     Args:
         recipe: names method, task and what is set.
-        pairs: whether its rows have two texts.
-        causal: whether its base is a decoder.
 
     Raises:
         RecipeError: values that transformers refuses, or that leave nothing to train or to measure.
     """
     settings: dict[str, Any] = {"dataloader_pin_memory": torch.accelerator.is_available()}
-    settings |= recipe.defaults(pairs, causal).training | recipe.training
+    settings |= recipe.defaults().training | recipe.training
     if settings.get("max_steps") == 0 or (settings.get("max_steps", -1) < 0 and settings.get("num_train_epochs") == 0):
         raise RecipeError("training.max_steps or num_train_epochs is 0; expected a step at least (max_steps: 1).")
     for name in ("batch_eval_metrics", "prediction_loss_only"):
@@ -210,6 +205,23 @@ def make_arguments(recipe: Recipe, pairs: bool = False, causal: bool = False) ->
         return TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **settings)
     except (ValueError, ImportError) as error:
         raise RecipeError(f"training: {error}") from error
+
+
+def settle_arguments(arguments: TrainingArguments, recipe: Recipe, pairs: bool, causal: bool) -> None:
+    """Set, before a Trainer has them, what of the method's defaults depends on rows and base.
+
+    In place: made anew, they would set engines up once more.
+
+    Args:
+        arguments: what `make_arguments` made.
+        recipe: comes first in what it sets.
+        pairs: whether its rows have two texts.
+        causal: whether its base is a decoder.
+    """
+    usual, own = recipe.defaults().training, recipe.defaults(pairs, causal).training
+    for name, value in own.items():
+        if name not in recipe.training and value != usual[name]:
+            setattr(arguments, name, value)
 
 
 def train_on(trainer: Trainer) -> None:

@@ -49,6 +49,7 @@ from hf_ptune.train import (
     make_arguments,
     make_config,
     scheduling,
+    settle_arguments,
     train_on,
 )
 
@@ -239,8 +240,7 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
     set_seed(recipe.shared.seed)
     tokenizer = load_tokenizer(recipe.shared.base, recipe.shared.base_options.get("revision"))
     model, parts = build(recipe, tokenizer)
-    if recipe.shared.defaults(causal=model.config.causal) != recipe.shared.defaults():
-        arguments = make_arguments(recipe.shared, causal=model.config.causal)
+    settle_arguments(arguments, recipe.shared, pairs=False, causal=model.config.causal)
     # the Trainer would push them as one repository, which no Auto class reads by its name
     push, arguments.push_to_hub = arguments.push_to_hub, False
     watched_by = [LearningCallback(), MemoryCallback(), *scheduling(recipe.shared)]

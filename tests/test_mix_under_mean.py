@@ -27,7 +27,7 @@ from hf_ptune.injection import gives_layers
 from hf_ptune.interop import save_peft
 from hf_ptune.multitask import get_multitask_model
 from hf_ptune.recipe import make_recipe
-from hf_ptune.train import make_arguments, make_trainer, run, wrap_base
+from hf_ptune.train import make_arguments, make_trainer, run, settle_arguments, wrap_base
 
 BOTH = {"head_states": "mix", "pooling": "mean"}
 
@@ -362,9 +362,9 @@ def test_pairs_have_a_learning_rate_of_their_own(named: dict[str, float], expect
     content["training"] |= named
     recipe = make_recipe(content, folder=tmp_path)
     tokenizer, rows = load_tokenizer(recipe.base, None), load_rows(recipe)
-    trainer = make_trainer(
-        recipe, make_arguments(recipe, pairs=True), wrap_base(recipe, rows, tokenizer), tokenizer, rows
-    )
+    arguments = make_arguments(recipe)
+    settle_arguments(arguments, recipe, pairs=True, causal=False)
+    trainer = make_trainer(recipe, arguments, wrap_base(recipe, rows, tokenizer), tokenizer, rows)
     trainer.create_optimizer()
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {expected}
     watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, LearningCallback))

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hub import HubServer, client_environment
 from launch import found_by, launch
 from methods import CASES, PUSHED, SETTINGS
 from setup_engines import adapter, save_bases, trainer
 from test_engines import ENGINES, NAMES, WRAPPERS, assert_near, needs_deepspeed
+from test_train import write_base, write_recipe
 
 HERE = Path(__file__).parent
 
@@ -84,3 +86,16 @@ def test_a_recipe_on_two_processes(engine: str, tmp_path: Path) -> None:
     assert facts["hardware"]["engine"] == NAMES[engine] and set(facts["memory_by_rank"]) == {"0", "1"}
     accuracy = facts["metrics"][-1]["accuracy"] * 13
     assert accuracy == pytest.approx(round(accuracy))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_rows_and_base_tell_of_the_defaults(engine: str, tmp_path: Path) -> None:
+    """Rates that depend on the base are set when it has been loaded, beside engines that were set up before."""
+    content = write_recipe(tmp_path, "SEQ_CLS", write_base(tmp_path / "base", "llama", "SEQ_CLS"), options={})
+    rows = [json.loads(line) | {"text_pair": "c d"} for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    content["training"] = {"max_steps": 2, "report_to": "none", "save_strategy": "no", "ddp_backend": "gloo"}
+    content |= {"base": str(content["base"]), "output_dir": str(tmp_path / "out")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    launch(engine, [HERE / "train_on_cpu.py", tmp_path / "recipe.yaml"])
+    assert "| `learning_rate` | 0.02 |" in (tmp_path / "out" / "adapter" / "README.md").read_text()
