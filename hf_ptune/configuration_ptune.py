@@ -244,7 +244,7 @@ class PTuneConfig(PreTrainedConfig):
         return self.template is not None and Template.parse(self.template).num_virtual_tokens > 0
 
     @property
-    def causal(self) -> bool:
+    def over_decoder(self) -> bool:
         """Whether the base, once it has been wrapped, is a decoder: its tokens attend to none behind them."""
         return bool(self.geometry.get("causal")) and not self.is_encoder_decoder
 

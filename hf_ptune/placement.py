@@ -117,11 +117,15 @@ def choose_start(config: PTuneConfig) -> str:
         config: with its geometry.
 
     Returns:
-        What it asks for; for "AUTO" the backbone's own words where it is a decoder, else a random start.
+        What it asks for; for "AUTO" the backbone's own words where it is a decoder, else a random start. Words beyond
+        the positions that the backbone has would have no keys.
     """
-    if config.prompt_tuning_init != "AUTO":
+    method = get_method(config.method)
+    if config.prompt_tuning_init != "AUTO" or method.kind is None:
         return config.prompt_tuning_init
-    return "SAMPLE_VOCAB" if config.causal and not get_method(config.method).reparameterised else "RANDOM"
+    positions = getattr(config.base.get_text_config(), "max_position_embeddings", None)
+    fits = positions is None or config.num_virtual_tokens <= positions
+    return "SAMPLE_VOCAB" if config.over_decoder and fits and not method.reparameterised else "RANDOM"
 
 
 def choose_pooling(config: PTuneConfig, backbone: PreTrainedModel, task: str) -> str:

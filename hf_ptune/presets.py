@@ -444,8 +444,9 @@ def fill_from_preset(content: Mapping[str, Any], where: str = "recipe") -> dict[
     options = filled["options"]
     if found.backbone_learning_rate is not None and isinstance(options, Mapping) and options.get("train_backbone"):
         filled.setdefault("backbone_learning_rate", found.backbone_learning_rate)
-    own = content.get("training")
-    if found.learning_rate_decay is not None and not (isinstance(own, Mapping) and "lr_scheduler_type" in own):
+    training = filled["training"]
+    kept = isinstance(training, Mapping) and training.get("lr_scheduler_type") == found.training["lr_scheduler_type"]
+    if found.learning_rate_decay is not None and kept:
         filled.setdefault("learning_rate_decay", found.learning_rate_decay)
     return filled
 

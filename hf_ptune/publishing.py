@@ -151,9 +151,9 @@ def facts_of(model: Any, folder: str | os.PathLike[str] | None = None) -> RunFac
 def method_options(config: Any) -> dict[str, Any]:
     """The options of a method that differ from what they are unset."""
     unset = type(config)(method=config.method)
-    names = ["num_virtual_tokens"] if get_method(config.method).kind is not None else []
+    prompted = get_method(config.method).kind is not None
+    names = ["num_virtual_tokens", "prompt_tuning_init"] if prompted else []
     names += [
-        "prompt_tuning_init",
         "encoder_reparameterization_type",
         "encoder_hidden_size",
         "encoder_num_layers",

@@ -176,24 +176,25 @@ def sweep(
         RecipeError: the folder holds another sweep, or a value of the grid is out of range.
     """
     task, rows = recipe.build_task(), _choose_rows(recipe, load_rows(recipe))
-    rates = list(rates) or _usual_rates(recipe, rows)
-    grid = _grid(recipe, rates, lengths, seeds)
-    fingerprint = _fingerprint(recipe, rows)
-    known = _read(folder, fingerprint)
+    tokens, fingerprint = _lengths(recipe, lengths), _fingerprint(recipe, rows)
+    known, usual = _read(folder, fingerprint)
+    if not rates:
+        usual = usual or _usual_rates(recipe, rows)
+    grid = _grid(list(rates) or usual, tokens, seeds or [recipe.seed])
     done: list[Trial] = []
     with tqdm(total=len(grid), desc="sweep", unit="run") as bar:
         for place in grid:
             trial = known.get(place)
             if trial is None or (retry and trial.error):
                 # told beforehand, so that a run that kills the process is not run for ever
-                _write(folder, fingerprint, {**known, place: Trial(*place, error=_STARTED)})
+                _write(folder, fingerprint, {**known, place: Trial(*place, error=_STARTED)}, usual)
                 try:
                     trial = _run(recipe, rows, place)
                 except KeyboardInterrupt:
-                    _write(folder, fingerprint, known)
+                    _write(folder, fingerprint, known, usual)
                     raise
                 known[place] = trial
-                _write(folder, fingerprint, known)
+                _write(folder, fingerprint, known, usual)
             done.append(trial)
             bar.update()
             said = trial.metrics.get(task.metric)
@@ -207,18 +208,18 @@ def sweep(
 
 
 def _usual_rates(recipe: Recipe, rows: Rows) -> list[float]:
+    """Learning rates around the recipe's own, or around the method's for its base, which has to be loaded for that."""
     usual = recipe.training.get("learning_rate")
     if usual is None:
         tokenizer = load_tokenizer(recipe.base, recipe.base_options.get("revision"))
-        causal = wrap_base(recipe, rows, tokenizer).config.causal
+        causal = wrap_base(recipe, rows, tokenizer).config.over_decoder
+        gc.collect()  # before the first run loads it again
         own = recipe.defaults(has_pairs(recipe.build_task(), rows), causal)
         usual = own.training.get("learning_rate", 1e-2)
     return [float(f"{usual * factor:.1g}") for factor in (0.1, 0.3, 1, 3)]
 
 
-def _grid(
-    recipe: Recipe, rates: Sequence[float], lengths: Sequence[int], seeds: Sequence[int]
-) -> list[tuple[float, int | None, int]]:
+def _lengths(recipe: Recipe, lengths: Sequence[int]) -> list[int | None]:
     options = recipe.defaults().options | recipe.options
     tokens: list[int | None] = list(lengths) or [options.get("num_virtual_tokens", 20)]
     template = recipe.build_task().config_options().get("template")
@@ -227,15 +228,20 @@ def _grid(
             raise RecipeError(
                 f"the template places {placed} virtual tokens, so that there are no other lengths to try."
             )
-        tokens = [placed]
+        return [placed]
     if get_method(recipe.method).kind is None:
         if lengths:
             raise RecipeError(f"{recipe.method} has no virtual tokens, so that there are no lengths to try.")
-        tokens = [None]
+        return [None]
+    return tokens
+
+
+def _grid(
+    rates: Sequence[float], tokens: Sequence[int | None], seeds: Sequence[int]
+) -> list[tuple[float, int | None, int]]:
     if wrong := [r for r in rates if not (math.isfinite(r) and r > 0)] + [n for n in tokens if n is not None and n < 1]:
         raise RecipeError(f"the grid has {wrong[0]}; expected learning rates above 0 and lengths of at least 1.")
-    grid = product(dict.fromkeys(rates), dict.fromkeys(tokens), dict.fromkeys(seeds or [recipe.seed]))
-    return list(grid)
+    return list(product(dict.fromkeys(rates), dict.fromkeys(tokens), dict.fromkeys(seeds)))
 
 
 def _choose_rows(recipe: Recipe, rows: Rows) -> Rows:
@@ -283,19 +289,20 @@ def _train(recipe: Recipe, rows: Rows) -> tuple[dict[str, float], dict[str, str]
 
 def _fingerprint(recipe: Recipe, rows: Rows) -> str:
     """What all runs of one sweep share."""
-    content = asdict(recipe)
+    content = {k: v for k, v in asdict(recipe).items() if v is not None}
     for section, name in (("training", "learning_rate"), ("options", "num_virtual_tokens")):
         content[section].pop(name, None)
     for name in ("seed", "output_dir", "card", "folder"):
-        content.pop(name)
+        content.pop(name, None)
     content["rows"] = asdict(rows)  # whose files may have been changed since
     return digest_of(json.loads(json.dumps(content, default=str)))
 
 
-def _read(folder: Path, fingerprint: str) -> dict[tuple[float, int | None, int], Trial]:
+def _read(folder: Path, fingerprint: str) -> tuple[dict[tuple[float, int | None, int], Trial], list[float]]:
+    """Trials of an earlier call, and the usual rates that it found."""
     path = folder / RESULTS_NAME
     if not path.is_file():
-        return {}
+        return {}, []
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         trials = [Trial(**t) for t in content["trials"]]
@@ -306,11 +313,11 @@ def _read(folder: Path, fingerprint: str) -> dict[tuple[float, int | None, int],
         raise RecipeError(
             f"{path} holds a sweep of another recipe, or of other rows; name another folder, or remove the file."
         )
-    return {t.place: t for t in trials}
+    return {t.place: t for t in trials}, content.get("usual_rates", [])
 
 
-def _write(folder: Path, fingerprint: str, trials: dict[Any, Trial]) -> None:
-    content = {"recipe": fingerprint, "trials": [asdict(t) for t in trials.values()]}
+def _write(folder: Path, fingerprint: str, trials: dict[Any, Trial], usual: Sequence[float]) -> None:
+    content = {"recipe": fingerprint, "usual_rates": usual, "trials": [asdict(t) for t in trials.values()]}
     with staged(folder) as aside:
         (aside / RESULTS_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -63,6 +63,7 @@ from hf_ptune.wrapping import get_ptune_model
 logger = logging.get_logger(__name__)
 ADAPTER_FOLDER = "adapter"
 _QUESTIONS = 3
+_MEASURING = ("reduce_lr_on_plateau", "greedy")  # schedules
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def run(recipe: Recipe) -> Outcome:
     task, rows = recipe.build_task(), load_rows(recipe)
     tokenizer = load_tokenizer(recipe.base, recipe.base_options.get("revision"))
     model = wrap_base(recipe, rows, tokenizer)
-    settle_arguments(arguments, recipe, has_pairs(task, rows), model.config.causal)
+    arguments = settle_arguments(arguments, recipe, has_pairs(task, rows), model.config.over_decoder)
     trainer = make_trainer(recipe, arguments, model, tokenizer, rows)
     test_features = task.encode(rows.test, tokenizer, rows.labels, held_out=True) if rows.test else []
     if test_features:
@@ -177,22 +178,29 @@ def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedToke
     return given if example is None else given | {"example": example}
 
 
-def make_arguments(recipe: Recipe) -> TrainingArguments:
+def make_arguments(recipe: Recipe, pairs: bool = False, causal: bool = False) -> TrainingArguments:
     """Turn a recipe's training section into TrainingArguments; its method's defaults fill what it leaves out.
 
     Args:
         recipe: names method, task and what is set.
+        pairs: whether its rows have two texts.
+        causal: whether its base is a decoder.
 
     Raises:
         RecipeError: values that transformers refuses, or that leave nothing to train or to measure.
     """
     settings: dict[str, Any] = {"dataloader_pin_memory": torch.accelerator.is_available()}
-    settings |= recipe.defaults().training | recipe.training
+    settings |= recipe.defaults(pairs, causal).training | recipe.training
     if settings.get("max_steps") == 0 or (settings.get("max_steps", -1) < 0 and settings.get("num_train_epochs") == 0):
         raise RecipeError("training.max_steps or num_train_epochs is 0; expected a step at least (max_steps: 1).")
     for name in ("batch_eval_metrics", "prediction_loss_only"):
         if settings.get(name):
             raise RecipeError(f"training.{name} is true, but tasks measure all held-out rows at once; leave it out.")
+    if recipe.learning_rate_decay is not None and settings.get("lr_scheduler_type") in _MEASURING:
+        raise RecipeError(
+            f"training.lr_scheduler_type is {settings['lr_scheduler_type']}, which follows measurements, beside "
+            "learning_rate_decay; set it to constant, or leave one of them out."
+        )
     if recipe.early_stopping_patience is not None:
         if settings.get("eval_strategy", "no") == "no":
             raise RecipeError(
@@ -207,21 +215,19 @@ def make_arguments(recipe: Recipe) -> TrainingArguments:
         raise RecipeError(f"training: {error}") from error
 
 
-def settle_arguments(arguments: TrainingArguments, recipe: Recipe, pairs: bool, causal: bool) -> None:
-    """Set, before a Trainer has them, what of the method's defaults depends on rows and base.
-
-    In place: made anew, they would set engines up once more.
+def settle_arguments(arguments: TrainingArguments, recipe: Recipe, pairs: bool, causal: bool) -> TrainingArguments:
+    """What `make_arguments` makes when rows and base are known, on which some defaults of a method depend.
 
     Args:
-        arguments: what `make_arguments` made.
+        arguments: what it made before; taken as they are where nothing depends on that.
         recipe: comes first in what it sets.
         pairs: whether its rows have two texts.
         causal: whether its base is a decoder.
     """
-    usual, own = recipe.defaults().training, recipe.defaults(pairs, causal).training
-    for name, value in own.items():
-        if name not in recipe.training and value != usual[name]:
-            setattr(arguments, name, value)
+    if recipe.defaults(pairs, causal).training == recipe.defaults().training:
+        return arguments
+    # anew, and not in place: an engine's own file may have taken rates of them
+    return make_arguments(recipe, pairs, causal)
 
 
 def train_on(trainer: Trainer) -> None:
@@ -274,7 +280,9 @@ def make_trainer(
         callbacks=[
             FreezeBackboneCallback(),
             GuardCallback(None if scorer is None else scorer.loss),
-            LearningCallback(recipe.defaults(has_pairs(task, rows), model.config.causal).training.get("learning_rate")),
+            LearningCallback(
+                recipe.defaults(has_pairs(task, rows), model.config.over_decoder).training.get("learning_rate")
+            ),
             MemoryCallback(),
             ModelCardCallback(**card_facts(recipe, rows, task, tokenizer)),
             *scheduling(recipe),

@@ -240,10 +240,11 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
     set_seed(recipe.shared.seed)
     tokenizer = load_tokenizer(recipe.shared.base, recipe.shared.base_options.get("revision"))
     model, parts = build(recipe, tokenizer)
-    settle_arguments(arguments, recipe.shared, pairs=False, causal=model.config.causal)
+    arguments = settle_arguments(arguments, recipe.shared, pairs=False, causal=model.config.over_decoder)
     # the Trainer would push them as one repository, which no Auto class reads by its name
     push, arguments.push_to_hub = arguments.push_to_hub, False
-    watched_by = [LearningCallback(), MemoryCallback(), *scheduling(recipe.shared)]
+    usual = recipe.shared.defaults(causal=model.config.over_decoder).training.get("learning_rate")
+    watched_by = [LearningCallback(usual), MemoryCallback(), *scheduling(recipe.shared)]
     rates = make_optimizer(arguments, model, *recipe.shared.rates())
     trainer = MultiTaskTrainer(
         model, arguments, parts, tokenizer, recipe.temperature, callbacks=watched_by, optimizer_cls_and_kwargs=rates

@@ -26,7 +26,8 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
     Args:
         backbone: the whole task model; it is frozen, and changed only by hooks until `unwrap()`.
         config: method and options; a copy is kept.
-        tokenizer: reads the text of prompt_tuning_init "TEXT" and "CLASS_LABELS"; the base's own when unset. Where a
+        tokenizer: reads the text of prompt_tuning_init "TEXT" and "CLASS_LABELS"; the base's own when unset. Tells
+            "SAMPLE_VOCAB", the start in decoders, which tokens stand for no words; unset, they are drawn too. Where a
             template places virtual tokens, they are added to it, as special tokens.
 
     Returns:

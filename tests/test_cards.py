@@ -102,6 +102,7 @@ def test_every_method_has_a_card(method: str, wrap: Wrap, tmp_path: Path) -> Non
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "user/base" and card.data.to_dict()["base_model_relation"] == "adapter"
     assert f"{model.get_nb_trainable_parameters()[0]:,}" in card.text
+    assert ("prompt_tuning_init" in card.text) is (model.prompt is not None)
 
 
 class NoTokenizer:

@@ -202,7 +202,7 @@ def test_starts(start: str, method: str, wrap: Wrap) -> None:
 )
 def test_decoders_start_from_words(family: str, method: str, expected: str, wrap: Wrap, tmp_path: Path) -> None:
     model = wrap(family, method, strong=False)
-    assert model.config.prompt_tuning_init == expected and model.config.causal is (family == "llama")
+    assert model.config.prompt_tuning_init == expected and model.config.over_decoder is (family == "llama")
     model.save_pretrained(tmp_path)
     assert PTuneConfig.from_pretrained(tmp_path).prompt_tuning_init == expected
     torch.manual_seed(2)
@@ -211,6 +211,12 @@ def test_decoders_start_from_words(family: str, method: str, expected: str, wrap
     )
     same = zip(model.prompt.parameters(), named.prompt.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in same)
+
+
+def test_a_prompt_longer_than_a_decoder_s_positions_starts_at_random() -> None:
+    build_small = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=200, position_shift=False)
+    model = get_ptune_model(build("gpt2", n_positions=64), build_small)
+    assert model.config.prompt_tuning_init == "RANDOM"
 
 
 def test_sampled_tokens_stand_for_text() -> None:

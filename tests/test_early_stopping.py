@@ -58,5 +58,8 @@ def test_rates_fall_by_epochs(content: dict[str, Any], tmp_path: Path) -> None:
     history = RunFacts.load(folder).history
     rates = [(entry["learning_rate"], entry["epoch"]) for entry in history if "learning_rate" in entry]
     assert rates and all(rate == pytest.approx(0.1 if epoch <= 1 else 0.05) for rate, epoch in rates)
+    content["training"] |= {"lr_scheduler_type": "reduce_lr_on_plateau"}
+    with pytest.raises(RecipeError, match="reduce_lr_on_plateau, which follows measurements, beside"):
+        run(make_recipe(content, folder=tmp_path))
     with pytest.raises(RecipeError, match="learning_rate_decay is 0.0; expected more than 0 and at most 1"):
         make_recipe(content | {"learning_rate_decay": 0.0})

@@ -362,8 +362,7 @@ def test_pairs_have_a_learning_rate_of_their_own(named: dict[str, float], expect
     content["training"] |= named
     recipe = make_recipe(content, folder=tmp_path)
     tokenizer, rows = load_tokenizer(recipe.base, None), load_rows(recipe)
-    arguments = make_arguments(recipe)
-    settle_arguments(arguments, recipe, pairs=True, causal=False)
+    arguments = settle_arguments(make_arguments(recipe), recipe, pairs=True, causal=False)
     trainer = make_trainer(recipe, arguments, wrap_base(recipe, rows, tokenizer), tokenizer, rows)
     trainer.create_optimizer()
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {expected}

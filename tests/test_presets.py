@@ -9,6 +9,7 @@ from test_train import write_base, write_recipe
 from transformers import TrainingArguments
 
 from hf_ptune import PTuneConfig, train
+from hf_ptune.cards import RunFacts
 from hf_ptune.cli import main
 from hf_ptune.errors import RecipeError
 from hf_ptune.methods import get_method
@@ -68,6 +69,8 @@ def test_the_recipe_s_own_keys_win() -> None:
     assert make_recipe(SILENT | falls | {"learning_rate_decay": 0.9}).learning_rate_decay == 0.9
     linear = make_recipe(SILENT | falls | {"training": {"lr_scheduler_type": "linear"}})
     assert linear.learning_rate_decay is None and linear.training["lr_scheduler_type"] == "linear"
+    same = make_recipe(SILENT | falls | {"training": {"lr_scheduler_type": "constant"}})
+    assert same.learning_rate_decay == 0.95
     assert make_recipe(SILENT | {"preset": "p_tuning/lama/roberta-large"}).learning_rate_decay == 0.98
     epochs = {"preset": "prompt_tuning/superglue/t5-base", "training": {"num_train_epochs": 2}}
     assert "max_steps" not in make_recipe(SILENT | epochs).training
@@ -135,11 +138,13 @@ def test_heads_over_decoders_start_otherwise(tmp_path: Path) -> None:
     assert defaults_of("prompt_tuning", "SEQ_CLS", causal=True).training["learning_rate"] == 1e-2
     assert defaults_of("bitfit", "SEQ_CLS", causal=True) == defaults_of("bitfit")
     base = write_base(tmp_path / "base", "llama", "SEQ_CLS")
-    short = {"max_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
+    short = {"max_steps": 4, "report_to": "none", "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
     content = write_recipe(tmp_path, "SEQ_CLS", base, "p_tuning_v2", options={}, training=short)
     outcome = train.run(make_recipe(content, folder=tmp_path))
     assert PTuneConfig.from_pretrained(outcome.folder).prompt_tuning_init == "SAMPLE_VOCAB"
     assert "| `learning_rate` | 0.02 |" in (outcome.folder / "README.md").read_text()
+    rates = [e["learning_rate"] for e in RunFacts.load(outcome.folder).history if "learning_rate" in e]
+    assert rates[-2:] == pytest.approx([2e-2 * 2 / 3, 2e-2 / 3]), "what the optimizer had"
 
 
 def test_rows_of_two_texts_start_otherwise() -> None:

@@ -157,6 +157,8 @@ def test_what_a_grid_may_hold(recipe: Recipe, tmp_path: Path, monkeypatch: pytes
     decoder = write_base(tmp_path / "decoder", "llama", "SEQ_CLS")
     heads = make_recipe_with(silent, base=str(decoder), method="p_tuning_v2")
     assert sweep(heads, tmp_path / "heads").rates == [2e-3, 6e-3, 2e-2, 6e-2]
+    monkeypatch.setattr(module, "wrap_base", None)  # a finished sweep loads nothing
+    assert sweep(heads, tmp_path / "heads").rates == [2e-3, 6e-3, 2e-2, 6e-2]
 
 
 def test_seed_is_not_seeds(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,9 +210,9 @@ def test_a_template_has_its_own_length(tmp_path: Path) -> None:
     content = write_recipe(tmp_path, "SEQ_CLS", write_base(tmp_path / "base", "bert", "SEQ_CLS"))
     content |= {"task": "CLOZE_MASKED_LM", "task_options": options, "method": "prompt_tuning", "options": {}}
     recipe = make_recipe(content, folder=tmp_path)
-    assert module._grid(recipe, [1e-2], [], []) == module._grid(recipe, [1e-2], [3], []) == [(1e-2, 3, 0)]
+    assert module._lengths(recipe, []) == module._lengths(recipe, [3]) == [3]
     with pytest.raises(RecipeError, match="the template places 3 virtual tokens"):
-        module._grid(recipe, [1e-2], [3, 5], [])
+        module._lengths(recipe, [3, 5])
 
 
 def test_heads_keep_their_own_rate(recipe: Recipe) -> None:

@@ -88,6 +88,16 @@ def test_both_tasks_learn(content: dict[str, Any], tmp_path: Path, capsys: pytes
     assert set(found) == {"when", "letters"} and found["when"]["accuracy"] > 0.7 and found["letters"]["loss"] < 0.7
 
 
+def test_tasks_over_a_decoder_have_its_rate(content: dict[str, Any], tmp_path: Path) -> None:
+    content["base"] = write_base(tmp_path / "decoder", "llama", "SEQ_CLS")
+    del content["training"]["learning_rate"], content["training"]["num_train_epochs"]
+    content["training"] |= {"max_steps": 4, "logging_steps": 1, "lr_scheduler_type": "constant"}
+    run(make_multitask_recipe(content, folder=tmp_path))
+    facts = RunFacts.load(tmp_path / "out" / "adapter" / "when")
+    rates = [entry["learning_rate"] for entry in facts.history if "learning_rate" in entry]
+    assert rates and set(rates) == {2e-2} and facts.options["prompt_tuning_init"] == "SAMPLE_VOCAB"
+
+
 def test_test_rows_are_looked_at_before_training(content: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "long.jsonl").write_text(json.dumps(ROWS["SEQ_CLS"](0) | {"text": "a " * 99}))
     content["tasks"][0]["data"] |= {"test_source": "long.jsonl", "max_length": 1000}

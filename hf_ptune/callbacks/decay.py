@@ -50,4 +50,10 @@ class DecayCallback(TrainerCallback):
         schedule.lr_lambdas = [self._falling(own, steps) for own in schedule.lr_lambdas]
 
     def _falling(self, own: Callable[[int], float], steps: int) -> Callable[[int], float]:
-        return lambda step: own(step) * self.factor ** (step // steps)
+        own = getattr(own, "before_decay", own)  # a schedule of the user's own may be trained with twice
+
+        def falling(step: int) -> float:
+            return own(step) * self.factor ** (step // steps)
+
+        falling.before_decay = own  # type: ignore[attr-defined]
+        return falling

@@ -172,7 +172,7 @@ class LearningCallback(TrainerCallback):
     def _usual(self, model: PTunePreTrainedModel) -> float | None:
         if self.usual is not None:
             return self.usual
-        found = defaults_of(model.config.method, getattr(model, "task", None), causal=model.config.causal)
+        found = defaults_of(model.config.method, getattr(model, "task", None), causal=model.config.over_decoder)
         return found.training.get("learning_rate")
 
     def _lower(self, model: PTunePreTrainedModel) -> str:

@@ -51,6 +51,17 @@ def test_a_resumed_run_ends_where_a_whole_one_does(tmp_path: Path) -> None:
     assert torch.equal(again.model.prompt.weight, whole.model.prompt.weight)
 
 
+def test_a_schedule_of_one_s_own_falls_once(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    optimizer = torch.optim.SGD(first.model.prompt.parameters(), lr=0.08)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    callback = DecayCallback(0.5)
+    for _ in range(2):
+        loader = first.get_train_dataloader()
+        callback.on_train_begin(first.args, first.state, first.control, lr_scheduler=schedule, train_dataloader=loader)
+    assert schedule.lr_lambdas[0](2) == 0.5
+
+
 class Endless(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Any:
         rows = Rows(16, classes=3)

@@ -40,7 +40,7 @@ class Column:
         rates: learning rates to choose from, the same for columns of one kind.
         further: settings that are tried at the best rate, one after the other.
         defaults: settings that the rates are tried with.
-        others: learning rates where those of MiniLM on a short budget are no good, by budget or base.
+        others: learning rates where those of MiniLM on a short budget are no good, by base or budget.
     """
 
     title: str
@@ -53,7 +53,8 @@ class Column:
 
     def rates_for(self, task: Task) -> tuple[float, ...]:
         """Learning rates to choose from on a task."""
-        return self.others.get(task.budget) or self.others.get(task.base) or self.rates
+        names = ("decoder",) if task.budget == "decoder" else (task.base, task.budget)
+        return next((self.others[n] for n in names if n in self.others), self.rates)
 
 
 # one grid of learning rates for every kind, whatever the library
