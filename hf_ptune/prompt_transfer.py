@@ -120,12 +120,9 @@ def _start(prompt: PromptEncoder, source: PromptEncoder) -> None:
     }:
         prompt.load_state_dict(theirs)
         return
-    was_training = prompt.training
-    source.eval(), prompt.eval()  # without dropout inside the reparameterisation
+    source.eval()  # without dropout inside the reparameterisation
     with torch.no_grad():
-        network = prompt() - prompt.origin
-        prompt.start_from(source() - network)
-    prompt.train(was_training)
+        prompt.start_from(source())
 
 
 def _copy_head(model: Any, source: PTuneConfig, head: dict[str, Tensor], where: str) -> None:

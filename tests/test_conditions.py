@@ -266,7 +266,7 @@ def test_a_text_start_is_the_backbone_s_own_keys_and_values() -> None:
             return {"input_ids": [int(w) for w in text.split()]}
 
     ids = batch("llama")["input_ids"]
-    for method in ("p_tuning_v2", "prompt_tuning"):
+    for method in ("p_tuning_v2", "prompt_tuning", "prefix_tuning", "p_tuning"):
         config = PTuneConfig(
             method=method, num_virtual_tokens=3, prompt_tuning_init="TEXT", prompt_tuning_init_text="7 8 9"
         )

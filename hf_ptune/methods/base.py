@@ -88,11 +88,14 @@ class PromptEncoder(nn.Module, ABC):
         """The tensor that a start is written to: the prompt itself, or what is added to a network's output."""
 
     def start_from(self, encoded: torch.Tensor) -> None:
-        """Initialise so that `forward` starts at (or near, where a network stands between) `encoded`."""
-        origin = self.origin
+        """Initialise so that `forward` starts at `encoded`, whatever a network in between adds by then."""
+        origin, training = self.origin, self.training
         check_shape("the start of a prompt", encoded, origin.shape, "P N", "Give a start for every virtual token.")
+        self.eval()
         with torch.no_grad():
-            origin.copy_(encoded)
+            wanted = origin.copy_(encoded).clone()  # of the prompt's device and type
+            origin.sub_(self() - wanted)
+        self.train(training)
 
 
 class DirectPrompt(PromptEncoder):

@@ -63,7 +63,7 @@ def build(spec: EncoderSpec) -> PromptEncoder:
     """Build the prompt encoder of P-Tuning (Liu et al. 2021, section 3.2).
 
     The paper's encoder is the LSTM; the MLP is its released code's alternative. Where an initial prompt is
-    asked for, it is added to the network's output as a constant, so that training starts near it.
+    asked for, training starts from it: what the network lacks of it at first is added to its output, as a constant.
     """
     if spec.encoder_reparameterization_type == "LSTM":
         return PromptEncoderLSTM(spec)

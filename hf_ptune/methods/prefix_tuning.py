@@ -36,8 +36,8 @@ class PrefixMLP(PromptEncoder):
 def build(spec: EncoderSpec) -> PrefixMLP:
     """Build the reparameterised prefix of Prefix Tuning (Li & Liang 2021, section 4.3).
 
-    Where the prefix starts from a text's own keys and values, they are added to the MLP's output as a
-    constant; the paper initialises without the MLP in that case.
+    Where the prefix starts from a text's own keys and values, what the MLP lacks of them at first is added to its
+    output, as a constant; the paper initialises without the MLP in that case.
     """
     return PrefixMLP(spec)
 
