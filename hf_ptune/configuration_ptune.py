@@ -83,7 +83,7 @@ class PTuneConfig(PreTrainedConfig):
             "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO" or "ADAPTER" (where another adapter of the same base ended;
             Vu et al. 2022, SPoT). A prefix takes the backbone's keys and values of the named tokens. "AUTO": sampled
             words in decoders, where what is drawn at random, many layers deep, drowns the text; at random elsewhere,
-            and behind a reparameterisation. `get_ptune_model` makes it one of the others.
+            and behind the networks of P-Tuning. `get_ptune_model` makes it one of the others.
         prompt_tuning_init_text: the text of "TEXT".
         prompt_tuning_init_adapter: folder or Hub id of "ADAPTER"; read once, when the base is wrapped.
         prompt_tuning_init_head: whether "ADAPTER" brings its head and other modules too; the labels must be the same.

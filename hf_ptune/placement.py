@@ -125,7 +125,8 @@ def choose_start(config: PTuneConfig) -> str:
         return config.prompt_tuning_init
     positions = getattr(config.base.get_text_config(), "max_position_embeddings", None)
     fits = positions is None or config.num_virtual_tokens <= positions
-    return "SAMPLE_VOCAB" if config.over_decoder and fits and not method.reparameterised else "RANDOM"
+    networked = method.kind is PromptKind.EMBEDDINGS and method.reparameterised
+    return "SAMPLE_VOCAB" if config.over_decoder and fits and not networked else "RANDOM"
 
 
 def choose_pooling(config: PTuneConfig, backbone: PreTrainedModel, task: str) -> str:

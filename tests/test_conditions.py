@@ -192,8 +192,8 @@ def test_starts(start: str, method: str, wrap: Wrap) -> None:
     [
         ("llama", "p_tuning_v2", "SAMPLE_VOCAB"),
         ("llama", "prompt_tuning", "SAMPLE_VOCAB"),
-        ("llama", "prefix_tuning", "RANDOM"),  # behind its network
-        ("llama", "p_tuning", "RANDOM"),
+        ("llama", "prefix_tuning", "SAMPLE_VOCAB"),
+        ("llama", "p_tuning", "RANDOM"),  # behind its network
         ("bert", "p_tuning_v2", "RANDOM"),
         ("bert", "prompt_tuning", "RANDOM"),
         ("t5", "p_tuning_v2", "RANDOM"),

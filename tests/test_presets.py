@@ -136,6 +136,8 @@ def test_heads_over_decoders_start_otherwise(tmp_path: Path) -> None:
     assert defaults_of("p_tuning_v2", "CAUSAL_LM", causal=True) == defaults_of("p_tuning_v2", "CAUSAL_LM")
     assert defaults_of("p_tuning_v2", "SEQ_CLS", epochs=9, causal=True).options == found.options
     assert defaults_of("prompt_tuning", "SEQ_CLS", causal=True).training["learning_rate"] == 1e-2
+    behind_mlp = defaults_of("prefix_tuning", "SEQ_CLS", causal=True)
+    assert (behind_mlp.training["learning_rate"], behind_mlp.head_learning_rate) == (1e-4, 2e-2)
     assert defaults_of("bitfit", "SEQ_CLS", causal=True) == defaults_of("bitfit")
     base = write_base(tmp_path / "base", "llama", "SEQ_CLS")
     short = {"max_steps": 4, "report_to": "none", "use_cpu": True, "save_strategy": "no", "logging_steps": 1}
