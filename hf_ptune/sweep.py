@@ -179,8 +179,11 @@ def sweep(
     tokens, fingerprint = _lengths(recipe, lengths), _fingerprint(recipe, rows)
     known, usual = _read(folder, fingerprint)
     if not rates:
-        usual = usual or _usual_rates(recipe, rows)
-    grid = _grid(list(rates) or usual, tokens, seeds or [recipe.seed])
+        named = recipe.training.get("learning_rate")
+        if named is None:
+            usual = usual or _usual_rate(recipe, rows)
+        rates = _around(named or usual)
+    grid = _grid(rates, tokens, seeds or [recipe.seed])
     done: list[Trial] = []
     with tqdm(total=len(grid), desc="sweep", unit="run") as bar:
         for place in grid:
@@ -207,16 +210,17 @@ def sweep(
     return found
 
 
-def _usual_rates(recipe: Recipe, rows: Rows) -> list[float]:
-    """Learning rates around the recipe's own, or around the method's for its base, which has to be loaded for that."""
-    usual = recipe.training.get("learning_rate")
-    if usual is None:
-        tokenizer = load_tokenizer(recipe.base, recipe.base_options.get("revision"))
-        causal = wrap_base(recipe, rows, tokenizer).config.over_decoder
-        gc.collect()  # before the first run loads it again
-        own = recipe.defaults(has_pairs(recipe.build_task(), rows), causal)
-        usual = own.training.get("learning_rate", 1e-2)
-    return [float(f"{usual * factor:.1g}") for factor in (0.1, 0.3, 1, 3)]
+def _usual_rate(recipe: Recipe, rows: Rows) -> float:
+    """The method's learning rate for the recipe's base, which has to be loaded for that."""
+    tokenizer = load_tokenizer(recipe.base, recipe.base_options.get("revision"))
+    causal = wrap_base(recipe, rows, tokenizer).config.over_decoder
+    gc.collect()  # before the first run loads it again
+    own = recipe.defaults(has_pairs(recipe.build_task(), rows), causal)
+    return float(own.training.get("learning_rate", 1e-2))
+
+
+def _around(rate: float) -> list[float]:
+    return [float(f"{rate * factor:.1g}") for factor in (0.1, 0.3, 1, 3)]
 
 
 def _lengths(recipe: Recipe, lengths: Sequence[int]) -> list[int | None]:
@@ -298,11 +302,11 @@ def _fingerprint(recipe: Recipe, rows: Rows) -> str:
     return digest_of(json.loads(json.dumps(content, default=str)))
 
 
-def _read(folder: Path, fingerprint: str) -> tuple[dict[tuple[float, int | None, int], Trial], list[float]]:
-    """Trials of an earlier call, and the usual rates that it found."""
+def _read(folder: Path, fingerprint: str) -> tuple[dict[tuple[float, int | None, int], Trial], float]:
+    """Trials of an earlier call, and the method's learning rate for the base; 0 where it was not asked for."""
     path = folder / RESULTS_NAME
     if not path.is_file():
-        return {}, []
+        return {}, 0.0
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         trials = [Trial(**t) for t in content["trials"]]
@@ -313,11 +317,11 @@ def _read(folder: Path, fingerprint: str) -> tuple[dict[tuple[float, int | None,
         raise RecipeError(
             f"{path} holds a sweep of another recipe, or of other rows; name another folder, or remove the file."
         )
-    return {t.place: t for t in trials}, content.get("usual_rates", [])
+    return {t.place: t for t in trials}, content.get("usual_rate", 0.0)
 
 
-def _write(folder: Path, fingerprint: str, trials: dict[Any, Trial], usual: Sequence[float]) -> None:
-    content = {"recipe": fingerprint, "usual_rates": usual, "trials": [asdict(t) for t in trials.values()]}
+def _write(folder: Path, fingerprint: str, trials: dict[Any, Trial], usual: float) -> None:
+    content = {"recipe": fingerprint, "usual_rate": usual, "trials": [asdict(t) for t in trials.values()]}
     with staged(folder) as aside:
         (aside / RESULTS_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

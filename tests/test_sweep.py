@@ -159,6 +159,9 @@ def test_what_a_grid_may_hold(recipe: Recipe, tmp_path: Path, monkeypatch: pytes
     assert sweep(heads, tmp_path / "heads").rates == [2e-3, 6e-3, 2e-2, 6e-2]
     monkeypatch.setattr(module, "wrap_base", None)  # a finished sweep loads nothing
     assert sweep(heads, tmp_path / "heads").rates == [2e-3, 6e-3, 2e-2, 6e-2]
+    named = make_recipe_with(heads, training=heads.training | {"learning_rate": 1e-3})
+    assert sweep(named, tmp_path / "heads").rates == [1e-4, 3e-4, 1e-3, 3e-3]
+    assert sweep(heads, tmp_path / "heads").rates == [2e-3, 6e-3, 2e-2, 6e-2]
 
 
 def test_seed_is_not_seeds(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

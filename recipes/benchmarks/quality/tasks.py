@@ -223,8 +223,7 @@ def _encode_question(row: Row, task: Task, tokenizer: Any) -> Row:
         encoded = tokenizer(
             f"{question}\n{context}", truncation=True, max_length=task.max_length, return_offsets_mapping=True
         )
-        offsets = [(first - before, last - before) for first, last in encoded.pop("offset_mapping")]
-        offsets = [(max(first, 0), last) for first, last in offsets]
+        offsets = [(max(first - before, 0), last - before) for first, last in encoded.pop("offset_mapping")]
         sequences = [int(last > 0) for _, last in offsets]
     else:
         encoded = tokenizer(
