@@ -14,9 +14,10 @@ from transformers import TrainingArguments
 
 from hf_ptune.backbone import has_head
 from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.defaults import Defaults, defaults_of
 from hf_ptune.errors import RecipeError
 from hf_ptune.methods import method_names
-from hf_ptune.presets import Defaults, defaults_of, fill_from_preset
+from hf_ptune.presets import fill_from_preset
 from hf_ptune.tasks import Task, get_task, task_names
 
 Column = str | list[str]

@@ -29,7 +29,7 @@ LAYERS = [
     {"saving"},
     {"modeling_ptune"},
     {"wrapping"},
-    {"engines"},
+    {"engines", "defaults"},
     {"multitask", "presets"},
     {"metrics", "cloze", "optimizer"},
     {"tasks"},

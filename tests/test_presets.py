@@ -11,9 +11,10 @@ from transformers import TrainingArguments
 from hf_ptune import PTuneConfig, train
 from hf_ptune.cards import RunFacts
 from hf_ptune.cli import main
+from hf_ptune.defaults import defaults_of
 from hf_ptune.errors import RecipeError
 from hf_ptune.methods import get_method
-from hf_ptune.presets import defaults_of, preset, preset_names
+from hf_ptune.presets import preset, preset_names
 from hf_ptune.recipe import make_recipe
 
 SILENT: dict[str, Any] = {"task": "SEQ_CLS", "data": {"source": "rows.jsonl"}, "output_dir": "runs/here"}

@@ -11,8 +11,8 @@ from test_train import write_base, write_recipe
 
 import hf_ptune.sweep as module
 from hf_ptune.cli import main
+from hf_ptune.defaults import defaults_of
 from hf_ptune.errors import RecipeError
-from hf_ptune.presets import defaults_of
 from hf_ptune.recipe import Recipe, make_recipe
 from hf_ptune.sweep import Sweep, Trial, report, sweep
 

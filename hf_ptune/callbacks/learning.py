@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 from hf_ptune.backbone import head_names
 from hf_ptune.callbacks.freeze import SHARDING
+from hf_ptune.defaults import defaults_of
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
-from hf_ptune.presets import defaults_of
 
 logger = logging.get_logger(__name__)
 _LOOKS = 20  # times that a run is looked at, where its own logs are rarer

@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.utils import logging as hf_logging
 
 from hf_ptune import FreezeBackboneCallback, LearningCallback, MemoryCallback
-from hf_ptune.presets import defaults_of
+from hf_ptune.defaults import defaults_of
 
 STEPS = 80
 

