@@ -17,7 +17,7 @@ from hf_ptune.adapter_file import check_tensors, read_tensors
 from hf_ptune.backbone import head_names, load_backbone, resolve, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
-from hf_ptune.injection import Injector, body_of, evaluating, parameters_of
+from hf_ptune.injection import Injector, body_of, parameters_of, probing
 from hf_ptune.injection.positions import learned_table
 from hf_ptune.injection.probe import vocabulary_of
 from hf_ptune.loading import HUB_KEYS
@@ -252,7 +252,7 @@ def _check_same(model: PTunePreTrainedModel) -> None:
     ids = torch.tensor([[11, 18, 25]], device=device) % vocabulary_of(injector.body)
     further = {"decoder_input_ids": ids} if seq2seq else {}
     try:
-        with evaluating(model), torch.no_grad():
+        with probing(model), torch.no_grad():
             found = injector.body(input_ids=ids, attention_mask=torch.ones_like(ids), **further)[0].float()
             with model.disable_adapter():
                 expected = _states_as_peft(injector, ids, further)

@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.utils import logging
 
 from hf_ptune.cross_entropy import IGNORED, causal_lm_loss, masked_lm_loss
-from hf_ptune.injection import bind, evaluating
+from hf_ptune.injection import bind, probing
 
 logger = logging.get_logger(__name__)
 _SHIFTED = "CAUSAL_LM"
@@ -121,7 +121,7 @@ class LossAtLabels:
         labels[0, :2] = labels[1, 3:] = IGNORED
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         try:
-            with evaluating(self.wrapper), torch.no_grad():
+            with probing(self.wrapper), torch.no_grad():
                 whole, part = self.backbone(**inputs).loss, self._run(inputs).loss
         except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
             return False

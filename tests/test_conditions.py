@@ -134,6 +134,21 @@ def test_compiled_equals_eager_execution(family: str, wrap: Wrap) -> None:
     assert torch.allclose(plain, logits(compiled, **inputs), atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2"])
+def test_what_is_tried_out_first_is_no_part_of_autocast(method: str, wrap: Wrap) -> None:
+    """Its casts would serve the pass around it too, without gradients before torch 2.9, and round what is compared."""
+    model, inputs = wrap("llama", method).float().train(), batch("llama")
+    around: set[tuple[bool, bool]] = set()
+    model.backbone.lm_head.register_forward_hook(
+        lambda *_: around.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**inputs).loss
+    assert around == {(False, False), (True, True)}
+    loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if n in model.adapter_parameter_names())
+
+
 def test_bf16_autocast_and_weights(wrap: Wrap) -> None:
     model, inputs = wrap("llama", "p_tuning"), batch("llama")
     model.backbone.to(torch.bfloat16)

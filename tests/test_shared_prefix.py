@@ -34,10 +34,13 @@ def naive(
     return scores.softmax(-1) @ values
 
 
-@pytest.fixture(params=["laid out", "merged"])
+@pytest.fixture(params=["laid out", "merged", "laid out, keys repeated"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param != "laid out":
+    """As a CPU does by the size of what it lays out, and before torch 2.9, whose kernel took no shared keys."""
+    if request.param == "merged":
         monkeypatch.setattr(merge, "_COPY", 0)
+    elif request.param != "laid out":
+        monkeypatch.setattr(kernels, "_CPU_SHARES_KEYS", False)
     return str(request.param)
 
 

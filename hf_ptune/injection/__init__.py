@@ -5,7 +5,7 @@ from hf_ptune.injection.embeddings import normalises_embeddings, word_embeddings
 from hf_ptune.injection.injector import Injector
 from hf_ptune.injection.layer_mix import ScalarMix, forget_captures, gives_layers, layers_of
 from hf_ptune.injection.pooling import reads_first_token
-from hf_ptune.injection.probe import PROBE_TOKENS, body_of, complaint, evaluating, find_geometry, text_of
+from hf_ptune.injection.probe import PROBE_TOKENS, body_of, complaint, evaluating, find_geometry, probing, text_of
 
 __all__ = [
     "PROBE_TOKENS",
@@ -21,6 +21,7 @@ __all__ = [
     "layers_of",
     "normalises_embeddings",
     "parameters_of",
+    "probing",
     "reads_first_token",
     "text_of",
     "word_embeddings",

@@ -21,7 +21,7 @@ from hf_ptune.injection.layer_mix import LayerMix, ScalarMix
 from hf_ptune.injection.merge import keep_masks
 from hf_ptune.injection.placeholders import Placeholders
 from hf_ptune.injection.pooling import MeanPooling
-from hf_ptune.injection.probe import DEVICE_FAILURES, body_of, close, evaluating, text_of, vocabulary_of
+from hf_ptune.injection.probe import DEVICE_FAILURES, body_of, close, probing, text_of, vocabulary_of
 from hf_ptune.injection.sites import Site
 from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_prefix
 from hf_ptune.sharding import whole_for_backward
@@ -347,7 +347,7 @@ class Injector:
         ids = torch.tensor([[11, 18, 25]], device=next(words.parameters()).device) % vocabulary_of(self.body)
         kept = self.encode, self.num_virtual_tokens
         try:
-            with evaluating(self.body), torch.no_grad():
+            with probing(self.body), torch.no_grad():
                 embeds = words(ids)
                 embeds = torch.cat([embeds[:, :1] / 2, embeds[:, 1:]], 1)  # as a prompt, no token's embedding
                 self.fill(None)
@@ -381,12 +381,12 @@ class Injector:
             "input_ids": ids % vocabulary_of(self.body),
             "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=ids.device),
         }
-        with evaluating(self.prompt):
+        with probing(self.prompt):
             encode, encoded = self.encode, self.encode().detach()
         self.encode = lambda: encoded
         answers = []
         try:
-            with evaluating(self.body):
+            with probing(self.body):
                 for self.joins in (False, True):
                     output = self.body(**inputs)
                     answers.append(output[0].detach().float()[inputs["attention_mask"].bool()])
@@ -399,7 +399,7 @@ class Injector:
     def _reentrant(self) -> bool:
         if not self.backbone.training:
             return False
-        return next(reentrant_layers(self.layers), None) is not None
+        return any(True for _ in reentrant_layers(self.layers))  # torch 2.8 compiles no `next`
 
     def _bridged(self, pairs: list[tuple[Tensor, Tensor]], named: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         leaves, cross = bridge([t for pair in pairs for t in pair])

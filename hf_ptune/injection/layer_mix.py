@@ -17,7 +17,7 @@ from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection.bridge import checkpoint_layers, reentrant_layers
 from hf_ptune.injection.calls import bind, parameters_of, this_thread
 from hf_ptune.injection.pooling import has_pooler, mean_first, own_tokens, pool_again
-from hf_ptune.injection.probe import close, evaluating, run_on_tokens
+from hf_ptune.injection.probe import close, probing, run_on_tokens
 
 _ALIKE = 3.0
 _CAPTURES = "output_capturing_hook"
@@ -67,7 +67,7 @@ def gives_layers(body: PreTrainedModel, alike: bool = False, pooled: bool = Fals
     if getattr(body.config, "attention_type", None) == "block_sparse":
         return False  # its inner states have the pads that fill rows up to whole blocks
     try:
-        with evaluating(body), torch.no_grad():
+        with probing(body), torch.no_grad():
             output = run_on_tokens(body, output_hidden_states=True, return_dict=True)
             pools = not pooled or not has_pooler(body) or _pools_again(body, output)
     except BackboneError:

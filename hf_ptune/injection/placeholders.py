@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_ptune.errors import InjectionError
 from hf_ptune.injection.calls import bind, parameters_of
-from hf_ptune.injection.probe import close, evaluating, vocabulary_of
+from hf_ptune.injection.probe import close, probing, vocabulary_of
 
 _NOWHERE = -1
 
@@ -94,7 +94,7 @@ class Placeholders:
         inputs = {k: v for k, v in inputs.items() if k in parameters_of(body)}
         rows, answers = self.rows, []
         try:
-            with evaluating(body), torch.no_grad():
+            with probing(body), torch.no_grad():
                 row = self.words(torch.tensor([[self.plain]], device=device))[0]
                 self.rows = lambda: row.expand(count, -1)
                 for token in (self.plain, self.ids[0]):

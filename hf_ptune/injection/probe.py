@@ -64,7 +64,7 @@ def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
     """
     body = body_of(backbone)
     frozen_rng = torch.random.fork_rng(devices=[])
-    with evaluating(backbone), frozen_rng, _sparse_as_it_was(body), torch.no_grad():
+    with probing(backbone), frozen_rng, _sparse_as_it_was(body), torch.no_grad():
         seen, first = _watch(body)
         second = _states(body, changed=True)
     found: list[dict[str, Any]] = [
@@ -163,7 +163,7 @@ def _states(body: PreTrainedModel, changed: bool = False) -> Tensor:
 def complaint(body: PreTrainedModel) -> str | None:
     """What a body says that cannot run on a handful of tokens with all that is attached to it; `None` if it can."""
     try:
-        with evaluating(body), _sparse_as_it_was(body), torch.no_grad():
+        with probing(body), _sparse_as_it_was(body), torch.no_grad():
             run_on_tokens(body)
     except BackboneError as error:
         return str(error.__cause__ or error)
@@ -274,3 +274,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+@contextmanager
+def probing(module: nn.Module) -> Iterator[None]:
+    """Run a module for the sake of what it shows: in eval mode, and in its own types where autocast would round them.
+
+    Casts of parameters that autocast made here would serve the pass around it too, without their gradients (torch
+    before 2.9).
+    """
+    with evaluating(module), torch.autocast(_device(module).type, enabled=False):
+        yield

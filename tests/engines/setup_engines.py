@@ -1,6 +1,7 @@
 """Models, rows and Trainers that are the same in one process and on every engine."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from hf_ptune import FreezeBackboneCallback, PTuneConfig, PTunePreTrainedModel, 
 from hf_ptune.backbone import TASKS
 from hf_ptune.engines import ours
 
+_ARGUMENTS = {field.name for field in fields(Seq2SeqTrainingArguments)}
+CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in _ARGUMENTS)
 ROWS = 16
 ODD = 7  # rows of an evaluation, which two ranks cannot share evenly
 
@@ -99,7 +102,7 @@ def trainer(
         "optim": "adamw_torch",
         "adam_epsilon": 1e-3,  # Adam divides noise of the last bit by epsilon where a gradient is almost zero
         "weight_decay": 0.1,
-        "activation_checkpointing": True,
+        CHECKPOINTING: True,
         "logging_steps": 1,
         "save_steps": 2,
         "save_strategy": "steps",
