@@ -108,7 +108,7 @@ class Runner:
         import columns
         import torch
         from tasks import TASKS
-        from training import evaluate, fit
+        from training import evaluate, fit, steps_of
 
         task, how = TASKS[name], columns.COLUMNS[column]
         data, tokenizer = self.data(name)
@@ -141,7 +141,7 @@ class Runner:
         record: Record = {
             "validation": [round(f, 4) for f in figures],
             "loss": [round(x, 4) for x in losses],
-            "steps": task.epochs * -(-len(data.train) // task.batch),
+            "steps": steps_of(task, data.train, setting),
             "parameters": sum(p.numel() for p in trained.values()),
             "seconds": round(time.perf_counter() - begin, 1),
             "cpu_seconds": round(time.process_time() - cpu, 1),

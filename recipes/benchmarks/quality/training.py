@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -80,6 +81,11 @@ def groups_of(model: Any, setting: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"params": p, "lr": rate} for p, rate in rates if p]
 
 
+def steps_of(task: Task, rows: Sequence[Row], setting: dict[str, Any]) -> int:
+    """Steps that a setting trains for."""
+    return round(setting.get("part", 1) * task.epochs * -(-len(rows) // task.batch))
+
+
 def fit(model: Any, task: Task, rows: Sequence[Row], setting: dict[str, Any], seed: int,
         padding_id: int, after: Callable[[int, float], None]) -> None:  # fmt: skip
     """Train with AdamW, a warm-up, a schedule, and gradients clipped at 1.
@@ -88,21 +94,25 @@ def fit(model: Any, task: Task, rows: Sequence[Row], setting: dict[str, Any], se
         model: what requires a gradient in it is trained.
         task: epochs and batch.
         rows: to train on.
-        setting: `lr`, and `head_lr`, `schedule`, `warmup` (part of the steps) where they are not the usual ones.
+        setting: `lr`, and `head_lr`, `schedule`, `warmup` (part of the steps), `part` (of the usual steps, over which
+            the rate falls to zero) where they are not the usual ones.
         seed: order of the batches.
         padding_id: of the tokenizer.
         after: told the number of epochs and their mean loss.
     """
-    steps = task.epochs * -(-len(rows) // task.batch)
+    steps = steps_of(task, rows, setting)
     optimizer = torch.optim.AdamW(groups_of(model, setting), weight_decay=0.0)
     schedule = get_scheduler(
         setting.get("schedule", "linear"), optimizer, round(setting.get("warmup", 0.06) * steps), steps
     )
     trained = [p for p in model.parameters() if p.requires_grad]
+    done = 0
     for epoch in range(task.epochs):
+        if done == steps:
+            break
         model.train()
         losses = []
-        for numbers in batches(rows, task.batch, 1000 * seed + epoch):
+        for numbers in islice(batches(rows, task.batch, 1000 * seed + epoch), steps - done):
             loss = model(**inputs_of(model, pad([rows[n] for n in numbers], padding_id))).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, _CLIP)
@@ -110,6 +120,7 @@ def fit(model: Any, task: Task, rows: Sequence[Row], setting: dict[str, Any], se
             schedule.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
+            done += 1
         after(epoch + 1, float(torch.stack(losses).mean()))
 
 
