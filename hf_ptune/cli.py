@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             own = (given.num_virtual_tokens, given.num_labels, given.revision)
             init(given.base, given.method, given.folder, given.task, *own)
-    except PTuneError as error:
+    except (PTuneError, OSError) as error:  # OSError: files, and the Hub's answers by way of transformers
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -13,6 +13,7 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import ConfigError, TemplateError
 from hf_ptune.injection import evaluating
+from hf_ptune.position_tables import token_room
 from hf_ptune.templates import Template
 
 
@@ -136,6 +137,8 @@ class Verbalizer(Scorer):
         for label in self.labels:
             given = words[label]
             listed = [given] if isinstance(given, str) else list(given)
+            if not listed:
+                raise ConfigError(f"the verbalizer has no word for {label!r}; give it one.")
             row: dict[int, float] = {}
             for word in listed:
                 ids = word_ids(word, tokenizer, spaced, behind)
@@ -226,7 +229,7 @@ def classify(
         verbalizer: label to its word or words; the model's own when unset.
         average: see `Verbalizer`.
         batch_size: rows that run at once.
-        max_length: tokens of a row at most.
+        max_length: tokens of a row at most; as many as the base has positions for when unset.
 
     Raises:
         ConfigError: neither model nor call has a template with a mask, or a verbalizer.
@@ -262,16 +265,18 @@ def predict_words(
         tokenizer: see `classify`.
         rows: see `classify`.
         template: see `classify`.
-        top_k: number of words.
+        top_k: number of words, of those that there are.
         batch_size: see `classify`.
         max_length: see `classify`.
     """
     choices = []
     for logits in _answers(model, tokenizer, template_of(model, template), rows, batch_size, max_length):
-        best = logits.softmax(-1).topk(top_k)
+        best = logits.softmax(-1).topk(min(top_k, logits.shape[-1]))
         for values, ids in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            words = [tokenizer.decode([i]).strip() for i in ids]
-            choices.append(Choice(words[0], dict(zip(words, values, strict=True))))
+            probabilities: dict[str, float] = {}
+            for i, value in zip(ids, values, strict=True):  # of tokens that are written alike, the likeliest counts
+                probabilities.setdefault(tokenizer.decode([i]).strip(), value)
+            choices.append(Choice(next(iter(probabilities)), probabilities))
     return choices
 
 
@@ -300,6 +305,9 @@ def _answers(
     causal = model.task == "CAUSAL_LM"
     collate = ClozeCollator(tokenizer, causal)
     device = model.get_input_embeddings().weight.device
+    if strange := [row for row in rows if not isinstance(row, Mapping)]:
+        raise TemplateError(f"a row is {strange[0]!r}; expected the template's fields, as in {{'sentence': 'text'}}.")
+    max_length = token_room(model) if max_length is None else max_length
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         batch = collate([template.encode(tokenizer, row, max_length, causal).inputs for row in part])

@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_ptune.defaults import list_defaults
 from hf_ptune.errors import RecipeError
+from hf_ptune.templates import Template
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,13 @@ def preset_names() -> list[str]:
     return list(_PRESETS)
 
 
+def _places_tokens(content: Mapping[str, Any]) -> bool:
+    """Whether the template of a recipe says how many virtual tokens there are."""
+    task_options = content.get("task_options")
+    template = task_options.get("template") if isinstance(task_options, Mapping) else None
+    return isinstance(template, str) and Template.parse(template).num_virtual_tokens > 0
+
+
 def fill_from_preset(content: Mapping[str, Any], where: str = "recipe") -> dict[str, Any]:
     """Say what a preset says wherever a recipe is silent.
 
@@ -282,6 +290,7 @@ def fill_from_preset(content: Mapping[str, Any], where: str = "recipe") -> dict[
         if isinstance(own, Mapping):  # what is no section is refused where sections are read
             # transformers would let a preset's max_steps win over a recipe's own epochs
             beaten = {"max_steps"} if "num_train_epochs" in own else set()
+            beaten |= {"num_virtual_tokens"} if _places_tokens(filled) else set()
             filled[section] = {k: v for k, v in values.items() if k not in beaten} | dict(own)
     options = filled["options"]
     if found.backbone_learning_rate is not None and isinstance(options, Mapping) and options.get("train_backbone"):

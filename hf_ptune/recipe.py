@@ -6,6 +6,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -369,8 +370,15 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
                 return number
     if Any in choices or any(_is(value, choice) for choice in choices):
         return value
+    # YAML 1.1 reads `no`, without quotes, as a truth value
+    if value is False and any(
+        isinstance(c, type) and issubclass(c, Enum) and "no" in [m.value for m in c] for c in choices
+    ):
+        return "no"
     expected = " or ".join(dict.fromkeys(_spell(c) for c in choices))
-    raise RecipeError(f"{where} is {value!r} ({_name(value)}); expected {expected}.")
+    keys = [k for k in value if not isinstance(k, str)] if isinstance(value, dict) else []
+    cure = f"; write the key {keys[0]!r} in quotes" if keys else ""
+    raise RecipeError(f"{where} is {value!r} ({_name(value)}); expected {expected}{cure}.")
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

@@ -4,10 +4,13 @@ import gc
 import json
 import math
 import shlex
+import signal
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -192,7 +195,8 @@ def sweep(
                 # told beforehand, so that a run that kills the process is not run for ever
                 _write(folder, fingerprint, {**known, place: Trial(*place, error=_STARTED)}, usual)
                 try:
-                    trial = _run(recipe, rows, place)
+                    with _interrupted_by_sigterm():
+                        trial = _run(recipe, rows, place)
                 except KeyboardInterrupt:
                     _write(folder, fingerprint, known, usual)
                     raise
@@ -208,6 +212,23 @@ def sweep(
     found = Sweep(done, task.metric, command)
     _write_table(found, folder, len(rows.held_out))
     return found
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Let a scheduler or a shutdown interrupt a run as Ctrl-C does, so that it is not taken for one that crashed."""
+    if threading.current_thread() is not threading.main_thread():  # signals are handled there alone
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _usual_rate(recipe: Recipe, rows: Rows) -> float:

@@ -64,6 +64,8 @@ def test_errors_are_messages(tmp_path: Path, argv: None, capsys: pytest.CaptureF
         (["init", "--base", "./nothing", "--method", "bitfit", new], "the base './nothing' cannot be loaded"),
         (["run", str(tmp_path / "none.py")], "no such script"),
         (["train", str(tmp_path / "none.yaml")], "cannot be read"),
+        (["info", str(tmp_path / "none")], "none"),
+        (["convert", str(tmp_path / "none"), new], "none"),
     ]:
         assert main(arguments) == 2
         error = capsys.readouterr().err

@@ -75,11 +75,25 @@ def test_verbalizers_that_do_not_fit() -> None:
         Verbalizer({"a": "été", "b": "no"}, tokenizer, True)
     with pytest.raises(ConfigError, match="two labels have the words"):
         Verbalizer({"a": "no", "b": ["no"]}, tokenizer, True)
+    with pytest.raises(ConfigError, match="no word for 'a'"):
+        Verbalizer({"a": [], "b": "no"}, tokenizer, True)
     with pytest.raises(ConfigError, match="the labels are"):
         Verbalizer({"a": "no", "b": "yes"}, tokenizer, True, labels=["a", "c"])
     with pytest.raises(TemplateError, match="not one token"):
         Vocabulary(tokenizer, True).number("hello world")
     assert Verbalizer({"a": "no", "b": "yes"}, tokenizer, True, labels=["b", "a"]).labels == ["b", "a"]
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "MASKED_LM"), ("gpt2", "CAUSAL_LM")])
+def test_rows_of_any_length_are_answered(family: str, task: str) -> None:
+    model, tokenizer = make(family, task)
+    room = model.backbone.config.max_position_embeddings
+    long = [{"first": "hello " * (room + 9)}]
+    assert classify(model, tokenizer, long) == classify(model, tokenizer, long, max_length=room)
+    (choice,) = predict_words(model, tokenizer, long, top_k=10**6)
+    assert choice.probabilities[choice.label] == max(choice.probabilities.values())  # though some are written alike
+    with pytest.raises(TemplateError, match="a row is 'hello'; expected the template's fields"):
+        classify(model, tokenizer, ["hello"])  # type: ignore[list-item]
 
 
 @every_family

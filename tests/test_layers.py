@@ -23,7 +23,7 @@ LAYERS = [
     {"adapter_file"},
     {"config_checks"},
     {"configuration_ptune", "injection", "backbone"},
-    {"cards", "placement", "loss_at_labels", "logits_at", "batch_share"},
+    {"cards", "placement", "loss_at_labels", "logits_at", "batch_share", "position_tables"},
     {"hub", "loading", "prompt_transfer", "prompt_start"},
     {"publishing"},
     {"saving"},

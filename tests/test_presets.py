@@ -173,6 +173,14 @@ def test_the_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
 def test_few_shot_presets_train_the_base_too() -> None:
     recipe = make_recipe(SILENT | {"preset": "p_tuning/fewglue_cb/albert-xxlarge"})
     assert recipe.options["train_backbone"] and recipe.rates() == (1e-5, None)
+
+
+def test_a_template_says_how_many_tokens_it_places() -> None:
+    verbalizer = {"no": "no", "yes": "yes"}
+    chosen = {"task": "CLOZE_MASKED_LM", "preset": "p_tuning/fewglue_cb/albert-xxlarge"}
+    for template, count in (("[P2] {text} [P1] [MASK]", 3), ("{text} [MASK]", 1)):
+        recipe = make_recipe(SILENT | chosen | {"task_options": {"template": template, "verbalizer": verbalizer}})
+        assert train.make_config(recipe, recipe.build_task().config_options()).num_virtual_tokens == count
     batch = recipe.training["per_device_train_batch_size"] * recipe.training["gradient_accumulation_steps"]
     assert batch == 16 and recipe.training["max_steps"] == 250
 

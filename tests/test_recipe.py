@@ -76,6 +76,10 @@ def test_overrides(tmp_path: Path) -> None:
     recipe = read_recipe(path, ["--training.learning_rate=1e-2", "--seed=7", "--options.layers=[0, 1]"])
     assert recipe.training == {"max_steps": 2, "learning_rate": 1e-2}
     assert recipe.seed == 7 and recipe.options["layers"] == [0, 1]
+    for text in ("no", '"no"'):  # YAML reads the first as a truth value
+        assert read_recipe(path, [f"--training.save_strategy={text}"]).training["save_strategy"] == "no"
+    with pytest.raises(RecipeError, match="write the key False in quotes"):
+        read_recipe(path, ["--task=CLOZE_MASKED_LM", "--task_options.verbalizer={no: bad, maybe: good}"]).build_task()
     for wrong in ("--seed", "seed=7", "--base.x=1", "--seed=[", "--traning.max_steps=1"):
         with pytest.raises(RecipeError, match=r"r\.yaml"):
             read_recipe(path, [wrong])

@@ -1,6 +1,8 @@
 """A grid of length and learning rate: every run is kept, the best is found, an interrupted sweep goes on."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,16 @@ def test_an_interrupted_sweep_goes_on(recipe: Recipe, tmp_path: Path, monkeypatc
     monkeypatch.setattr(module, "_train", stopping(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         sweep(recipe, folder, [1.0, 2.0, 3.0], [2])
+    assert len(json.loads((folder / "results.json").read_text())["trials"]) == 1
+
+    def ended(chosen: Recipe, rows: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not interrupted")
+
+    monkeypatch.setattr(module, "_train", ended)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(recipe, folder, [1.0, 2.0, 3.0], [2])
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert len(json.loads((folder / "results.json").read_text())["trials"]) == 1
     monkeypatch.setattr(module, "_train", stopping(Killed))  # what no handler sees, as a kill by the system
     with pytest.raises(Killed):

@@ -225,6 +225,16 @@ def test_an_encoder_that_was_made_a_decoder_goes_on(tmp_path: Path) -> None:
     assert run(make_recipe(content, folder=tmp_path)).answers
 
 
+@pytest.mark.parametrize(("family", "task"), [("gpt2", "CAUSAL_LM"), ("bart", "SEQ_2_SEQ_LM")])
+def test_answers_end_where_positions_do(family: str, task: str, tmp_path: Path) -> None:
+    table = {"gpt2": "n_positions", "bart": "max_position_embeddings"}[family]
+    base = write_base(tmp_path / "base", family, task, **{table: 24})
+    content = write_recipe(tmp_path, task, base, task_options={"max_new_tokens": 64})
+    content["training"] |= {"max_steps": 1}
+    content["data"] |= {"max_length": 20}
+    assert run(make_recipe(content, folder=tmp_path)).answers
+
+
 def test_refused_arguments(tmp_path: Path) -> None:
     content = write_recipe(tmp_path, "SEQ_CLS", "base", training={"eval_strategy": "sometimes"})
     with pytest.raises(RecipeError, match="sometimes"):

@@ -18,12 +18,12 @@ from hf_ptune.callbacks.freeze import SHARDING, held_back, some, unwrap_ptune_mo
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import GuardError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
+from hf_ptune.position_tables import position_tables, positions_of_prompt
 
 logger = logging.get_logger(__name__)
 
 LossFunction = Callable[..., Tensor]
 _LOGITS = ("logits", "start_logits", "last_hidden_state")
-_POSITION_TABLES = ("wpe", "position_embeddings", "position_embedding", "embed_positions", "pos_emb")
 
 
 @contextmanager
@@ -222,31 +222,25 @@ def check_positions(model: PTunePreTrainedModel, inputs: Mapping[str, Any], furt
     Raises:
         GuardError: a table has fewer rows.
     """
-    shift = model._injector is not None and model._injector.shift
-    virtual = model.config.num_virtual_tokens if shift else 0
-    for name, module in model.backbone.named_modules():
-        if not isinstance(module, nn.Embedding) or name.rpartition(".")[2] not in _POSITION_TABLES:
-            continue
-        in_decoder = model.config.is_encoder_decoder and "decoder" in name.split(".")
-        length = _length(inputs, ("decoder_input_ids", "labels") if in_decoder else ("input_ids", "inputs_embeds"))
-        if in_decoder:
+    virtual = positions_of_prompt(model)
+    for table in position_tables(model):
+        names = ("decoder_input_ids", "labels") if table.in_decoder else ("input_ids", "inputs_embeds")
+        length = _length(inputs, names)
+        if table.in_decoder:
             length = max(length, further)
         elif not model.config.is_encoder_decoder:
             length += further
-        offset = getattr(module, "offset", None)  # BART, OPT: rows before position 0
-        if not isinstance(offset, int):
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa
-        room = module.num_embeddings - offset
-        if length + virtual > room:
+        if length + virtual > table.rows:
             prompt = f" and {virtual} virtual tokens make {length + virtual} positions" if virtual else ""
             written = f" ({further + 1} of them to be written)" if further else ""
-            left = room - virtual - further
+            left = table.rows - virtual - further
             cures = [f"shorten the samples to {left} tokens (max_length of the tokenizer)"] if left > 0 else []
             cures += ["write fewer new tokens"] if further else []
             cures += ["take fewer virtual tokens"] if virtual else []
             cure = ", or ".join(cures)
             raise GuardError(
-                f"sequences of {length} tokens{written}{prompt}, but {name} has {room}. {cure[0].upper()}{cure[1:]}."
+                f"sequences of {length} tokens{written}{prompt}, but {table.name} has {table.rows}. "
+                f"{cure[0].upper()}{cure[1:]}."
             )
 
 

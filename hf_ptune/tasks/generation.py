@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Bleu, RougeL
 from hf_ptune.metrics.texts import bleu_tokenizers
+from hf_ptune.position_tables import writing_room
 from hf_ptune.tasks.base import Feature, Row, Task, missing
 
 
@@ -103,7 +104,7 @@ class GenerationTask(Task):
     def write(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, sources: Sequence[list[int]], batch_size: int
     ) -> list[str]:
-        """Generate an answer for each source, without sampling.
+        """Generate an answer for each source, without sampling, as far as the base has positions.
 
         Args:
             model: of the task.
@@ -124,10 +125,11 @@ class GenerationTask(Task):
             chosen = order[begin : begin + batch_size]
             # a decoder goes on behind its last token, so padding stands before the first
             batch = _pad([sources[n] for n in chosen], tokenizer.pad_token_id or 0, left=decoder)
+            room = writing_room(model, batch["input_ids"].shape[1])
             with torch.no_grad():
                 ids = model.generate(
                     **{name: tensor.to(device) for name, tensor in batch.items()},
-                    max_new_tokens=self.max_new_tokens,
+                    max_new_tokens=self.max_new_tokens if room is None else min(self.max_new_tokens, room),
                     num_beams=self.num_beams,
                     do_sample=False,
                     length_penalty=self.length_penalty if self.num_beams > 1 else None,

@@ -1,0 +1,61 @@
+"""How many tokens a backbone's tables of absolute positions have room for."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+_NAMES = ("wpe", "position_embeddings", "position_embedding", "embed_positions", "pos_emb")
+
+
+@dataclass(frozen=True)
+class PositionTable:
+    """Hold one table of a backbone.
+
+    Args:
+        name: of the module.
+        rows: positions that it has for tokens, virtual ones included.
+        in_decoder: whether it counts what the decoder of an encoder-decoder reads.
+    """
+
+    name: str
+    rows: int
+    in_decoder: bool
+
+
+def position_tables(model: Any) -> Iterator[PositionTable]:
+    """The tables of absolute positions of a wrapped model's backbone; none where positions are rotary or relative."""
+    for name, module in model.backbone.named_modules():
+        if not isinstance(module, nn.Embedding) or name.rpartition(".")[2] not in _NAMES:
+            continue
+        offset = getattr(module, "offset", None)  # BART, OPT: rows before position 0
+        if not isinstance(offset, int):
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa
+        in_decoder = model.config.is_encoder_decoder and "decoder" in name.split(".")
+        yield PositionTable(name, module.num_embeddings - offset, in_decoder)
+
+
+def positions_of_prompt(model: Any) -> int:
+    """Positions that a prompt takes up before the own tokens: P, or 0."""
+    shifts = model._injector is not None and model._injector.shift
+    return int(model.config.num_virtual_tokens) if shifts else 0
+
+
+def token_room(model: Any) -> int | None:
+    """Own tokens that a row of `input_ids` may have; `None` where no table limits them."""
+    rooms = [t.rows - positions_of_prompt(model) for t in position_tables(model) if not t.in_decoder]
+    return min(rooms, default=None)
+
+
+def writing_room(model: Any, tokens: int) -> int | None:
+    """New tokens that `generate` may write for rows of a length; `None` where no table limits them.
+
+    Args:
+        model: a wrapped causal or encoder-decoder model.
+        tokens: T, of the longest row of `input_ids`.
+    """
+    if model.config.is_encoder_decoder:
+        return min((t.rows for t in position_tables(model) if t.in_decoder), default=None)
+    room = token_room(model)
+    return None if room is None else room - tokens + 1  # the last one that is written is not read
