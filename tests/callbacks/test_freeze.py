@@ -163,7 +163,7 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = wrap(llama())
     layer = model.backbone.model.layers[1].mlp.up_proj
-    layer.weight = bitsandbytes.nn.Params4bit(layer.weight.detach(), requires_grad=False, quant_type="nf4")
+    layer.weight = bitsandbytes.nn.Params4bit(torch.zeros(64, 64), requires_grad=False, quant_type="nf4")
     with pytest.raises(PTuneError, match=r"up_proj.weight cannot be trained: it is quantised \(Params4bit\)"):
         trainer(model, tmp_path, [FreezeBackboneCallback({2: [LAYER]})])
 
