@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import hf_ptune
 from hf_ptune import PTuneConfig, PTuneForCausalLM, get_ptune_model
 from hf_ptune.cli import main
+from hf_ptune.errors import PTuneError
 
 SCRIPT = """
 import argparse, sys
@@ -43,6 +44,13 @@ def test_a_script_trains_what_init_writes(tmp_path: Path, argv: None, capsys: py
     script.write_text(SCRIPT)
     assert main(["run", str(script), "--model_name_or_path", folder]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "__main__ True 3 99"
+
+
+def test_a_head_for_other_labels_is_refused_with_its_cure(tmp_path: Path) -> None:
+    base, folder = write_base(tmp_path / "base", "bert", "SEQ_CLS"), str(tmp_path / "new")
+    assert main(["init", "--base", base, "--method", "p_tuning_v2", "--task", "SEQ_CLS", folder]) == 0
+    with pytest.raises(PTuneError, match=r"\(2,\) in the file, \(5,\) expected.*init --num-labels"):
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=5)
 
 
 def test_init_tells_the_task_of_a_language_model(tmp_path: Path) -> None:
