@@ -12,6 +12,7 @@ from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Seqeval
 from hf_ptune.metrics.inputs import EAST_ASIAN
+from hf_ptune.metrics.tags import spell_tags
 from hf_ptune.tasks.base import (
     Answer,
     Collator,
@@ -192,10 +193,11 @@ class TokenClassification(Task):
         self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]
     ) -> dict[str, float]:
         """Precision, recall and F1 of whole entities in whole sentences, and the accuracy of tags."""
+        spelling = spell_tags(labels)  # of all labels, since few rows may lack those that tell the scheme
         found, wanted = [], []
         for row, tags in self._by_row(np.asarray(prediction.predictions), features, labels):
-            found.append(self._scored(tags))
-            wanted.append(self._scored(row["tags"]))
+            found.append(self._scored(tags, spelling))
+            wanted.append(self._scored(row["tags"], spelling))
         result: dict[str, float] = Seqeval(keep_in_memory=True).compute(predictions=found, references=wanted)
         return result
 
@@ -209,8 +211,9 @@ class TokenClassification(Task):
                 rows[-1][1][word] = labels[numbers[place]]
         return rows
 
-    def _scored(self, tags: Sequence[str]) -> list[str]:
-        return [_OUTSIDE if tag.partition("-")[2] in self.unscored else tag for tag in map(str, tags)]
+    def _scored(self, tags: Sequence[Any], spelling: Mapping[str, str]) -> list[str]:
+        spelled = [spelling[str(tag)] for tag in tags]
+        return [_OUTSIDE if tag.partition("-")[2] in self.unscored else tag for tag in spelled]
 
     def ask(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Answer]:
         labels = [model.config.id2label[n] for n in range(model.config.num_labels)]
