@@ -1,27 +1,23 @@
 """Rows for training: read, brought under their roles, labels named, split."""
 
-import ast
 import contextlib
-import json
 import random
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any
 
 from hf_ptune.adapter_file import shorten
+from hf_ptune.cells import read_cell
 from hf_ptune.errors import RecipeError
+from hf_ptune.labels import Part, name_labels
 from hf_ptune.recipe import Column, Recipe
 from hf_ptune.sources import HUB, chatterbot_rows, read_file, read_hub, read_label_names
 from hf_ptune.tasks import Row, Task
 from hf_ptune.tasks.base import missing
 
 _LABELS_FILE = "labels.json"  # beside a file of rows
-_LIST = re.compile(r"""\[\s*(['"\d-]|None|null|\[)[^\0]*\]|\{\s*['"][^\0]*\}""")
-_OBJECTS = re.compile(rf"{_LIST.pattern}|\[\s*\{{[^\0]*\}}\s*\]")
-_ARRAY = re.compile(r"""['"]\s+['"]""")  # printed by numpy, without commas
 
 
 @dataclass(frozen=True)
@@ -32,15 +28,6 @@ class Rows:
     held_out: list[Row]
     labels: list[str]
     test: list[Row] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows of one file or split, the names of their labels where data, file or dataset tells them, and their places."""
-
-    rows: list[Row]
-    names: list[str] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
 
 
 def load_rows(recipe: Recipe) -> Rows:
@@ -59,13 +46,15 @@ def load_rows(recipe: Recipe) -> Rows:
                 "data.source 'chatterbot' is for task SEQ_CLS and needs neither columns nor eval_source; "
                 "remove them, or name a file."
             )
-        parts = [_Part(chatterbot_rows())]
+        rows = chatterbot_rows()
+        parts = [Part(rows, places=[f"chatterbot, row {n}" for n in range(1, len(rows) + 1)], place="chatterbot")]
     else:
         parts = [_read(recipe, task, data.source, data.split)]
     parts.append(_read_further(recipe, task, data.eval_source, data.eval_split))
     parts.append(_read_further(recipe, task, data.test_source, data.test_split))
-    if task.label_role is not None and data.source != "chatterbot":
-        _name_labels(parts, task.label_role, task.known_labels())
+    parts = _checked(parts, task, data.columns)
+    if task.label_role is not None:
+        name_labels(parts, task.label_role, task.known_labels())
     train, held_out, test = (part.rows for part in parts)
     labels = parts[0].names or task.label_names(train)  # of all rows: a split or limit may leave a rare one out
     if not held_out:
@@ -88,6 +77,16 @@ def load_rows(recipe: Recipe) -> Rows:
     return Rows(train, held_out, labels, test)
 
 
+def _checked(parts: Sequence[Part], task: Task, columns: Mapping[str, Column]) -> list[Part]:
+    """Rows of all parts as the task checks them, together."""
+    rows = [row for part in parts for row in part.rows]
+    ready = iter(task.check_rows(rows, [where for part in parts for where in part.places]))
+    parts = [replace(part, rows=[next(ready) for _ in part.rows]) for part in parts]
+    for part in parts:
+        _check_filled(part, task, columns)
+    return parts
+
+
 def _check_everywhere(role: str, parts: Sequence[tuple[str, list[Row]]]) -> None:
     """Refuse rows of which some have a role that changes what is asked, and others have not."""
     having, lacking = ([what for what, rows in parts if any((role in r) is has for r in rows)] for has in (True, False))
@@ -98,24 +97,26 @@ def _check_everywhere(role: str, parts: Sequence[tuple[str, list[Row]]]) -> None
         )
 
 
-def _read_further(recipe: Recipe, task: Task, source: str | None, split: str | None) -> _Part:
+def _read_further(recipe: Recipe, task: Task, source: str | None, split: str | None) -> Part:
     """Rows of another file, or of another split of the same dataset; none where neither is named."""
     if source is None and split is None:
-        return _Part([])
+        return Part([])
     if source is None and not recipe.data.source.startswith(HUB):
         raise RecipeError(f"the split {split!r} is named, but {recipe.data.source} is a file; name another file.")
     return _read(recipe, task, source or recipe.data.source, split or recipe.data.split)
 
 
-def _read(recipe: Recipe, task: Task, source: str, split: str) -> _Part:
+def _read(recipe: Recipe, task: Task, source: str, split: str) -> Part:
     """Rows by role, with labels as they stand there."""
     columns = recipe.data.columns
     if wrong := sorted(set(columns) - set(task.roles())):
         raise RecipeError(f"data.columns names the role {wrong[0]!r}; {recipe.task} has {', '.join(task.roles())}.")
     named: list[str] | Mapping[str, list[str]] = {}
+    classes: Mapping[str, list[str]] = {}
     if source.startswith(HUB):
         place = f"{source} {split}"
-        found, named = read_hub(source.removeprefix(HUB), recipe.data.config, split, recipe.data.revision)
+        found, classes = read_hub(source.removeprefix(HUB), recipe.data.config, split, recipe.data.revision)
+        named = classes
     else:
         place = str(recipe.folder / source)
         found = read_file(recipe.folder / source)
@@ -125,22 +126,10 @@ def _read(recipe: Recipe, task: Task, source: str, split: str) -> _Part:
         named = read_label_names(recipe.folder / recipe.data.labels)
     elif recipe.data.labels is not None:
         named = recipe.data.labels
-    numbered = list(enumerate(found, 1))
-    if wanted := recipe.data.where:
-        numbered = [
-            (n, r)
-            for n, r in numbered
-            if all(str(_value(r, column, f"{place}, row {n}")) == str(v) for column, v in wanted.items())
-        ]
-        if not numbered:
-            raise RecipeError(f"{place}: no row has {wanted}, as data.where asks.")
+    numbered = _wanted(found, recipe.data.where, place)
     places = [f"{place}, row {n}" for n, _ in numbered]
     cells = source.endswith((".csv", ".tsv"))
-    rows = [
-        task.check_row(_by_role(row, task, columns, at, cells), at)
-        for (_, row), at in zip(numbered, places, strict=True)
-    ]
-    _check_filled(rows, task, columns, place)
+    rows = [_by_role(row, task, columns, at, cells) for (_, row), at in zip(numbered, places, strict=True)]
     column = columns.get(task.label_role, task.label_role) if task.label_role else None
     names = named if isinstance(named, list) else named.get(column, []) if isinstance(column, str) else []
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -148,16 +137,46 @@ def _read(recipe: Recipe, task: Task, source: str, split: str) -> _Part:
             f"{place}: the names of its labels are {shorten(names)}, of which {twice[0]!r} is there more than once; "
             "expected each once, in order of the numbers. Name them anew under data.labels."
         )
-    return _Part(rows, list(names), places)
+    return Part(rows, list(names), places, isinstance(column, str) and column in classes, place)
 
 
-def _check_filled(rows: Sequence[Row], task: Task, columns: Mapping[str, Column], place: str) -> None:
+def _wanted(rows: Sequence[Row], wanted: Mapping[str, Any], place: str) -> list[tuple[int, Row]]:
+    """Rows that have what is wanted of them, and their numbers from 1.
+
+    Raises:
+        RecipeError: no row has it, or one of its columns.
+    """
+    for column in wanted:
+        if not any(_has(row, column) for row in rows):
+            there = dict.fromkeys(str(name) for row in rows for name in row)
+            raise RecipeError(
+                f"{place}: has no column {column!r}, which data.where names; it has {', '.join(there)}. Name one of "
+                "them, or take it out."
+            )
+    found = [
+        (n, row)
+        for n, row in enumerate(rows, 1)
+        if all(_is_same(_value(row, column, f"{place}, row {n}"), value) for column, value in wanted.items())
+    ]
+    if wanted and not found:
+        raise RecipeError(f"{place}: no row has {dict(wanted)}, as data.where asks.")
+    return found
+
+
+def _is_same(cell: Any, wanted: Any) -> bool:
+    """Whether a cell holds a value; files write truths as true or True."""
+    if isinstance(cell, bool) or isinstance(wanted, bool):
+        return str(cell).strip().lower() == str(wanted).strip().lower()
+    return str(cell) == str(wanted)
+
+
+def _check_filled(part: Part, task: Task, columns: Mapping[str, Column]) -> None:
     """Refuse rows of which none has a word in a text that all of them need."""
     for role in dict.fromkeys(role for form in task.forms for role in form):
-        if all(isinstance(text := row.get(role), str) and not text.strip() for row in rows):
+        if part.rows and all(isinstance(text := row.get(role), str) and not text.strip() for row in part.rows):
             raise RecipeError(
-                f"{place}: column {columns.get(role, role)!r} is empty in every row; fill it, or name the column of "
-                f"{role} under data.columns.{role}."
+                f"{part.place}: column {columns.get(role, role)!r} is empty in every row; fill it, or name the column "
+                f"of {role} under data.columns.{role}."
             )
 
 
@@ -168,56 +187,16 @@ def _is_text(value: Any, most: int) -> bool:
     return not isinstance(value, (Mapping, bytes))
 
 
-def _flat(values: Sequence[Any]) -> list[Any]:
-    return [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
-
-
-def _name_labels(parts: Sequence[_Part], role: str, known: Sequence[str]) -> None:
-    """Give labels their names; whether numbers count the names is decided for all parts, since some lack classes."""
-    for part in parts:
-        for row, where in zip(part.rows, part.places, strict=True):
-            row[role] = _plain(row[role], part.names or known, where)
-    numbers = [
-        (value, part.names)
-        for part in parts
-        for value in _flat([row[role] for row in part.rows])
-        if part.names and isinstance(value, int) and not isinstance(value, bool)
-    ]
-    # they do, unless they can only be names themselves
-    count = all(0 <= n < len(names) for n, names in numbers) or not all(str(n) in names for n, names in numbers)
-    for part in parts:
-        if part.names:
-            for row, where in zip(part.rows, part.places, strict=True):
-                row[role] = _name(row[role], part.names, count, where)
-
-
-def _plain(value: Any, names: Sequence[str], where: str) -> Any:
-    """A label as it is told: a name as it is, and a whole number that was read as 1.0 as 1.
-
-    Raises:
-        RecipeError: it is empty, or a number between the classes.
-    """
-    if isinstance(value, (list, tuple)):
-        return [_plain(v, names, where) for v in value]
-    if missing(value) or value == "":
-        raise RecipeError(f"{where}: a label is empty; fill it, or take the row out.")
-    if isinstance(value, float):
-        if str(value) in names:
-            return str(value)
-        if not value.is_integer():
-            raise RecipeError(
-                f"{where}: has the label {value!r}; expected the name or number of a class. Where such numbers are "
-                "classes, name them under data.labels; numbers to be predicted (regression) are none of the tasks."
-            )
-        return int(value)
-    return value
-
-
 def _by_role(row: Row, task: Task, columns: Mapping[str, Column], where: str, cells: bool) -> Row:
     # a role is read where the recipe names its column, or a column has the role's own name
     values = {role: _value(row, columns.get(role, role), where) for role in task.roles()}
+    values |= {
+        role: blank
+        for role, blank in task.blanks.items()
+        if missing(values[role]) and _has(row, columns.get(role, role))
+    }
     found = {
-        role: _read_cell(value, role in task.objects, f"{where}: {role}") if cells and role in task.lists else value
+        role: _of_cell(value, role, task, f"{where}: {role}") if cells else value
         for role, value in values.items()
         if not missing(value) and not (value == "" and role in task.possible and role not in task.everywhere)
     }
@@ -246,6 +225,13 @@ def _by_role(row: Row, task: Task, columns: Mapping[str, Column], where: str, ce
                 f"text{' or a list of texts' if most else ''}. {_cure(columns.get(role, role), found[role], role)}"
             )
     return found
+
+
+def _of_cell(value: Any, role: str, task: Task, where: str) -> Any:
+    """What a cell of CSV tells: a list where the role holds some, and a label without the spaces around it."""
+    if role in task.lists:
+        return read_cell(value, role in task.objects, where)
+    return value.strip() if role == task.label_role and isinstance(value, str) else value
 
 
 def _choose_form(found: dict[str, Any], task: Task, columns: Mapping[str, Column]) -> None:
@@ -301,26 +287,6 @@ class _Filled(dict[str, Any]):
         return value
 
 
-def _read_cell(value: Any, objects: bool, where: str) -> Any:
-    """The list that a cell of CSV holds as JSON, or as Python prints it; what looks like none stays as it is.
-
-    Raises:
-        RecipeError: it looks like a list and cannot be read.
-    """
-    pattern = _OBJECTS if objects else _LIST
-    if not isinstance(value, str) or not pattern.fullmatch(value.strip()):
-        return value
-    kinds = (list, dict) if objects else (list,)
-    with contextlib.suppress(ValueError):
-        return found if isinstance(found := json.loads(value), kinds) else value
-    if not _ARRAY.search(value):
-        with contextlib.suppress(ValueError, SyntaxError):
-            return found if isinstance(found := ast.literal_eval(value), kinds) else value
-    if value.strip()[1:].lstrip()[:1] not in "'\"":
-        return value  # a text that begins with a number in brackets
-    raise RecipeError(f"{where} holds {value[:60]!r}, which is no list in JSON; write it with json.dumps.")
-
-
 def _value(row: Row, column: Column, where: str) -> Any:
     """What a row has in a column: `a`, `a.b` inside it, a text with `{a}`, or several columns as one list.
 
@@ -345,21 +311,6 @@ def _value(row: Row, column: Column, where: str) -> Any:
     for key in column.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
-
-
-def _name(value: Any, names: Sequence[str], count: bool, where: str) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_name(v, names, count, where) for v in value]
-    text = str(value)
-    counted = isinstance(value, int) and not isinstance(value, bool) and count
-    if text in names and not counted:
-        return text
-    number = int(value) if isinstance(value, int) else int(text) if text.isdecimal() else -1
-    if 0 <= number < len(names):
-        return names[number]
-    raise RecipeError(
-        f"{where}: has the label {value!r}; expected a number below {len(names)} or one of {', '.join(names[:10])}."
-    )
 
 
 def take_rows(rows: Sequence[Row], limit: int | None, seed: int, by: str | None = None) -> list[Row]:

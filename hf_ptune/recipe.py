@@ -63,7 +63,7 @@ class DataRecipe:
             with `{names}` of columns, or a list of columns. The roles are those of the task.
         labels: names of the labels in order of their numbers, or a .json file that holds them (a list, or lists
             by column); unset, a labels.json beside the file, the names that a dataset of the Hub has, or the
-            values in all rows of `source`, sorted.
+            values in all rows of `source`, sorted. Whole numbers among the labels are names where all of them are.
         max_length: tokens that a row is cut to.
     """
 

@@ -1,10 +1,14 @@
 """Rows: reading, splitting, and what the model gets."""
 
+import csv
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -14,6 +18,8 @@ from hf_ptune.data import load_rows, split_rows, take_rows
 from hf_ptune.errors import RecipeError
 from hf_ptune.recipe import make_recipe
 from hf_ptune.sources import chatterbot_rows, read_file
+from hf_ptune.tasks.question_answering import QuestionAnswering
+from hf_ptune.tasks.token_classification import TokenClassification
 
 
 def words_tokenizer(words: str = "a b c d e f g h") -> PreTrainedTokenizerFast:
@@ -40,10 +46,25 @@ def recipe_for(folder: Path, task: str, **data: Any) -> Any:
     return make_recipe(content, folder=folder)
 
 
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
+def write_rows(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
+    """A file of rows, by the ending of its name; CSV has lists as pandas writes them."""
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
+    elif name.endswith(".csv"):
+        with (folder / name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        (folder / name).write_text(json.dumps(rows) if name.endswith(".json") else "\n".join(map(json.dumps, rows)))
+    return name
 
+
+def all_of(rows: Any) -> list[dict[str, Any]]:
+    return [*rows.train, *rows.held_out, *rows.test]
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
     rows = [{"q": "a b", "topic": "x"}, {"q": 'c, "d"\ne', "topic": "y"}]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     (tmp_path / "r.csv").write_text('q,topic\na b,x\n"c, ""d""\ne",y\n')
@@ -239,3 +260,116 @@ def test_rows_are_drawn_from_every_class() -> None:
         assert [int(r["text"]) for r in drawn] == sorted(int(r["text"]) for r in drawn)
         assert len(take_rows(rows, 2, seed, by="label")) == 2
     assert take_rows(rows, 20, 0, by="label") != take_rows(rows, 20, 1, by="label")
+
+
+@pytest.mark.parametrize("values", [(True, False), ("true", "false"), ("True", "False"), ("TRUE", " false")])
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv"])
+def test_true_is_true_in_every_file(values: tuple[Any, Any], name: str, tmp_path: Path) -> None:
+    rows = [{"text": str(n), "label": "xy"[n // 2 % 2], "ok": values[n % 2]} for n in range(16)]
+    source = write_rows(tmp_path, name, rows)
+    for asked in (True, False):
+        found = all_of(load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, where={"ok": asked})))
+        assert len(found) == 8 and all(int(r["text"]) % 2 != asked for r in found)
+
+
+def test_rows_are_asked_by_columns_that_there_are(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "xy"[n % 2], "in": {"kind": "k"}} for n in range(8)]
+    rows[1]["seldom"] = 1
+    source = write_rows(tmp_path, "r.jsonl", rows)
+    for column in ("kind", "in.kinds"):
+        with pytest.raises(RecipeError) as caught:
+            load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, where={"in.kind": "k", column: "k"}))
+        assert f"has no column {column!r}, which data.where names; it has text, label, in, seldom" in str(caught.value)
+    with pytest.raises(RecipeError, match="no row has {'seldom': 2}, as data.where asks"):
+        load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, where={"seldom": 2}))
+    assert len(all_of(load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, where={"in.kind": "k"})))) == 8
+
+
+WORDS = [(["a", "b"], ["B-X", "O"]), (["c d", "e"], ["O", "B-X"]), (["[", "f"], ["O", "O"]), (["g"], ["B-X"])]
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.parquet", "r.csv"])
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_lists_that_are_written_as_text(name: str, write: Any, tmp_path: Path) -> None:
+    rows = [{"tokens": write(tokens), "tags": write(tags)} for tokens, tags in WORDS]
+    found = all_of(load_rows(recipe_for(tmp_path, "TOKEN_CLS", source=write_rows(tmp_path, name, rows))))
+    assert sorted((r["tokens"], r["tags"]) for r in found) == sorted(WORDS)
+    rows = [{"text": "a", "choices": write(["b", "c"]), "label": 1}] * 4
+    found = all_of(load_rows(recipe_for(tmp_path, "MULTIPLE_CHOICE", source=write_rows(tmp_path, name, rows))))
+    assert found[0]["choices"] == ["b", "c"]
+    rows = [{"context": "a b", "question": "q", "answers": write({"text": ["b"], "answer_start": [2]})}] * 4
+    found = all_of(load_rows(recipe_for(tmp_path, "QUESTION_ANS", source=write_rows(tmp_path, name, rows))))
+    assert found[0]["answers"] == {"text": ["b"], "answer_start": [2]}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tags", "expected"),
+    [
+        ("a [1] b", "O O B-X", ["a", "[1]", "b"]),
+        ("[1] and [2]", "O O B-X", ["[1]", "and", "[2]"]),
+        ('["a" is odd]', "O O B-X", ['["a"', "is", "odd]"]),
+        ('["a" is odd]', ["O", "O", "B-X"], ['["a"', "is", "odd]"]),
+        ('["a b", "c"]', ["O", "O", "B-X"], ['["a', 'b",', '"c"]']),
+        ('["a b", "c"]', ["O", "B-X"], ["a b", "c"]),
+        (["a", "b"], '["O", "B-X"]', ["a", "b"]),
+    ],
+)
+def test_a_sentence_stays_what_it_is(tokens: Any, tags: Any, expected: list[str]) -> None:
+    row = TokenClassification().check_row({"tokens": tokens, "tags": tags}, "here")
+    assert row["tokens"] == expected and row["tags"][-1] == "B-X" and set(row["tags"][:-1]) == {"O"}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tags", "message"),
+    [
+        ('["a", "b"]', ["O", "B-X"], "tokens are .* which may be a list or 2 words; write them as a list"),
+        ('["a", "b"]', "O B-X", "tokens are .* which may be a list or 2 words; write them as a list"),
+        ('["a b", "c"]', '["O", "O", "B-X"]', "has 2 tokens and 3 tags"),
+        ("['a' 'b']", "['O' 'B-X']", "here: tags holds .* which is no list in JSON"),
+    ],
+)
+def test_sentences_that_may_be_lists(tokens: Any, tags: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        TokenClassification().check_row({"tokens": tokens, "tags": tags}, "here")
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.parquet", "r.csv"])
+def test_rows_without_an_answer(name: str, tmp_path: Path) -> None:
+    def answers(told: list[Any], columns: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
+        rows = [{"context": "in 1990", "question": str(n)} | row for n, row in enumerate(told)]
+        recipe = recipe_for(tmp_path, "QUESTION_ANS", source=write_rows(tmp_path, name, rows), columns=columns)
+        found = all_of(load_rows(replace(recipe, task_options=options)))
+        return [row["answers"] for row in sorted(found, key=lambda row: str(row["question"]))]
+
+    none, year = {"text": [], "answer_start": []}, {"text": ["1990"], "answer_start": [3]}
+    two = {"answers": ["answer", "start"]}
+    told = [{"answer": None, "start": None}, {"answer": 1990, "start": 3}] * 2
+    assert answers(told, two, unanswerable=True) == [none, year] * 2
+    whole = [{"answers": None}, {"answers": {"text": ["1990"], "answer_start": [3]}}] * 2
+    assert answers(whole, {}, unanswerable=True) == [none, year] * 2
+    for rows, columns in ((told, two), (whole, {})):
+        with pytest.raises(RecipeError, match="row 1: has no answer; set task_options.unanswerable to true"):
+            answers(rows, columns)
+
+
+@pytest.mark.parametrize(
+    "answers", [None, [], "", {"text": None, "answer_start": None}, [None, None], ["", ""], [" ", 0]]
+)
+def test_answers_that_are_none(answers: Any, tmp_path: Path) -> None:
+    rows = [{"context": "a b", "question": "q", "answers": answers}] * 4
+    recipe = recipe_for(tmp_path, "QUESTION_ANS", source=write_rows(tmp_path, "r.jsonl", rows))
+    found = load_rows(replace(recipe, task_options={"unanswerable": True}))
+    assert all(row["answers"] == {"text": [], "answer_start": []} for row in all_of(found))
+    rows = [{"context": "a b", "question": "q"}] * 4
+    recipe = replace(recipe, data=replace(recipe.data, source=write_rows(tmp_path, "n.jsonl", rows)))
+    with pytest.raises(RecipeError, match="row 1: has no column 'answers'"):
+        load_rows(replace(recipe, task_options={"unanswerable": True}))
+
+
+@pytest.mark.parametrize(("value", "text"), [(1990, "1990"), (1990.0, "1990"), (2.5, "2.5"), ("1990", "1990")])
+def test_answers_that_are_numbers(value: Any, text: str) -> None:
+    row = {"context": f"in {text}", "question": "q", "answers": [value, 3]}
+    assert QuestionAnswering().check_row(row, "here")["answers"] == {"text": [text], "answer_start": [3]}
+    row["answers"] = {"text": [value], "answer_start": [2]}
+    with pytest.raises(RecipeError, match="is not at character 2"):
+        QuestionAnswering().check_row(row, "here")

@@ -9,6 +9,7 @@ ROOT = Path(hf_ptune.__file__).parent
 LAYERS = [
     {
         "errors",
+        "cells",
         "shapes",
         "cross_entropy",
         "auto",
@@ -33,7 +34,7 @@ LAYERS = [
     {"multitask", "presets"},
     {"metrics", "cloze", "optimizer"},
     {"tasks"},
-    {"recipe", "sources"},
+    {"recipe", "sources", "labels"},
     {"data"},
     {"callbacks"},
     {"interop", "info"},

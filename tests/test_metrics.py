@@ -16,6 +16,7 @@ from hf_ptune.metrics import Accuracy, Bleu, MacroF1, RougeL, Seqeval, SpanMatch
 from hf_ptune.tasks import IGNORED
 from hf_ptune.tasks.causal_lm import CausalLM
 from hf_ptune.tasks.sequence_classification import SequenceClassification
+from hf_ptune.tasks.token_classification import TokenClassification
 
 
 def test_values_by_hand() -> None:
@@ -27,6 +28,93 @@ def test_values_by_hand() -> None:
         predictions=[["B-X", "I-X", "O"], ["B-Y", "O"]], references=[["B-X", "I-X", "O"], ["B-X", "O"]]
     )
     assert found == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "accuracy": pytest.approx(4 / 5)}
+
+
+def write_tags(spans: list[tuple[int, int, str]], length: int, scheme: str) -> list[str]:
+    """Tags of entities that stand in words from a first to a last one."""
+    letters = {
+        "IOB2": ("B", "I", "I", "B"),
+        "IOBES": ("B", "I", "E", "S"),
+        "BILOU": ("B", "I", "L", "U"),
+        "BMES": ("B", "M", "E", "S"),
+        "BMEWO": ("B", "M", "E", "W"),
+    }
+    tags = ["O"] * length
+    for first, last, kind in spans:
+        for n in range(first, last + 1):
+            if scheme in ("plain", "unlike"):
+                tags[n] = kind
+            elif scheme == "alone":
+                tags[n] = "B" if n == first else "I"
+            else:
+                begin, inside, end, single = letters[scheme.removesuffix(" behind")]
+                letter = single if first == last else begin if n == first else end if n == last else inside
+                tags[n] = f"{kind}-{letter}" if scheme.endswith("behind") else f"{letter}-{kind}"
+    return tags
+
+
+def draw_spans(generator: random.Random, length: int, kinds: list[str], apart: bool) -> list[tuple[int, int, str]]:
+    spans: list[tuple[int, int, str]] = []
+    place = 0
+    while (first := place + generator.randint(0, 2)) < length:
+        last = min(length - 1, first + generator.randint(0, 3))
+        spans.append((first, last, generator.choice(kinds)))
+        place = last + 1 + apart  # equal plain tags side by side are one entity
+    return spans
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["IOB2", "IOBES", "BILOU", "BMES", "BMEWO", "plain", "unlike", "alone", "IOB2 behind", "BILOU behind"],
+)
+def test_entities_are_those_that_the_tags_spell(scheme: str) -> None:
+    generator = random.Random(0)
+    # of the plain ones some begin like a prefix
+    kinds = {"plain": ["PER", "ORG", "BOOK", "I", "LOC"], "unlike": ["E-mail", "S-Bahn", "phone"], "alone": ["_"]}
+    wanted, found = (
+        [draw_spans(generator, 12, kinds.get(scheme, ["PER", "ORG", "O-X"]), scheme in kinds) for _ in range(60)]
+        for _ in range(2)
+    )
+    for n in range(0, 60, 2):
+        found[n] = [span for span in wanted[n] if generator.random() < 0.7]
+    written = {
+        "predictions": [write_tags(spans, 12, scheme) for spans in found],
+        "references": [write_tags(spans, 12, scheme) for spans in wanted],
+    }
+    right = sum(len(set(a) & set(b)) for a, b in zip(found, wanted, strict=True))
+    precision, recall = right / sum(map(len, found)), right / sum(map(len, wanted))
+    alike = [a == b for role in zip(*written.values(), strict=True) for a, b in zip(*role, strict=True)]
+    assert Seqeval(keep_in_memory=True).compute(**written) == pytest.approx(
+        {
+            "precision": precision,
+            "recall": recall,
+            "f1": 2 * precision * recall / (precision + recall),
+            "accuracy": sum(alike) / len(alike),
+        }
+    )
+
+
+def test_a_plain_class_that_was_missed_is_missed() -> None:
+    found = Seqeval(keep_in_memory=True).compute(predictions=[["PER", "O", "O"]], references=[["PER", "ORG", "O"]])
+    assert found["recall"] == 0.5 and found["precision"] == 1.0
+    found = Seqeval(keep_in_memory=True).compute(
+        predictions=[["B_PER", "I_PER", "B_X-Y"]], references=[["B_PER", "I_PER", "B_X-Y"]]
+    )
+    assert found["f1"] == 1.0
+
+
+@pytest.mark.parametrize(("unscored", "right"), [([], 1 / 2), (["phone"], 1.0)])
+def test_a_task_reads_tags_by_all_of_its_labels(unscored: list[str], right: float) -> None:
+    labels, task = ["E-mail", "O", "phone"], TokenClassification(unscored=unscored)
+    row = {"tokens": list("abc"), "tags": ["E-mail", "E-mail", "O"]}
+    rest = {"tokens": list("a"), "tags": ["O"]}
+    features = [
+        {"row": row, "words": {1: 0, 2: 1, 3: 2}},
+        {"row": rest, "words": {1: 0}},
+    ]
+    chosen = np.array([[0, 0, 0, 1], [0, 2, 0, 0]])
+    found = task.compute_metrics(EvalPrediction(chosen, chosen), features, labels)
+    assert found["precision"] == right and found["recall"] == 1.0
 
 
 def test_they_are_metrics_of_evaluate() -> None:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.trainers import BpeTrainer
+from tokenizers_of import tokenizer_of
 from transformers import EvalPrediction, PreTrainedTokenizerFast
 
 from hf_ptune import PTuneConfig, get_ptune_model
@@ -102,6 +103,52 @@ def test_choices_are_read_behind_the_same_text() -> None:
             task.check_row(row, "row 1")
     with pytest.raises(RecipeError, match=r"rows have \[2, 3\] choices"):
         task.encode([rows[0], rows[0] | {"choices": ["a", "b", "c"]}], tokenizer, [])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("length", [9, 12, 20])
+def test_the_passage_is_cut_before_question_and_choice(length: int, side: str) -> None:
+    tokenizer = words_tokenizer("a b c d e f g h because")
+    tokenizer.truncation_side = side
+    passage = "a b c d e f g h a xy b xy c d e"
+    row = {"text": f" {passage} ", "question": "cause", "choices": ["f", "g h xy"], "label": 0}
+    task = MultipleChoice(max_length=length)
+    feature = task.encode(checked(task, row), tokenizer, [])[0]
+    words = tokenizer.convert_ids_to_tokens(tokenizer(passage, add_special_tokens=False)["input_ids"])
+    for ids, mask, choice in zip(feature["input_ids"], feature["attention_mask"], row["choices"], strict=True):
+        behind = tokenizer.convert_ids_to_tokens(tokenizer(choice, add_special_tokens=False)["input_ids"])
+        room = length - 4 - len(behind)
+        kept = words[:room] if side == "right" else words[max(0, len(words) - room) :]
+        expected = ["[CLS]", *kept, "because", "[SEP]", *behind, "[SEP]"]
+        assert tokenizer.convert_ids_to_tokens(ids) == expected and len(ids) == len(mask) <= length
+
+
+@pytest.mark.parametrize(
+    ("text", "choice", "expected"),
+    [
+        ("a b c d", "e f g h e f", "[CLS] a b because [SEP] e f [SEP]"),  # no room for a choice like that: half of it
+        ("a", "e f g h e f", "[CLS] a because [SEP] e f g [SEP]"),
+        ("a b c d", "e f g", "[CLS] a because [SEP] e f g [SEP]"),
+    ],
+)
+def test_choices_that_are_longer_than_the_room(text: str, choice: str, expected: str) -> None:
+    tokenizer, task = words_tokenizer("a b c d e f g h because"), MultipleChoice(max_length=8)
+    row = {"text": text, "question": "cause", "choices": [choice, "a"], "label": 0}
+    feature = task.encode(checked(task, row), tokenizer, [])[0]
+    assert tokenizer.decode(feature["input_ids"][0]) == expected
+    question = row | {"question": "h h h h h h"}
+    assert max(map(len, task.encode(checked(task, question), tokenizer, [])[0]["input_ids"])) == 8
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_a_question_keeps_its_tokens_whatever_the_tokenizer(kind: str) -> None:
+    tokenizer = tokenizer_of("bytes") if kind == "bytes" else words_tokenizer("hello worlds")
+    row = {"text": "hello worlds " * 20, "question": "worlds hello", "choices": ["hello", "worlds"], "label": 0}
+    task = MultipleChoice(max_length=24)
+    full = MultipleChoice(max_length=999).encode(checked(task, row), tokenizer, [])[0]["input_ids"]
+    for ids, whole in zip(task.encode(checked(task, row), tokenizer, [])[0]["input_ids"], full, strict=True):
+        tail = next(n for n in range(len(whole)) if "worlds hello" in tokenizer.decode(whole[len(whole) - n :]))
+        assert ids == whole[: 24 - tail] + whole[len(whole) - tail :]
 
 
 def test_a_word_s_first_token_bears_its_tag() -> None:
@@ -246,6 +293,29 @@ def test_the_best_span_is_the_best_of_all() -> None:
                         text = row["context"][feature["offsets"][i][0] : feature["offsets"][j][1]]
         expected = ("", null) if null > best + 0.5 else (text, best)
         assert found[id(row)] == (expected[0], pytest.approx(expected[1]))
+
+
+@pytest.mark.parametrize(
+    ("context", "answer", "start", "expected"),
+    [
+        (" a b c", " a", 0, ("a", 1)),
+        ("a b c ", "c ", 4, ("c", 4)),
+        ("a b\n", " b\n", 1, ("b", 2)),
+        ("a\u00a0b c", "\u00a0b c", 1, ("b c", 2)),
+    ],
+)
+def test_spaces_around_an_answer_are_none_of_it(
+    context: str, answer: str, start: int, expected: tuple[str, int]
+) -> None:
+    tokenizer, task = words_tokenizer(), QuestionAnswering()
+    row = {"context": context, "question": "d", "answers": {"text": [answer], "answer_start": [start]}}
+    (row,) = checked(task, row)
+    assert row["answers"] == {"text": [expected[0]], "answer_start": [expected[1]]}
+    feature = task.encode([row], tokenizer, [])[0]
+    span = feature["input_ids"][feature["start_positions"] : feature["end_positions"] + 1]
+    assert tokenizer.decode(span) == expected[0]
+    with pytest.raises(RecipeError, match="has no answer; set task_options.unanswerable"):
+        task.check_row({"context": "a b", "question": "d", "answers": [" ", 1]}, "here")
 
 
 def test_questions_without_answer() -> None:
@@ -517,6 +587,10 @@ def test_facts_mask_their_object() -> None:
         task.check_row(row | {"template": "[X] c"}, "row 1")
     with pytest.raises(RecipeError, match="is beyond 4 tokens"):
         MaskedLM(max_length=4).encode([row], tokenizer, [])
+    with pytest.raises(RecipeError, match=r"the object of 'a b c xy d' is beyond 6 tokens, in whole or in part"):
+        MaskedLM(max_length=6).encode([row], tokenizer, [])
+    spaced = MaskedLM(max_length=7).encode([row | {"obj_label": "xy "}], tokenizer, [])[0]
+    assert text_of(tokenizer, [i for i in spaced["labels"] if i != IGNORED]) == "xy"
 
 
 def test_cards_ask_as_the_model_has_learnt_to_be_asked() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from hf_ptune.errors import PTuneError
 from hf_ptune.metrics.inputs import same_kind
+from hf_ptune.metrics.tags import spell_tags
 
 
 class Accuracy(evaluate.Metric):
@@ -35,7 +36,10 @@ class MacroF1(evaluate.Metric):
 
 
 class Seqeval(evaluate.Metric):
-    """Score entities of IOB-tagged sequences: precision, recall, F1, and the accuracy of tags."""
+    """Score entities of tagged sequences: precision, recall, F1, and the accuracy of tags.
+
+    Tags are of IOB, IOBES, BILOU, BMES or BMEWO, or plain classes, of which equal ones in a row are one entity.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         citation = "Nakayama 2018, seqeval: a Python framework for sequence labeling evaluation"
@@ -46,9 +50,11 @@ class Seqeval(evaluate.Metric):
             from seqeval import metrics
         except ImportError as error:
             raise PTuneError('the F1 of entities needs seqeval: pip install "hf_ptune[metrics]".') from error
+        spelling = spell_tags(tag for tags in (*predictions, *references) for tag in tags)
+        found, wanted = ([[spelling[tag] for tag in tags] for tags in rows] for rows in (predictions, references))
         return {
-            "precision": float(metrics.precision_score(references, predictions, zero_division=0)),
-            "recall": float(metrics.recall_score(references, predictions, zero_division=0)),
-            "f1": float(metrics.f1_score(references, predictions, zero_division=0)),
+            "precision": float(metrics.precision_score(wanted, found, zero_division=0)),
+            "recall": float(metrics.recall_score(wanted, found, zero_division=0)),
+            "f1": float(metrics.f1_score(wanted, found, zero_division=0)),
             "accuracy": float(metrics.accuracy_score(references, predictions)),
         }

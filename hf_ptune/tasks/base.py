@@ -61,6 +61,7 @@ class Task:
         everywhere: those of them that all rows have, or none: they change what is asked.
         pair_role: the one of these that is a second text to be compared with the first; `None` where there is none.
         lists: roles that hold lists, which a cell of CSV may tell as JSON.
+        blanks: role to what an empty cell of it means, where it means something.
         objects: roles that hold objects, likewise.
         depths: how deep lists may be in roles that hold text as a rule; in those of `lists` they are plain.
         label_role: role that holds names of labels, one or a list; `None` where the head has no names.
@@ -79,6 +80,7 @@ class Task:
     pair_role: ClassVar[str | None] = None
     lists: ClassVar[tuple[str, ...]] = ()
     objects: ClassVar[tuple[str, ...]] = ()
+    blanks: ClassVar[Mapping[str, Any]] = {}
     depths: ClassVar[Mapping[str, int]] = {}
     label_role: ClassVar[str | None] = None
     group_role: ClassVar[str | None] = None
@@ -105,6 +107,18 @@ class Task:
             RecipeError: the row's values do not fit each other.
         """
         return row
+
+    def check_rows(self, rows: Sequence[Row], places: Sequence[str]) -> list[Row]:
+        """Check the rows of all sources, where what a value means may be decided for all of them alike.
+
+        Args:
+            rows: by role.
+            places: of each, for messages.
+
+        Raises:
+            RecipeError: a row's values do not fit each other, or those of other rows.
+        """
+        return [self.check_row(row, where) for row, where in zip(rows, places, strict=True)]
 
     def label_names(self, rows: Sequence[Row]) -> list[str]:
         """Names of the labels in rows, sorted; none where the head has no names."""

@@ -95,10 +95,18 @@ class MaskedLM(Task):
             begin = len(text) if part == _OBJECT else begin
             text += known.get(part, part)
         end = begin + len(known[_OBJECT])
-        feature = dict(tokenizer(text, truncation=True, max_length=self.max_length, return_offsets_mapping=True))
-        asked = [first < end and last > begin for first, last in feature.pop("offset_mapping")]
-        if not any(asked):
-            raise RecipeError(f"the object of {text!r} is beyond {self.max_length} tokens; raise data.max_length.")
+        feature, whole = (
+            dict(tokenizer(text, max_length=most, truncation=bool(most), return_offsets_mapping=True, verbose=False))
+            for most in (self.max_length, None)
+        )
+        asked, of_all = (
+            [first < end and last > begin for first, last in found.pop("offset_mapping")] for found in (feature, whole)
+        )
+        if sum(asked) < max(1, sum(of_all)):
+            raise RecipeError(
+                f"the object of {text!r} is beyond {self.max_length} tokens, in whole or in part; raise "
+                "data.max_length."
+            )
         ids = feature["input_ids"]
         labels = [token if hidden else IGNORED for token, hidden in zip(ids, asked, strict=True)]
         masked = [tokenizer.mask_token_id if hidden else token for token, hidden in zip(ids, asked, strict=True)]

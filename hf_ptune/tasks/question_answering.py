@@ -1,14 +1,15 @@
 """QUESTION_ANS: the span of a context that answers a question."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hf_ptune.cells import read_cell
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import SpanMatch
 from hf_ptune.tasks.base import (
@@ -18,6 +19,7 @@ from hf_ptune.tasks.base import (
     Row,
     Task,
     make_collator,
+    missing,
     need_fast,
     pad_behind,
     run_model,
@@ -61,6 +63,7 @@ class QuestionAnswering(Task):
     forms = (("context", "question", "answers"),)
     lists = ("answers",)
     objects = ("answers",)
+    blanks: ClassVar[Mapping[str, Any]] = {"answers": []}
     main_metric = "f1"
 
     def __post_init__(self) -> None:
@@ -69,30 +72,15 @@ class QuestionAnswering(Task):
                 raise RecipeError(f"task_options.{option} is {getattr(self, option)}; expected {least} or more.")
 
     def check_row(self, row: Row, where: str) -> Row:
-        answers = row["answers"]
-        if isinstance(answers, (list, tuple)) and len(answers) == 2 and isinstance(answers[0], str):
-            answers = {"text": answers[0], "answer_start": answers[1]}
-        if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
-            raise RecipeError(f"{where}: answers are {answers!r}; expected {{text: [...], answer_start: [...]}}.")
-        texts, starts = (
-            list(v) if isinstance(v, (list, tuple)) else [v] for v in (answers["text"], answers["answer_start"])
-        )
-        if texts in ([""], [None]) and self.unanswerable:
-            texts, starts = [], []
+        context, (texts, starts) = str(row["context"]), _answers(row["answers"], where)
         if not texts and not self.unanswerable:
             raise RecipeError(f"{where}: has no answer; set task_options.unanswerable to true.")
         if len(texts) != len(starts):
             raise RecipeError(f"{where}: has {len(texts)} answers and {len(starts)} starts; expected as many.")
-        places = [whole(start) for start in starts]
-        for text, start, told in zip(texts, places, starts, strict=True):
-            if start is None or start < 0:
-                raise RecipeError(f"{where}: answer_start is {told!r}; expected a character's number, from 0.")
-            there = str(row["context"])[start : start + len(str(text))]
-            if not text or there != text:
-                raise RecipeError(f"{where}: the answer {text!r} is not at character {start}; there is {there!r}.")
+        found = [_placed(text, start, context, where) for text, start in zip(texts, starts, strict=True)]
         return row | {
-            "answers": {"text": texts, "answer_start": places},
-            "context": str(row["context"]),
+            "answers": {"text": [text for text, _ in found], "answer_start": [start for _, start in found]},
+            "context": context,
             "question": str(row["question"]).strip(),
         }
 
@@ -227,6 +215,37 @@ class QuestionAnswering(Task):
             truth = " | ".join(dict.fromkeys(row["answers"]["text"])) or "none"
             answers.append(Answer(row["question"], f"{text or 'none'} ({score:.2f})", truth))
         return answers
+
+
+def _answers(value: Any, where: str) -> tuple[list[Any], list[Any]]:
+    """Texts of a row's answers and where they start; none where all are empty."""
+    answers = read_cell(value, True, f"{where}: answers")
+    if missing(answers) or answers in ("", []):
+        return [], []
+    if isinstance(answers, (list, tuple)) and len(answers) == 2 and not isinstance(answers[0], (list, dict)):
+        answers = {"text": answers[0], "answer_start": answers[1]}
+    if not isinstance(answers, dict) or not {"text", "answer_start"} <= set(answers):
+        raise RecipeError(f"{where}: answers are {answers!r}; expected {{text: [...], answer_start: [...]}}.")
+    texts, starts = (
+        list(v) if isinstance(v, (list, tuple)) else [v] for v in (answers["text"], answers["answer_start"])
+    )
+    if texts and all(missing(text) or not str(text).strip() for text in texts):
+        return [], []
+    return texts, starts
+
+
+def _placed(value: Any, told: Any, context: str, where: str) -> tuple[str, int]:
+    """An answer without the spaces around it, and its first character's number; no token is of those spaces."""
+    start = whole(told)
+    if start is None or start < 0:
+        raise RecipeError(f"{where}: answer_start is {told!r}; expected a character's number, from 0.")
+    # files that lack some answers have whole numbers as 1990.0
+    spellings = [str(value)] if isinstance(value, str) else [str(value), str(whole(value))]
+    text = next((spelling for spelling in spellings if context.startswith(spelling, start)), spellings[0])
+    there = context[start : start + len(text)]
+    if not text.strip() or there != text:
+        raise RecipeError(f"{where}: the answer {value!r} is not at character {start}; there is {there!r}.")
+    return text.strip(), start + len(text) - len(text.lstrip())
 
 
 def _null_place(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,5 +1,6 @@
 """TOKEN_CLS: a tag for every word; the roles of one predicate where a row names it."""
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,10 +9,13 @@ from typing import Any, Literal
 import numpy as np
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
+from hf_ptune.adapter_file import shorten
+from hf_ptune.cells import read_cell
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Seqeval
 from hf_ptune.metrics.inputs import EAST_ASIAN
+from hf_ptune.metrics.tags import spell_tags
 from hf_ptune.tasks.base import (
     Answer,
     Collator,
@@ -78,8 +82,7 @@ class TokenClassification(Task):
             )
 
     def check_row(self, row: Row, where: str) -> Row:
-        # CSV has no lists
-        row = row | {role: row[role].split() for role in ("tokens", "tags") if isinstance(row[role], str)}
+        row = row | {"tags": _listed(row["tags"], f"{where}: tags"), "tokens": _words(row, where)}
         for role in ("tokens", "tags"):
             if not isinstance(row[role], (list, tuple)) or any(missing(v) for v in row[role]):
                 raise RecipeError(f"{where}: {role} are {row[role]!r}; expected a list without gaps.")
@@ -192,10 +195,11 @@ class TokenClassification(Task):
         self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]
     ) -> dict[str, float]:
         """Precision, recall and F1 of whole entities in whole sentences, and the accuracy of tags."""
+        spelling = spell_tags(labels)  # of all labels, since few rows may lack those that tell the scheme
         found, wanted = [], []
         for row, tags in self._by_row(np.asarray(prediction.predictions), features, labels):
-            found.append(self._scored(tags))
-            wanted.append(self._scored(row["tags"]))
+            found.append(self._scored(tags, spelling))
+            wanted.append(self._scored(row["tags"], spelling))
         result: dict[str, float] = Seqeval(keep_in_memory=True).compute(predictions=found, references=wanted)
         return result
 
@@ -209,8 +213,9 @@ class TokenClassification(Task):
                 rows[-1][1][word] = labels[numbers[place]]
         return rows
 
-    def _scored(self, tags: Sequence[str]) -> list[str]:
-        return [_OUTSIDE if tag.partition("-")[2] in self.unscored else tag for tag in map(str, tags)]
+    def _scored(self, tags: Sequence[Any], spelling: Mapping[str, str]) -> list[str]:
+        spelled = [spelling[str(tag)] for tag in tags]
+        return [_OUTSIDE if tag.partition("-")[2] in self.unscored else tag for tag in spelled]
 
     def ask(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Answer]:
         labels = [model.config.id2label[n] for n in range(model.config.num_labels)]
@@ -226,6 +231,38 @@ class TokenClassification(Task):
             question = " | ".join(["".join(_with_spaces(words)), *asked])
             answers.append(Answer(question, ", ".join(said) or "nothing", " ".join(map(str, row["tags"]))))
         return answers
+
+
+def _listed(value: Any, where: str) -> Any:
+    """The list that a text holds, or its words; what is a list already."""
+    found = read_cell(value, False, where)
+    return found.split() if isinstance(found, str) else found
+
+
+def _words(row: Row, where: str) -> Any:
+    """Tokens as a list; a text that looks like one is one where the tags are written so too, or only so many fit.
+
+    Raises:
+        RecipeError: it may be a list or words, as many of either as there are tags.
+    """
+    tokens, tags = row["tokens"], row["tags"]
+    if not isinstance(tokens, str):
+        return tokens
+    written = isinstance(tags, str) and not isinstance(read_cell(tags, False, where), str)
+    if written:
+        return _listed(tokens, f"{where}: tokens")
+    words, found = tokens.split(), None
+    with contextlib.suppress(RecipeError):  # a sentence in brackets
+        found = read_cell(tokens, False, where)
+    count = len(tags.split() if isinstance(tags, str) else tags) if isinstance(tags, (str, list, tuple)) else 0
+    if not isinstance(found, list) or len(found) != count:
+        return words
+    if len(words) == count:
+        raise RecipeError(
+            f"{where}: tokens are {shorten(tokens, 60)}, which may be a list or {count} words; write them as a list of "
+            "JSON, not as text."
+        )
+    return found
 
 
 def _with_spaces(words: Sequence[str]) -> list[str]:
