@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from test_train import ROWS, write_base
 from transformers import AutoTokenizer
 
-from hf_ptune import PTuneConfig, train
+from hf_ptune import LearningCallback, PTuneConfig, train
 from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts
 from hf_ptune.cli import main
@@ -192,6 +192,41 @@ def test_a_run_that_does_not_learn_is_warned_and_finished(
     content["training"] |= {"learning_rate": 1e-9, "num_train_epochs": 8}
     run(make_multitask_recipe(content, folder=tmp_path))
     assert "Raise the learning rate" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "rate", "expected"), [("gpt2", 1e-7, ["too_low"]), ("gpt2", 2e-2, []), ("bert", 2e-2, [])]
+)
+def test_losses_of_different_tasks_are_not_compared(
+    family: str, rate: float, expected: list[str], content: dict[str, Any], tmp_path: Path
+) -> None:
+    second = "CAUSAL_LM" if family == "gpt2" else "TOKEN_CLS"
+    content["base"] = write_base(tmp_path / family, family, second)
+    (tmp_path / "second.jsonl").write_text("\n".join(json.dumps(ROWS[second](n)) for n in range(40)))
+    content["tasks"][1] = {"name": "second", "task": second, "data": {"source": "second.jsonl"}}
+    recipe = make_multitask_recipe(content, folder=tmp_path)
+    tokenizer, watch = load_tokenizer(recipe.shared.base), LearningCallback()
+    for seed in range(4):
+        content["training"] |= {"learning_rate": rate, "max_steps": 80, "per_device_train_batch_size": 2}
+        recipe = make_multitask_recipe(content | {"seed": seed}, folder=tmp_path)
+        model, parts = build(recipe, tokenizer)
+        trainer = MultiTaskTrainer(model, make_arguments(recipe.shared), parts, tokenizer, callbacks=[watch])
+        trainer.train()
+        assert list(watch.found) == expected
+    logs = [e for e in trainer.state.log_history if "loss" in e]
+    assert all({"loss_when", "loss_second"} & set(e) for e in logs) and len(logs) > 20
+    first = logs[0]
+    assert first["loss"] == pytest.approx(first.get("loss_when", first.get("loss_second")), rel=1e-4)
+
+
+def test_a_task_that_blows_up_is_named(content: dict[str, Any], tmp_path: Path) -> None:
+    content["training"] |= {"learning_rate": 10.0, "max_steps": 80, "warmup_steps": 0}
+    recipe = make_multitask_recipe(content, folder=tmp_path)
+    tokenizer, watch = load_tokenizer(recipe.shared.base), LearningCallback()
+    model, parts = build(recipe, tokenizer)
+    MultiTaskTrainer(model, make_arguments(recipe.shared), parts, tokenizer, callbacks=[watch]).train()
+    assert "the loss of task when is" in watch.found["too_high"]
+    assert "Lower the learning rate" in watch.found["too_high"]
 
 
 def test_it_goes_on_from_the_command_line(content: dict[str, Any], tmp_path: Path) -> None:
