@@ -330,16 +330,20 @@ def build(recipe: MultiTaskRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[
     """Load rows and base of every task; base weights are held once."""
     parts: dict[str, Part] = {}
     backbones: dict[str, PreTrainedModel] = {}
+    modules: dict[str, list[str]] = {}
     for name, one in recipe.tasks.items():
-        task, rows = one.build_task(), load_rows(one)
+        task, rows, config = one.build_task(), load_rows(one), make_config(one)
         train, held_out, test = (
             task.encode(r, tokenizer, rows.labels, held_out=held) if r else []
             for r, held in ((rows.train, False), (rows.held_out, True), (rows.test, True))
         )
         parts[name] = Part(task, rows.labels, rows, train, held_out, test)
-        backbones[name] = load_base(one.base, task.model_task, rows.labels, tokenizer, options=one.base_options)
-        share_base(next(iter(backbones.values())), backbones[name], name)  # before the next one takes memory
-    model = get_multitask_model(backbones, make_config(recipe.shared), tokenizer)
+        backbones[name] = load_base(one.base, task.model_task, rows.labels, tokenizer, config, one.base_options)
+        modules[name] = config.modules_to_save or []
+        first = next(iter(backbones))
+        # before the next one takes memory
+        share_base(backbones[first], backbones[name], name, modules[first], modules[name])
+    model = get_multitask_model(backbones, make_config(recipe.shared), tokenizer, modules)
     for name, part in parts.items():
         check_direction(model.model_of(name), part.task)
     return model, parts
