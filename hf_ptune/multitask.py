@@ -118,8 +118,8 @@ def get_multitask_model(
 
     Raises:
         BackboneError: the backbones have different bases, or cannot take the method.
-        ConfigError: fewer than one task, a name that cannot be a folder or is none of the tasks', a method without a prompt, or a base that
-            would be trained.
+        ConfigError: fewer than one task, a name that cannot be a folder or is none of the tasks', a method without a
+            prompt, or a base that would be trained.
     """
     if not backbones:
         raise ConfigError("there is no task; name at least one, with its backbone.")
