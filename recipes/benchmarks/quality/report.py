@@ -150,8 +150,8 @@ def _halves(records: dict[str, Record], chosen: dict[Any, list[Record]], tasks: 
     lines = [
         "## Half of PEFT's steps",
         "",
-        "Untouched defaults trained for half of the steps, over which the rate falls to zero, and PEFT's chosen setting "
-        "trained for all of them: validation and test, means over the same seeds.",
+        "Untouched defaults trained for half of the steps, over which the rate falls to zero, and PEFT's chosen "
+        "setting trained for all of them: validation and test, means over the same seeds.",
         "",
         "| task | ours | steps | validation | PEFT's | test | PEFT's |",
         "| --- | --- | --- | --- | --- | --- | --- |",
