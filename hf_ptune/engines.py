@@ -352,6 +352,16 @@ def _load_best(trainer: Any, original: Any) -> None:
     load_adapter(trainer.model, trainer.state.best_model_checkpoint)
 
 
+@_replaces(Trainer, "_issue_warnings_after_load", only_split=False)
+def _warn_of_keys(trainer: Any, original: Any, load_result: Any) -> None:
+    """Leave out what no checkpoint holds: the base."""
+    model = ours(trainer.model)
+    assert model is not None
+    kept = set(model.adapter_state_dict())
+    missing = [n for n in load_result.missing_keys if n in kept]
+    original(type(load_result)(missing, load_result.unexpected_keys))
+
+
 @_replaces(Trainer, "_load_optimizer_and_scheduler")
 def _load_optimizer(trainer: Any, original: Any, checkpoint: str | None) -> None:
     """Let every rank take its part of an optimizer's state; without one, as after `save_only_model`, it starts anew."""

@@ -26,6 +26,8 @@ class MultiTaskPrompt(nn.Module):
     """Hold a wrapped model for each task, with one prompt and one set of base weights under all of them.
 
     Liu et al. 2022, section 3.2, "Multi-task Learning": continuous prompts are shared, each task has a linear head.
+    What is trained of the base besides (`modules_to_save`, such as a pooler that the checkpoint lacks) belongs to the
+    head, so that each task has its own.
 
     Args:
         models: name of a task to its wrapped model; what they share has been shared already.
@@ -97,7 +99,10 @@ class MultiTaskPrompt(nn.Module):
 
 
 def get_multitask_model(
-    backbones: Mapping[str, PreTrainedModel], config: PTuneConfig, tokenizer: Any = None
+    backbones: Mapping[str, PreTrainedModel],
+    config: PTuneConfig,
+    tokenizer: Any = None,
+    modules_to_save: Mapping[str, Sequence[str]] | None = None,
 ) -> MultiTaskPrompt:
     """Wrap a task model for each task, over one base and with one prompt.
 
@@ -106,29 +111,34 @@ def get_multitask_model(
             take the place of the others' own, which are freed.
         config: method and options, for all of them; the first task's start is the prompt's.
         tokenizer: reads the text of a start.
+        modules_to_save: name of a task to those of its own, where they are not the configuration's.
 
     Returns:
         The model; a batch names its task: `model(task="ner", input_ids=…, labels=…)`.
 
     Raises:
         BackboneError: the backbones have different bases, or cannot take the method.
-        ConfigError: fewer than one task, a name that cannot be a folder, a method without a prompt, or a base that
-            would be trained.
+        ConfigError: fewer than one task, a name that cannot be a folder or is none of the tasks', a method without a
+            prompt, or a base that would be trained.
     """
     if not backbones:
         raise ConfigError("there is no task; name at least one, with its backbone.")
     wrong = [n for n in backbones if not n or n.startswith(".") or not n.replace("-", "").replace("_", "").isalnum()]
     if wrong:
         raise ConfigError(f"the task's name {wrong[0]!r} cannot be a folder's; use letters, digits, - and _.")
+    if unknown := set(modules_to_save or ()) - set(backbones):
+        raise ConfigError(f"modules_to_save names the task {min(unknown)!r}; expected one of {', '.join(backbones)}.")
     first = next(iter(backbones.values()))
+    trained = dict.fromkeys(backbones, config.modules_to_save) | dict(modules_to_save or {})
+    modules = {task: list(named or []) for task, named in trained.items()}
     for task, backbone in backbones.items():
-        share_base(first, backbone, task)
+        share_base(first, backbone, task, modules[next(iter(backbones))], modules[task])
     if config.train_backbone:
         raise ConfigError("train_backbone=True: tasks share a base that is frozen; leave it out.")
-    models = {
-        task: get_ptune_model(backbone, reading_for(config, task_of(backbone)), tokenizer)
-        for task, backbone in backbones.items()
-    }
+    models = {}
+    for task, backbone in backbones.items():
+        own = type(config).from_dict(config.to_dict() | {"modules_to_save": modules[task] or None})
+        models[task] = get_ptune_model(backbone, reading_for(own, task_of(backbone)), tokenizer)
     prompt = next(iter(models.values())).prompt
     for task, model in models.items():
         if prompt is None or model.prompt is None or model._injector is None:
@@ -140,24 +150,34 @@ def get_multitask_model(
     return MultiTaskPrompt(models)
 
 
-def share_base(first: PreTrainedModel, other: PreTrainedModel, task: str = "") -> None:
+def share_base(
+    first: PreTrainedModel,
+    other: PreTrainedModel,
+    task: str = "",
+    first_trains: Sequence[str] = (),
+    other_trains: Sequence[str] = (),
+) -> None:
     """Let a task model use the weights of another one's base instead of its own; heads stay its own.
 
     Args:
         first: a task model.
         other: one of the same base; its modules stay, and with them hooks and buffers.
         task: what it is for, for messages.
+        first_trains: names of the modules that the first one trains besides its head; they stay its own.
+        other_trains: those that the other one trains.
 
     Raises:
-        BackboneError: the bases differ, in a shape or a value.
+        BackboneError: the bases differ, in a shape or a value; or lack a module that is to be trained.
     """
     theirs = dict(first.base_model.named_parameters())
-    own_head = head_names(other, task_of(other))
-    heads = {id(p) for n, p in other.named_parameters() if n in own_head}
+    heads: set[int] = set()
+    for model, further in ((first, first_trains), (other, other_trains)):
+        names = head_names(model, task_of(model), list(further))
+        heads |= {id(p) for n, p in model.named_parameters() if n in names}
     swapped: dict[int, nn.Parameter] = {}
     for name, parameter in other.base_model.named_parameters():
         shared = theirs.get(name)
-        if shared is None or shared is parameter or id(parameter) in heads:
+        if shared is None or shared is parameter or {id(shared), id(parameter)} & heads:
             continue  # a pooler that the other task model does not have
         if shared.shape != parameter.shape or shared.dtype != parameter.dtype or not torch.equal(shared, parameter):
             raise BackboneError(

@@ -4,11 +4,14 @@ Launch: `accelerate launch -m hf_ptune.train_multitask recipe.yaml [--section.ke
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
@@ -21,6 +24,7 @@ from transformers import (
 )
 
 from hf_ptune.callbacks import LearningCallback, MemoryCallback, check_batch
+from hf_ptune.callbacks.learning import TASK_LOSS
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.engines import at_end
@@ -28,6 +32,7 @@ from hf_ptune.errors import RecipeError
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
 from hf_ptune.hub import push_folder
 from hf_ptune.multitask import (
+    TASK_KEY,
     MultiTaskDataset,
     MultiTaskPrompt,
     TaskCollator,
@@ -126,7 +131,8 @@ def make_multitask_recipe(
 class MultiTaskTrainer(Trainer):
     """Train one prompt on batches of several tasks, and measure each task by itself.
 
-    Metrics are `eval_<task>_<metric>`, and `eval_mean`, the mean of the tasks' main metrics, each from 0 to 1. A
+    Training logs have `loss_<task>` besides: losses of different tasks are no parts of one curve. Metrics are
+    `eval_<task>_<metric>`, and `eval_mean`, the mean of the tasks' main metrics, each from 0 to 1. A
     checkpoint holds an adapter folder for each task.
 
     Args:
@@ -166,10 +172,31 @@ class MultiTaskTrainer(Trainer):
             **kwargs,
         )
         self.prompts = model
+        # by task: sum and number of the losses since the last log
+        self._losses = {name: torch.zeros(2, device=args.device) for name in parts}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset: Any = train_dataset or self.train_dataset
         return TaskSampler(dataset.sizes, self._train_batch_size, self.temperature, self.args.seed)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """What any Trainer computes, which is kept by task."""
+        task = inputs[TASK_KEY]
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        loss: Tensor = (found[0] if isinstance(found, tuple) else found).detach()
+        if model.training:
+            self._losses[task] += torch.stack([loss, (loss != 0).to(loss.dtype)])  # 0 is that of no labels
+        return found
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the losses of tasks to a training log."""
+        if "loss" in logs:
+            together = self.accelerator.reduce(torch.stack(list(self._losses.values())), "sum").tolist()
+            means = {n: total / count for n, (total, count) in zip(self._losses, together, strict=True) if count}
+            logs |= {f"{TASK_LOSS}{n}": mean for n, mean in means.items() if math.isfinite(mean)}  # others are no JSON
+            for kept in self._losses.values():
+                kept.zero_()
+        super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -303,16 +330,20 @@ def build(recipe: MultiTaskRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[
     """Load rows and base of every task; base weights are held once."""
     parts: dict[str, Part] = {}
     backbones: dict[str, PreTrainedModel] = {}
+    modules: dict[str, list[str]] = {}
     for name, one in recipe.tasks.items():
-        task, rows = one.build_task(), load_rows(one)
+        task, rows, config = one.build_task(), load_rows(one), make_config(one)
         train, held_out, test = (
             task.encode(r, tokenizer, rows.labels, held_out=held) if r else []
             for r, held in ((rows.train, False), (rows.held_out, True), (rows.test, True))
         )
         parts[name] = Part(task, rows.labels, rows, train, held_out, test)
-        backbones[name] = load_base(one.base, task.model_task, rows.labels, tokenizer, options=one.base_options)
-        share_base(next(iter(backbones.values())), backbones[name], name)  # before the next one takes memory
-    model = get_multitask_model(backbones, make_config(recipe.shared), tokenizer)
+        backbones[name] = load_base(one.base, task.model_task, rows.labels, tokenizer, config, one.base_options)
+        modules[name] = config.modules_to_save or []
+        first = next(iter(backbones))
+        # before the next one takes memory
+        share_base(backbones[first], backbones[name], name, modules[first], modules[name])
+    model = get_multitask_model(backbones, make_config(recipe.shared), tokenizer, modules)
     for name, part in parts.items():
         check_direction(model.model_of(name), part.task)
     return model, parts

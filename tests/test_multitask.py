@@ -98,6 +98,18 @@ def test_base_weights_are_held_once() -> None:
     assert sum(n.endswith("prompt.weight") for n in trained) == 1 and len(trained) == 1 + 2 * len(LABELS)
 
 
+def test_modules_that_train_are_each_tasks_own() -> None:
+    made = {t: m for t, m in backbones().items() if t != "ner"}
+    config = PTuneConfig(num_virtual_tokens=4, modules_to_save=["pooler"])
+    for modules, expected in ((None, {"topic", "mood"}), ({"mood": []}, {"topic"}), ({"topic": []}, {"mood"})):
+        model = get_multitask_model(copy.deepcopy(made), config, modules_to_save=modules)
+        pooler = {t: model.model_of(t).backbone.bert.pooler.dense.weight for t in made}
+        assert pooler["topic"] is not pooler["mood"]
+        assert {t for t, weight in pooler.items() if weight.requires_grad} == expected
+        shared = [model.model_of(t).backbone.bert.embeddings.word_embeddings.weight for t in made]
+        assert shared[0] is shared[1] and not shared[0].requires_grad
+
+
 def test_training_moves_prompt_and_heads_only() -> None:
     model = together()
     before = copy.deepcopy(model.state_dict())
@@ -160,6 +172,8 @@ def test_what_cannot_be_shared_is_refused() -> None:
         get_multitask_model(backbones(), PTuneConfig(method="bitfit"))
     with pytest.raises(ConfigError, match="no task"):
         get_multitask_model({}, config)
+    with pytest.raises(ConfigError, match="names the task 'pos'; expected one of topic, ner, mood"):
+        get_multitask_model(backbones(), config, modules_to_save={"pos": ["pooler"]})
     with pytest.raises(ConfigError, match="cannot be a folder's"):
         get_multitask_model({"../x": backbones()["ner"]}, config)
     with pytest.raises(PTuneError, match="no task 'pos'; the tasks are topic, ner, mood"):

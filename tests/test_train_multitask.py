@@ -12,10 +12,11 @@ import torch
 import transformers
 from hub import HubServer, connect
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from test_train import ROWS, write_base
 from transformers import AutoTokenizer
 
-from hf_ptune import PTuneConfig, train
+from hf_ptune import LearningCallback, PTuneConfig, train
 from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts
 from hf_ptune.cli import main
@@ -192,6 +193,102 @@ def test_a_run_that_does_not_learn_is_warned_and_finished(
     content["training"] |= {"learning_rate": 1e-9, "num_train_epochs": 8}
     run(make_multitask_recipe(content, folder=tmp_path))
     assert "Raise the learning rate" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "rate", "expected"), [("gpt2", 1e-7, ["too_low"]), ("gpt2", 2e-2, []), ("bert", 2e-2, [])]
+)
+def test_losses_of_different_tasks_are_not_compared(
+    family: str, rate: float, expected: list[str], content: dict[str, Any], tmp_path: Path
+) -> None:
+    second = "CAUSAL_LM" if family == "gpt2" else "TOKEN_CLS"
+    content["base"] = write_base(tmp_path / family, family, second)
+    (tmp_path / "second.jsonl").write_text("\n".join(json.dumps(ROWS[second](n)) for n in range(40)))
+    content["tasks"][1] = {"name": "second", "task": second, "data": {"source": "second.jsonl"}}
+    recipe = make_multitask_recipe(content, folder=tmp_path)
+    tokenizer, watch = load_tokenizer(recipe.shared.base), LearningCallback()
+    for seed in range(4):
+        content["training"] |= {"learning_rate": rate, "max_steps": 80, "per_device_train_batch_size": 2}
+        recipe = make_multitask_recipe(content | {"seed": seed}, folder=tmp_path)
+        model, parts = build(recipe, tokenizer)
+        trainer = MultiTaskTrainer(model, make_arguments(recipe.shared), parts, tokenizer, callbacks=[watch])
+        trainer.train()
+        assert list(watch.found) == expected
+    logs = [e for e in trainer.state.log_history if "loss" in e]
+    assert all({"loss_when", "loss_second"} & set(e) for e in logs) and len(logs) > 20
+    first = logs[0]
+    assert first["loss"] == pytest.approx(first.get("loss_when", first.get("loss_second")), rel=1e-4)
+
+
+def test_a_task_that_blows_up_is_named(content: dict[str, Any], tmp_path: Path) -> None:
+    content["training"] |= {"learning_rate": 10.0, "max_steps": 80, "warmup_steps": 0}
+    recipe = make_multitask_recipe(content, folder=tmp_path)
+    tokenizer, watch = load_tokenizer(recipe.shared.base), LearningCallback()
+    model, parts = build(recipe, tokenizer)
+    MultiTaskTrainer(model, make_arguments(recipe.shared), parts, tokenizer, callbacks=[watch]).train()
+    assert "the loss of task when is" in watch.found["too_high"]
+    assert "Lower the learning rate" in watch.found["too_high"]
+
+
+@pytest.mark.parametrize(
+    ("family", "tasks"),
+    [("roberta", ["SEQ_CLS", "MULTIPLE_CHOICE"]), ("bert", ["TOKEN_CLS", "MULTIPLE_CHOICE", "SEQ_CLS"])],
+)
+def test_a_base_without_a_pooler_gets_one(
+    family: str, tasks: list[str], content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    content["base"] = write_base(tmp_path / family, family, "MASKED_LM")
+    (tmp_path / "MULTIPLE_CHOICE.jsonl").write_text(
+        "\n".join(json.dumps(ROWS["MULTIPLE_CHOICE"](n)) for n in range(24))
+    )
+    content["tasks"] = [{"name": t.lower(), "task": t, "data": {"source": f"{t}.jsonl"}} for t in tasks]
+    content["training"] |= {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    with_pooler = {t for t in tasks if t == "MULTIPLE_CHOICE" or (t == "SEQ_CLS" and family == "bert")}
+    run(make_multitask_recipe(content, folder=tmp_path))
+    assert caplog.text.count("has no pooler") == len(with_pooler)
+    folder, poolers = tmp_path / "out", []
+    ends = {t: load_file(folder / "adapter" / t.lower() / "model.safetensors") for t in tasks}
+    for task in tasks:
+        saved = PTuneConfig.from_pretrained(folder / "adapter" / task.lower()).modules_to_save
+        assert saved == (["pooler"] if task in with_pooler else None)
+        poolers += [t for n, t in ends[task].items() if n.endswith("pooler.dense.weight")]
+    assert len(poolers) == len(with_pooler)  # each task has its own, beside its head
+    assert all(not torch.equal(poolers[0], other) for other in poolers[1:])
+    # the same outputs, from a folder and in the middle of a run
+    recipe = make_multitask_recipe(content, folder=tmp_path)
+    tokenizer = load_tokenizer(recipe.shared.base)
+    model, parts = build(recipe, tokenizer)
+    model.eval().load_adapters(folder / "adapter")
+    for task in tasks:
+        batch = parts[task.lower()].task.collator(tokenizer)(parts[task.lower()].held_out[:3])
+        again = TASKS[task].from_pretrained(folder / "adapter" / task.lower())
+        with torch.no_grad():
+            assert torch.equal(again(**batch).logits, model(task=task.lower(), **batch).logits)
+    content["training"] |= {"resume_from_checkpoint": str(folder / "checkpoint-3")}
+    run(make_multitask_recipe(content, folder=tmp_path))
+    for task in tasks:
+        tensors = load_file(folder / "adapter" / task.lower() / "model.safetensors")
+        assert all(torch.allclose(t, ends[task][n], atol=1e-6) for n, t in tensors.items())
+    # adapted to one task, with its pooler
+    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(folder / "adapter/multiple_choice")}
+    one = {k: v for k, v in content.items() if k != "tasks"} | {"task": "MULTIPLE_CHOICE", "output_dir": str(tmp_path)}
+    one |= {"options": content["options"] | start | {"prompt_tuning_init_head": True}}
+    one |= {"data": {"source": "MULTIPLE_CHOICE.jsonl"}, "training": {"max_steps": 1, "learning_rate": 1e-9}}
+    one["training"] |= {"use_cpu": True, "report_to": "none"}
+    outcome = train.run(make_recipe(one, folder=tmp_path))
+    facts = json.loads((folder / "adapter/multiple_choice/run_facts.json").read_text())
+    assert outcome.before["loss"] == pytest.approx(facts["metrics"][0]["loss"], rel=1e-4)
+
+
+def test_modules_that_a_recipe_trains_may_be_absent(content: dict[str, Any], tmp_path: Path) -> None:
+    content["base"] = write_base(tmp_path / "masked", "bert", "MASKED_LM")
+    content["options"] |= {"modules_to_save": ["pooler"]}
+    content["tasks"][1] |= {"task": "SEQ_CLS", "data": {"source": "SEQ_CLS.jsonl"}}
+    content["training"] |= {"max_steps": 1}
+    run(make_multitask_recipe(content, folder=tmp_path))
+    for name in ("when", "letters"):
+        assert PTuneConfig.from_pretrained(tmp_path / "out/adapter" / name).modules_to_save == ["pooler"]
 
 
 def test_it_goes_on_from_the_command_line(content: dict[str, Any], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Any Trainer script: checkpoints, resume, best model, predictions."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from families import VOCABULARY
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -104,6 +106,31 @@ def test_the_best_model_comes_back(wrap: Wrap, tmp_path: Path) -> None:
         loaded = AutoModelForSequenceClassification.from_pretrained(best)
         for name, tensor in model.adapter_state_dict().items():
             assert torch.equal(tensor, loaded.adapter_state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("method", "whole"), [("p_tuning", False), ("bitfit", False), ("prompt_tuning", True)])
+def test_checkpoints_lack_nothing_but_the_base(
+    method: str, whole: bool, wrap: Wrap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, "transformers")
+    family, task = ("gpt2", "CAUSAL_LM") if whole else ("bert", "SEQ_CLS")  # the one has tied weights
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+
+    def fresh() -> PTunePreTrainedModel:
+        return wrap(family, method, task, strong=False, train_backbone=whole).float()
+
+    train(fresh(), tmp_path, task, **best)
+    checkpoint = tmp_path / "checkpoint-2"
+    train(fresh(), tmp_path, task, resume=str(checkpoint), **best)
+    assert "keys in the checkpoint" not in caplog.text
+    tensors = load_file(checkpoint / "model.safetensors")
+    gone = sorted(tensors)[0]
+    other = {n: t for n, t in tensors.items() if n != gone} | {"prompt.other": torch.zeros(2)}
+    save_file(other, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    train(fresh(), tmp_path, task, resume=str(checkpoint))
+    assert f"missing keys in the checkpoint model loaded: ['{gone}']" in caplog.text
+    assert "unexpected keys in the checkpoint model loaded: ['prompt.other']" in caplog.text
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])

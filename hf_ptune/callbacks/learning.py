@@ -1,8 +1,6 @@
 """Watch whether a run learns, and say once what is wrong and what to change."""
 
-import itertools
 import math
-import statistics
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from transformers.utils import logging
 
 from hf_ptune.backbone import head_names
 from hf_ptune.callbacks.freeze import SHARDING
+from hf_ptune.callbacks.trend import Losses, Trend, common_trend
 from hf_ptune.defaults import defaults_of
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 
@@ -20,14 +19,15 @@ logger = logging.get_logger(__name__)
 _LOOKS = 20  # times that a run is looked at, where its own logs are rarer
 _LEAST_STEPS = 20  # after warm-up; fewer say nothing
 _FEWEST_STEPS = 5  # after which a short run may be judged at its end
-_LEAST_POINTS = 4
 # P-Tuning v2 on MiniLM, after 20 of 80 steps: 0.0014 at learning rate 2e-4, whose loss fell by 3 % in all; 0.007 at
 # 1e-3, which learnt slowly; 0.11 at 2e-2, which learnt well
 _LEAST_CHANGE = 3e-3
-_RISE, _CERTAIN_RISE, _GAIN, _CLEAR_GAIN = 0.2, 0.5, 0.02, 0.1  # of the first loss
+_RISE, _CERTAIN_RISE, _GAIN, _CLEAR_GAIN = 0.2, 0.5, 0.02, 0.1  # of the first losses
+_LOST = 10.0  # a prompt so many times its own length from its start makes the noise of the losses itself
 _SMALL_CHANGE = 0.05  # below it, a flat loss is the learning rate's fault: prompts that learnt changed by more
 _FAR = 10.0  # a rate so many times the usual one is not too low, however little a loss falls
-_ERRORS = 3.0  # standard errors that a difference of losses has to be beyond
+_ERRORS, _RISE_ERRORS = 3.0, 4.0  # standard errors that a fall and a rise of losses have to be beyond
+TASK_LOSS = "loss_"  # and a task's name: mean over its own steps since the last log
 
 
 class LearningCallback(TrainerCallback):
@@ -39,13 +39,19 @@ class LearningCallback(TrainerCallback):
     A run that logs less often than twenty times is logged twenty times, and at its first step.
 
     Found are, each once, as a warning on the first rank with what was measured and the cure:
-    `too_high`: loss or prompt is not finite; or, after a quarter of the run, the latest quarter of the losses lies
-    above the first step's by half, or by a fifth and three standard errors. `too_low`: after a quarter of the run,
-    and 20 steps after warm-up, the prompt has changed by less than 0.3 %. `flat`: after half of the run, the latest
-    quarter of the losses lies neither below the first step's nor below the first quarter's, by 2 % and three
-    standard errors, nor by 10 % whatever the error. Runs of fewer steps are judged at their end, where they are clear:
-    a loss that rose by half, a prompt that changed by less than 0.03 %. A run that goes on from a checkpoint beyond
-    its first tenth is judged by `too_high` alone: what had been learnt before is not known.
+    `too_high`: loss or prompt is not finite; or, after a quarter of the run and where the prompt has moved, the latest
+    quarter of the losses lies above those until the second log by a fifth, or above the first step's by half, either
+    by four standard errors; or by half alone where the prompt has gone ten times its own length, which is noise of its
+    own. `too_low`: after a quarter of the run, and 20 steps after warm-up, the prompt has changed by less than 0.3 %.
+    `flat`: after half of the run, the latest quarter of the losses lies neither below the first step's nor below the
+    first quarter's, by 2 % and three standard errors, nor by 10 % whatever the error. Runs of fewer steps are judged
+    at their end, where they are clear: a loss that rose by half, a prompt that changed by less than 0.03 %. A run that
+    goes on from a checkpoint beyond its first tenth is judged by `too_high` alone: what had been learnt before is not
+    known.
+
+    Losses of several tasks are judged by the mean of what each is beside its own first ones: `loss_<task>` in the logs,
+    as `MultiTaskTrainer` writes them. Without those, a model of several tasks is judged by its prompt alone. Steps
+    without a label, whose loss is 0, do not count.
 
     Args:
         usual: the learning rate that cures lead to; what the model's method starts with on its task when unset.
@@ -64,8 +70,8 @@ class LearningCallback(TrainerCallback):
     def _begin(self) -> None:
         self.found.clear()
         self.summary = {}
-        self._losses: list[float] = []
-        self._steps: list[int] = []  # of each loss
+        self._latest = 0.0
+        self._losses: dict[str, Losses] = {}  # by task; of a single one by ""
         self._rate = 0.0
         self._start: Tensor | None = None
         self._late = False
@@ -100,8 +106,9 @@ class LearningCallback(TrainerCallback):
         if self._start is not None:
             numbers["prompt_change"] = _change(_values(model), self._start)
         if not last:
-            self._losses.append(float(logs["loss"]))
-            self._steps.append(state.global_step)
+            self._latest = float(logs["loss"])
+            for task, loss in _losses_by_task(logs, model).items():
+                self._losses.setdefault(task, Losses()).add(loss, state.global_step)
             self._rate = max(self._rate, float(logs["learning_rate"]))
         self._judge(args, state, model, numbers.get("prompt_change"), last)
         if last:
@@ -122,7 +129,7 @@ class LearningCallback(TrainerCallback):
         change: float | None,
         last: bool,
     ) -> None:
-        if any(not math.isfinite(v) for v in (*self._losses[-1:], *([] if change is None else [change]))):
+        if any(not math.isfinite(v) for v in (self._latest, 0.0 if change is None else change)):
             self._report(state, "too_high", f"the loss or the prompt is not finite. {self._lower(model)}")
             return
         warmup = args.get_warmup_steps(state.max_steps)
@@ -131,43 +138,51 @@ class LearningCallback(TrainerCallback):
         if (short and not (last and gone >= _FEWEST_STEPS)) or state.global_step < state.max_steps / 4:
             return
         least = _LEAST_CHANGE / 10 if short else _LEAST_CHANGE
-        if change is not None and change < least and not self._late:
-            measured = f"the prompt has changed by {100 * change:.2g} % of its start, expected more than "
-            self._report(state, "too_low", f"{measured}{100 * least:g} %. {self._raise(model, change)}")
-        if len(self._losses) < _LEAST_POINTS:
-            return
-        first, recent = self._losses[0], self._recent()
-        error = self._error()
-        # what blows up is noisy too, so that a large rise needs no further test
-        noticed = math.inf if short else max(_RISE * abs(first), _ERRORS * error)
-        if recent - first > min(_CERTAIN_RISE * abs(first), noticed):
-            measured = f"the loss is {recent:.4g} on average, above the {first:.4g} of the first step."
-            self._report(state, "too_high", f"{measured} {self._lower(model)}")
+        if change is not None and change < least:
+            if not self._late:
+                measured = f"the prompt has changed by {100 * change:.2g} % of its start, expected more than "
+                self._report(state, "too_low", f"{measured}{100 * least:g} %. {self._raise(model, change)}")
+        elif self._has_risen(short, change is not None and change > _LOST) and "too_low" not in self.found:
+            self._report(state, "too_high", f"{self._tell_rise()}. {self._lower(model)}")
         if short or self._late or self.found or state.global_step < state.max_steps / 2:
             return
-        if self._is_flat(first, recent, error):
-            measured = f"the loss is {recent:.4g} on average, and was {first:.4g} at first: no fall beyond its noise."
-            self._report(state, "flat", f"{measured} {self._unstick(model, change)}")
+        if self._is_flat():
+            self._report(state, "flat", f"{self._tell_flat()}. {self._unstick(model, change)}")
 
-    def _quarter(self) -> int:
-        return max(2, len(self._losses) // 4)
+    def _comparable(self) -> dict[str, Losses]:
+        return {task: losses for task, losses in self._losses.items() if losses.comparable}
 
-    def _recent(self) -> float:
-        return statistics.fmean(self._losses[-self._quarter() :])
+    def _trends(self) -> list[Trend]:
+        return [losses.trend() for losses in self._comparable().values()]
 
-    def _error(self) -> float:
-        """Standard deviation of the loss of one step: logs are means over several, and a trend does not count."""
-        losses = self._losses[1:]  # the first is of one step, the others of some
-        differences = [b - a for a, b in itertools.pairwise(losses)]
-        of_a_log = math.sqrt(statistics.fmean(d * d for d in differences) / 2)
-        return of_a_log * math.sqrt((self._steps[-1] - self._steps[0]) / max(len(losses), 1))
+    def _has_risen(self, short: bool, lost: bool) -> bool:
+        if not (trends := self._trends()):
+            return False
+        trend = common_trend(trends)
+        (first, error), (start, error_of_start) = trend.first, trend.start
+        if first > math.log1p(_CERTAIN_RISE) and (lost or first > _RISE_ERRORS * error):
+            return True
+        return not short and min(first, start) > math.log1p(_RISE) and start > _RISE_ERRORS * error_of_start
 
-    def _is_flat(self, first: float, recent: float, error: float) -> bool:
-        early = statistics.fmean(self._losses[1 : 1 + self._quarter()])
-        steps = self._quarter() * (self._steps[-1] - self._steps[0]) / (len(self._losses) - 1)
-        below_first = first - recent > max(_GAIN * abs(first), _ERRORS * error)
-        below_early = early - recent > max(_GAIN * abs(early), _ERRORS * error * math.sqrt(2 / steps))
-        return not below_first and not below_early and early - recent < _CLEAR_GAIN * abs(early)
+    def _is_flat(self) -> bool:
+        """Whether nothing falls: no task by itself, nor all of them on average."""
+        trends = self._trends()
+        return bool(trends) and not any(_falls(trend) for trend in (*trends, common_trend(trends)))
+
+    def _tell_rise(self) -> str:
+        risen = {task: one for task, one in self._comparable().items() if one.latest > one.values[0]}
+        parts = [
+            f"the loss{_of(task)} is {one.latest:.4g} on average, above the {one.values[0]:.4g} of the first step"
+            for task, one in risen.items()
+        ]
+        return "; ".join(parts)
+
+    def _tell_flat(self) -> str:
+        parts = [
+            f"the loss{_of(task)} is {one.latest:.4g} on average, and was {one.values[0]:.4g} at first"
+            for task, one in self._comparable().items()
+        ]
+        return f"{'; '.join(parts)}: no fall beyond its noise"
 
     def _usual(self, model: PTunePreTrainedModel) -> float | None:
         if self.usual is not None:
@@ -218,6 +233,23 @@ class LearningCallback(TrainerCallback):
 
 def _unwrap(model: Any) -> Any:
     return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
+def _falls(trend: Trend) -> bool:
+    clear = any(-fall > max(-math.log1p(-_GAIN), _ERRORS * error) for fall, error in (trend.first, trend.early))
+    return clear or trend.early[0] <= math.log1p(-_CLEAR_GAIN)
+
+
+def _of(task: str) -> str:
+    return f" of task {task}" if task else ""
+
+
+def _losses_by_task(logs: dict[str, Any], model: Any) -> dict[str, float]:
+    """Losses that may be compared with each other, by task."""
+    if not hasattr(model, "model_of"):
+        return {"": float(logs["loss"])}
+    named = {task: logs.get(f"{TASK_LOSS}{task}") for task in model.tasks}
+    return {task: float(loss) for task, loss in named.items() if loss is not None}
 
 
 @torch.no_grad()

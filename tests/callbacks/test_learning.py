@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.utils import logging as hf_logging
 
 from hf_ptune import FreezeBackboneCallback, LearningCallback, MemoryCallback
+from hf_ptune.callbacks.trend import Losses
 from hf_ptune.defaults import defaults_of
 
 STEPS = 80
@@ -98,6 +99,57 @@ def test_too_high(rate: float, tmp_path: Path, warnings: list[str]) -> None:
         and f"of {STEPS}: the l" in warnings[0]
     )
     assert run.state.log_history[-1]["learning_too_high"] == callback.summary["learning_too_high"] > 0
+
+
+def test_a_low_first_loss_is_no_rise(tmp_path: Path, warnings: list[str]) -> None:
+    """Single rows without order: the loss of one step says little."""
+    torch.manual_seed(0)
+    for seed in range(6):
+        backbone = bert(initializer_range=0.5)
+        settings = {"learning_rate": 1e-6, "per_device_train_batch_size": 1, "seed": seed, "max_steps": 40}
+        callback, _ = watched(tmp_path, model=wrap(backbone), rows=Noise(64), **settings)
+        assert list(callback.found) == ["too_low"]
+    assert not any("Lower" in w for w in warnings)
+
+
+def test_noise_is_no_rise() -> None:
+    """Losses without any trend, of a prompt that moves: hardly one run in twenty is told to have risen."""
+    made = torch.Generator().manual_seed(0)
+    found = 0
+    for number in range(100):
+        losses = torch.randn(400, generator=made).mul(0.2 * (1 + number % 5)).exp()
+        callback = LearningCallback()
+        callback._losses[""] = seen = Losses()
+        risen = []
+        for start, end in zip((0, *range(1, 400, 20)), range(1, 400, 20), strict=False):
+            seen.add(losses[start:end].mean().item(), end)
+            risen.append(end > 100 and callback._has_risen(short=False, lost=False))
+        found += any(risen)
+    assert found <= 5
+
+
+@pytest.mark.parametrize("settings", [{"per_device_train_batch_size": 1}, {"warmup_steps": 0.06}])
+def test_what_blows_up_is_told_soon(settings: dict[str, Any], tmp_path: Path) -> None:
+    callback, _ = watched(tmp_path, learning_rate=3.0, **settings)
+    assert list(callback.found) == ["too_high"] and callback.summary["learning_too_high"] <= STEPS / 2
+
+
+def test_steps_without_a_label_do_not_count(tmp_path: Path) -> None:
+    class Unlabelled(Rows):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            labels = torch.full_like(self.ids[index], -100) if index % 4 == 0 else self.ids[index]
+            return super().__getitem__(index) | {"labels": labels}
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    callback, rows = LearningCallback(), Unlabelled(64)
+    settings = {"max_steps": STEPS, "learning_rate": 1e-3, "per_device_train_batch_size": 1}
+    run = trainer(wrap(llama()), tmp_path, [callback], rows, InOrder, **settings)
+    run.train()
+    assert next(e["loss"] for e in run.state.log_history) == 0 and "too_high" not in callback.found
+    assert callback._losses[""].steps[0] == 2
 
 
 @pytest.mark.parametrize("rate", [0.0, 1e-9, 1e-5])
