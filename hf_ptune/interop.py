@@ -17,7 +17,7 @@ from hf_ptune.adapter_file import check_tensors, read_tensors
 from hf_ptune.backbone import head_names, load_backbone, resolve, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
-from hf_ptune.injection import Injector, body_of, parameters_of, probing
+from hf_ptune.injection import Injector, body_of, cache_name, probing
 from hf_ptune.injection.positions import learned_table
 from hf_ptune.injection.probe import vocabulary_of
 from hf_ptune.loading import HUB_KEYS
@@ -246,8 +246,10 @@ def _check_same(model: PTunePreTrainedModel) -> None:
         raise ConfigError(f"a prefix of {name} cannot be converted to equal outputs: {_NO_PREFIX}")
     if injector.inputs is not None and not seq2seq:
         raise ConfigError(f"the prompt of {name} cannot be converted to equal outputs: {_NO_PROMPT}")
-    if prefixed and "past_key_values" not in parameters_of(injector.body):
-        raise ConfigError(f"{name} takes no past_key_values, the way by which PEFT and THUDM bring a prefix in.")
+    if prefixed and cache_name(injector.body) is None:
+        raise ConfigError(
+            f"{name} takes no cache (past_key_values), the way by which PEFT and THUDM bring a prefix in."
+        )
     device = next(injector.body.parameters()).device
     ids = torch.tensor([[11, 18, 25]], device=device) % vocabulary_of(injector.body)
     further = {"decoder_input_ids": ids} if seq2seq else {}
@@ -283,7 +285,8 @@ def _states_as_peft(injector: Injector, ids: Tensor, further: dict[str, Tensor])
     if _moves_table(injector):
         first = _positions(injector.backbone)[2]
         further = further | {"position_ids": first + torch.arange(ids.shape[1], device=ids.device)[None]}
-    states = body(input_ids=ids, attention_mask=mask, past_key_values=DynamicCache(pairs), **further)[0]
+    cache: dict[str, Any] = {str(cache_name(body)): DynamicCache(pairs)}
+    states = body(input_ids=ids, attention_mask=mask, **cache, **further)[0]
     return states.float()
 
 

@@ -1,6 +1,6 @@
 """The only place where prompts meet a backbone."""
 
-from hf_ptune.injection.calls import bind, parameters_of
+from hf_ptune.injection.calls import bind, cache_name, parameters_of
 from hf_ptune.injection.embeddings import normalises_embeddings, word_embeddings
 from hf_ptune.injection.injector import Injector
 from hf_ptune.injection.layer_mix import ScalarMix, forget_captures, gives_layers, layers_of
@@ -13,6 +13,7 @@ __all__ = [
     "ScalarMix",
     "bind",
     "body_of",
+    "cache_name",
     "complaint",
     "evaluating",
     "find_geometry",

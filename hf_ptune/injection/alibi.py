@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from hf_ptune.injection.calls import cache_of
 from hf_ptune.injection.sites import Site
 
 
@@ -52,7 +53,7 @@ def _first_key_bias(module: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     # MPT counts keys from the last one, pads included: find each row's first real key
     mask, bias = kwargs.get("attention_mask"), kwargs["position_bias"]  # [B, 1, S, T], [H, 1, >= T]
     if mask is None:
-        past = kwargs.get("past_key_values")
+        past = cache_of(kwargs)
         keys = kwargs["hidden_states"].shape[1] if "hidden_states" in kwargs else 1
         keys += past.get_seq_length(module.layer_idx) if past is not None else 0
         return bias[:, :, bias.shape[-1] - keys][None, :, :, None].to(torch.float32)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_CACHE_NAMES = ("cache", "past_key_values")  # the second one before transformers 5.24
+
 
 @functools.lru_cache(maxsize=512)
 def _without_self(function: Any) -> inspect.Signature:
@@ -37,6 +39,17 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             bound.update(bound.pop(name, {}))
     return dict(bound)
+
+
+def cache_of(named: dict[str, Any]) -> Any:
+    """The cache of earlier keys and values that a call goes on from, or `None`."""
+    return next((named[name] for name in _CACHE_NAMES if named.get(name) is not None), None)
+
+
+def cache_name(module: nn.Module) -> str | None:
+    """What a module's forward calls such a cache; `None` where it takes none."""
+    taken = parameters_of(module)
+    return next((name for name in _CACHE_NAMES if name in taken), None)
 
 
 def this_thread() -> int:

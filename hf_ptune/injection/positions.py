@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_ptune.injection.calls import cache_of
+
 
 def learned_table(body: nn.Module) -> tuple[nn.Embedding, int] | None:
     """An encoder's table of positions, and its row for the first token (pads may come before); `None` without one."""
@@ -32,7 +34,7 @@ def own_positions(named: dict[str, Any], table: tuple[nn.Embedding, int] | None 
         real = (ids != pad).long()
         return real.cumsum(-1) * real + pad
     mask = named.get("attention_mask")
-    past = named.get("past_key_values")
+    past = cache_of(named)
     seen = past.get_seq_length() if past is not None and hasattr(past, "get_seq_length") else 0
     if isinstance(seen, Tensor) and not torch.compiler.is_compiling():
         seen = int(seen)  # of a static cache
