@@ -156,6 +156,7 @@ def test_rows_of_two_texts_start_otherwise() -> None:
     assert two.training == one.training | {"learning_rate": 2e-2}
     assert defaults_of("p_tuning", pairs=True).training == defaults_of("p_tuning").training
     assert defaults_of("p_tuning", pairs=True).options["head_states"] == "auto_pairs"
+    assert defaults_of("prompt_tuning", pairs=True).training["learning_rate"] == 3e-2
     assert defaults_of("bitfit", "SEQ_CLS", pairs=True) == defaults_of("bitfit")
     recipe = make_recipe(SILENT | {"preset": "p_tuning/fewglue_cb/albert-xxlarge"})
     assert train.make_config(recipe, pairs=True).head_states == "last"
