@@ -130,8 +130,8 @@ _OF_PAIRS: dict[str, Defaults] = {
     "prompt_tuning": Defaults(
         _DEFAULTS["prompt_tuning"].options | _PAIRED,
         _DEFAULTS["prompt_tuning"].training | {"learning_rate": 3e-2},
-        "validation with MiniLM, one seed, at 3e-2, 1e-1 and 3e-1: CB .813, .750, .656, BoolQ .607, .587, .593; at 3e-2 "
-        "and 1e-1 RTE .490, .500",
+        "validation with MiniLM, one seed, at 3e-2, 1e-1 and 3e-1: CB .813, .750, .656, BoolQ .607, .587, .593; at "
+        "3e-2 and 1e-1 RTE .490, .500",
     ),
     "p_tuning_v2": Defaults(
         _DEFAULTS["p_tuning_v2"].options | _PAIRED,
