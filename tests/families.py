@@ -23,16 +23,11 @@ from transformers import (
     T5Config,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.import_utils import is_torch_greater_or_equal
 
 from hf_ptune.backbone import TASKS
 from hf_ptune.errors import InjectionError
 
 VOCABULARY = 99
-compiles_whole = pytest.mark.skipif(
-    not is_torch_greater_or_equal("2.9", accept_dev=True),
-    reason="torch 2.8 breaks off at transformers' caches, and at hooks that two modules have",
-)
 _COMMON: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import CONFIGS, batch, build, compiles_whole
+from families import CONFIGS, batch, build
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -131,7 +131,6 @@ def test_a_pass_without_labels_adds_nothing(family: str, task: str | None, wrap:
             assert not parameter.grad.any()
 
 
-@compiles_whole
 @pytest.mark.parametrize(("family", "task"), [("llama", None), ("bert", "TOKEN_CLS")])
 def test_a_share_is_compiled_whole(family: str, task: str | None, wrap: Wrap) -> None:
     model = wrap(family, "p_tuning_v2", task).train()

@@ -136,7 +136,7 @@ def test_compiled_equals_eager_execution(family: str, wrap: Wrap) -> None:
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2"])
 def test_what_is_tried_out_first_is_no_part_of_autocast(method: str, wrap: Wrap) -> None:
-    """Its casts would serve the pass around it too, without gradients before torch 2.9, and round what is compared."""
+    """Its casts would serve the pass around it too, on torch 2.8 without gradients, and round what is compared."""
     model, inputs = wrap("llama", method).float().train(), batch("llama")
     around: set[tuple[bool, bool]] = set()
     model.backbone.lm_head.register_forward_hook(

@@ -34,13 +34,10 @@ def naive(
     return scores.softmax(-1) @ values
 
 
-@pytest.fixture(params=["laid out", "merged", "laid out, keys repeated"])
+@pytest.fixture(params=["laid out", "merged"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """As a CPU does by the size of what it lays out, and before torch 2.9, whose kernel took no shared keys."""
-    if request.param == "merged":
+    if request.param != "laid out":
         monkeypatch.setattr(merge, "_COPY", 0)
-    elif request.param != "laid out":
-        monkeypatch.setattr(kernels, "_CPU_SHARES_KEYS", False)
     return str(request.param)
 
 

@@ -399,7 +399,7 @@ class Injector:
     def _reentrant(self) -> bool:
         if not self.backbone.training:
             return False
-        return any(True for _ in reentrant_layers(self.layers))  # torch 2.8 compiles no `next`
+        return next(reentrant_layers(self.layers), None) is not None
 
     def _bridged(self, pairs: list[tuple[Tensor, Tensor]], named: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         leaves, cross = bridge([t for pair in pairs for t in pair])

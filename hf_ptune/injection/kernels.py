@@ -13,11 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.utils import logging
-from transformers.utils.import_utils import is_torch_greater_or_equal
 
 logger = logging.get_logger(__name__)
-# before 2.9 the kernel of CPUs read and wrote beyond the keys where heads share them, which no comparison survives
-_CPU_SHARES_KEYS = is_torch_greater_or_equal("2.9", accept_dev=True)
 _ROW = 16  # the length of a mask's rows in memory is a multiple of it, as CUDA's kernels want
 _ATEN: Any = torch.ops.aten
 
@@ -106,25 +103,11 @@ def _plain(
     return (output.detach(), scores.detach().logsumexp(-1), *gradients)
 
 
-def _repeat(tensor: Tensor, like: Tensor) -> Tensor:
-    groups = like.shape[1] // tensor.shape[1]
-    return tensor if groups == 1 else tensor.repeat_interleave(groups, 1)
-
-
-def _sum_groups(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor if tensor.shape[1] == like.shape[1] else tensor.unflatten(1, (like.shape[1], -1)).sum(2)
-
-
-def _for_cpu(tensor: Tensor, query: Tensor) -> Tensor:
-    return tensor if _CPU_SHARES_KEYS else _repeat(tensor, query)
-
-
 def _cpu_forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    keys, values = _for_cpu(key, query), _for_cpu(value, query)
     output, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(
-        query, keys, values, 0.0, causal, attn_mask=mask, scale=scale
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
     )
     return output, lse
 
@@ -140,11 +123,10 @@ def _cpu_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keys, values = _for_cpu(key, query), _for_cpu(value, query)
     to_query, to_key, to_value = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, keys, values, output, lse, 0.0, causal, attn_mask=mask, scale=scale
+        grad, query, key, value, output, lse, 0.0, causal, attn_mask=mask, scale=scale
     )
-    return to_query, _sum_groups(to_key, key), _sum_groups(to_value, value)
+    return to_query, to_key, to_value
 
 
 # On CUDA: flash attention where it serves (half precision, no mask), else memory-efficient attention, whose
@@ -153,6 +135,15 @@ def _cpu_backward(
 
 def _is_flash(query: Tensor, mask: Tensor | None) -> bool:
     return mask is None and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
+
+
+def _repeat(tensor: Tensor, like: Tensor) -> Tensor:
+    groups = like.shape[1] // tensor.shape[1]
+    return tensor if groups == 1 else tensor.repeat_interleave(groups, 1)
+
+
+def _sum_groups(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor if tensor.shape[1] == like.shape[1] else tensor.unflatten(1, (like.shape[1], -1)).sum(2)
 
 
 def in_rows(mask: Tensor) -> Tensor:

@@ -280,8 +280,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 def probing(module: nn.Module) -> Iterator[None]:
     """Run a module for the sake of what it shows: in eval mode, and in its own types where autocast would round them.
 
-    Casts of parameters that autocast made here would serve the pass around it too, without their gradients (torch
-    before 2.9).
+    Casts of parameters that autocast made here would serve the pass around it too, in some versions of torch without
+    their gradients.
     """
     with evaluating(module), torch.autocast(_device(module).type, enabled=False):
         yield
