@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import ENCODERS, assert_checkpoints_change_no_gradient, batch, build
+from families import ENCODERS, assert_checkpoints_change_no_gradient, batch, build, compiles_several_hooks
 from torch import Tensor
 from transformers import (
     AlbertConfig,
@@ -298,6 +298,7 @@ def test_threads_do_not_disturb_each_other(option: dict[str, str], wrap: Wrap) -
     assert not wrong
 
 
+@compiles_several_hooks
 def test_it_is_compiled_whole(wrap: Wrap) -> None:
     model, ids = mixed(wrap, "bert", "p_tuning_v2"), batch("bert")["input_ids"]
     expected = model(input_ids=ids).logits

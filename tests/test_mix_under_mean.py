@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import ENCODERS, assert_checkpoints_change_no_gradient, batch, build
+from families import ENCODERS, assert_checkpoints_change_no_gradient, batch, build, compiles_several_hooks
 from test_layer_mix import FURTHER, PROMPTED, Wrap, mixed, weighed, without_mix
 from test_pooling import HEADS, padded
 from test_train import write_base, write_recipe
@@ -192,6 +192,7 @@ def test_checkpointing_gives_the_same_gradients(method: str, reentrant: bool, wr
     assert_checkpoints_change_no_gradient(model, inputs, reentrant)
 
 
+@compiles_several_hooks
 def test_it_is_compiled_whole_and_can_be_pickled(wrap: Wrap) -> None:
     model = pooled(wrap, "bert", "p_tuning_v2")
     ids, mask = padded("bert", "right")
