@@ -128,18 +128,18 @@ def get_multitask_model(
         raise ConfigError(f"the task's name {wrong[0]!r} cannot be a folder's; use letters, digits, - and _.")
     if unknown := set(modules_to_save or ()) - set(backbones):
         raise ConfigError(f"modules_to_save names the task {min(unknown)!r}; expected one of {', '.join(backbones)}.")
-    first = next(iter(backbones.values()))
+    leading, first = next(iter(backbones.items()))
     trained = dict.fromkeys(backbones, config.modules_to_save) | dict(modules_to_save or {})
     modules = {task: list(named or []) for task, named in trained.items()}
     for task, backbone in backbones.items():
-        share_base(first, backbone, task, modules[next(iter(backbones))], modules[task])
+        share_base(first, backbone, task, modules[leading], modules[task])
     if config.train_backbone:
         raise ConfigError("train_backbone=True: tasks share a base that is frozen; leave it out.")
     models = {}
     for task, backbone in backbones.items():
         own = type(config).from_dict(config.to_dict() | {"modules_to_save": modules[task] or None})
         models[task] = get_ptune_model(backbone, reading_for(own, task_of(backbone)), tokenizer)
-    prompt = next(iter(models.values())).prompt
+    prompt = models[leading].prompt
     for task, model in models.items():
         if prompt is None or model.prompt is None or model._injector is None:
             raise ConfigError(f"{config.method} has no prompt that tasks could share; choose another method.")

@@ -95,13 +95,12 @@ class MaskedLM(Task):
             begin = len(text) if part == _OBJECT else begin
             text += known.get(part, part)
         end = begin + len(known[_OBJECT])
-        feature, whole = (
-            dict(tokenizer(text, max_length=most, truncation=bool(most), return_offsets_mapping=True, verbose=False))
-            for most in (self.max_length, None)
-        )
-        asked, of_all = (
-            [first < end and last > begin for first, last in found.pop("offset_mapping")] for found in (feature, whole)
-        )
+        feature = dict(tokenizer(text, truncation=True, max_length=self.max_length, return_offsets_mapping=True))
+        asked = _overlap(feature.pop("offset_mapping"), begin, end)
+        of_all = asked
+        if len(asked) >= self.max_length:  # something may be cut
+            uncut = tokenizer(text, return_offsets_mapping=True, verbose=False)
+            of_all = _overlap(uncut["offset_mapping"], begin, end)
         if sum(asked) < max(1, sum(of_all)):
             raise RecipeError(
                 f"the object of {text!r} is beyond {self.max_length} tokens, in whole or in part; raise "
@@ -135,6 +134,11 @@ class MaskedLM(Task):
             said, truth = (tokenizer.decode([ids[n] for n in places]) for ids in (chosen, feature["labels"]))
             answers.append(Answer(tokenizer.decode(feature["input_ids"]), said, truth))
         return answers
+
+
+def _overlap(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> list[bool]:
+    """Which tokens are of the characters from `begin` up to `end`, `[T]`."""
+    return [first < end and last > begin for first, last in offsets]
 
 
 def _mask(feature: Feature, masking: DataCollatorForLanguageModeling) -> Feature:

@@ -3,7 +3,7 @@
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,18 +157,27 @@ def _halves(records: dict[str, Record], chosen: dict[Any, list[Record]], tasks: 
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     head = len(lines)
-    for task in tasks:
-        for column, rival in RIVALS.items():
-            setting = untouched(COLUMNS[column], TASKS[task]) | {"part": 0.5}
-            runs = [r for r in records.values() if (r["task"], r["column"], r["setting"]) == (task, column, setting)]
-            seeds = [r["seed"] for r in runs]
-            theirs = [r for r in chosen.get((task, rival), []) if r["seed"] in seeds]
-            if runs and len(theirs) == len(runs):
-                figures = [f"{_mean(final(r) for r in x):.3f}" for x in (runs, theirs)]
-                figures += [_figure(x) for x in (runs, theirs)]
-                steps = f"{runs[0]['steps']} of {theirs[0]['steps']}"
-                lines.append(f"| {task} | {COLUMNS[column].title} | {steps} | {' | '.join(figures)} |")
+    for task, column, runs in _at_defaults(records, tasks, part=0.5):
+        seeds = [r["seed"] for r in runs]
+        theirs = [r for r in chosen.get((task, RIVALS[column]), []) if r["seed"] in seeds]
+        if len(theirs) == len(runs):
+            figures = [f"{_mean(final(r) for r in x):.3f}" for x in (runs, theirs)]
+            figures += [_figure(x) for x in (runs, theirs)]
+            steps = f"{runs[0]['steps']} of {theirs[0]['steps']}"
+            lines.append(f"| {task} | {COLUMNS[column].title} | {steps} | {' | '.join(figures)} |")
     return [*lines, ""] if len(lines) > head else []
+
+
+def _at_defaults(
+    records: dict[str, Record], tasks: Sequence[str], **changes: Any
+) -> Iterator[tuple[str, str, list[Record]]]:
+    """Task, column of ours, and its runs with test figures at the defaults of recipes but for some changes."""
+    for task in tasks:
+        for column in RIVALS:
+            wanted = (task, column, untouched(COLUMNS[column], TASKS[task]) | changes)
+            here = [r for r in records.values() if (r["task"], r["column"], r["setting"]) == wanted]
+            if runs := [r for r in here if "test" in r]:
+                yield task, column, runs
 
 
 def _defaults(records: dict[str, Record], chosen: dict[Any, list[Record]], tasks: Sequence[str]) -> list[str]:
@@ -182,16 +191,10 @@ def _defaults(records: dict[str, Record], chosen: dict[Any, list[Record]], tasks
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     head = len(lines)
-    for task in tasks:
-        for column, rival in RIVALS.items():
-            setting = untouched(COLUMNS[column], TASKS[task])
-            here = [r for r in records.values() if (r["task"], r["column"], r["setting"]) == (task, column, setting)]
-            runs = [r for r in here if "test" in r]
-            if not runs:
-                continue
-            cells = [_difference(runs, chosen.get((task, c))) for c in (rival, "full", "head_mean")]
-            cells = [COLUMNS[column].title, _plain(setting), _figure(runs), *cells]
-            lines.append(f"| {task} | {' | '.join(cells)} |")
+    for task, column, runs in _at_defaults(records, tasks):
+        cells = [_difference(runs, chosen.get((task, c))) for c in (RIVALS[column], "full", "head_mean")]
+        cells = [COLUMNS[column].title, _plain(runs[0]["setting"]), _figure(runs), *cells]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
     return [*lines, ""] if len(lines) > head else []
 
 
