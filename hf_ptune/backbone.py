@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -30,7 +29,7 @@ from transformers.utils import logging as hf_logging
 from transformers.utils.hub import extract_commit_hash
 
 from hf_ptune.adapter_file import shorten
-from hf_ptune.errors import BackboneError, PTuneError
+from hf_ptune.errors import DEVICE_FAILURES, BackboneError, PTuneError
 from hf_ptune.methods.bitfit import bias_names
 
 # task -> Auto class that loads the base, names of the classes that do the task, whether a fresh head comes with it
@@ -118,7 +117,9 @@ def blaming(base: str, cure: str = _A_BASE) -> Iterator[None]:
     """
     try:
         yield
-    except (PTuneError, ImportError, torch.OutOfMemoryError):
+    except (PTuneError, ImportError):
+        raise
+    except DEVICE_FAILURES:
         raise
     except Exception as error:  # whatever a family or a file raises, the cure is the same
         raise BackboneError(

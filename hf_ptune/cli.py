@@ -13,7 +13,7 @@ import hf_ptune
 from hf_ptune import train, train_multitask
 from hf_ptune.backbone import TASKS, anchored, blaming, resolve
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.convert import convert
+from hf_ptune.convert import FORMS, convert
 from hf_ptune.errors import BackboneError, PTuneError
 from hf_ptune.fresh_base import load_base, load_tokenizer
 from hf_ptune.hub import push_folder
@@ -159,7 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
     form = add_parser("convert", help="write an adapter of ours or PEFT's in another form")
     form.add_argument("source", help="folder or id on the Hub")
     form.add_argument("target", help="folder to write; a file for prompt_embeds")
-    form.add_argument("--to", default="hf_ptune", choices=("hf_ptune", "peft", "prompt_embeds"))
+    form.add_argument("--to", default="hf_ptune", choices=FORMS)
 
     told = add_parser("info", help="say what an adapter is, without loading its base")
     told.add_argument("source", help="folder or id on the Hub")

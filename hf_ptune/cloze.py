@@ -12,7 +12,7 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import ConfigError, TemplateError
-from hf_ptune.injection import evaluating
+from hf_ptune.injection import device_of, evaluating
 from hf_ptune.position_tables import token_room
 from hf_ptune.templates import Template
 
@@ -304,7 +304,7 @@ def _answers(
     """Logits `[B, V]` at the mask, batch by batch."""
     causal = model.task == "CAUSAL_LM"
     collate = ClozeCollator(tokenizer, causal)
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     if strange := [row for row in rows if not isinstance(row, Mapping)]:
         raise TemplateError(f"a row is {strange[0]!r}; expected the template's fields, as in {{'sentence': 'text'}}.")
     max_length = token_room(model) if max_length is None else max_length

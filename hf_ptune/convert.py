@@ -13,6 +13,7 @@ from hf_ptune.publishing import tokenizer_of
 from hf_ptune.templates import name_virtual_tokens
 
 FilePath = str | os.PathLike[str]
+FORMS = ("hf_ptune", "peft", "prompt_embeds")
 
 
 def convert(source: FilePath, target: FilePath, form: str, **kwargs: Any) -> None:
@@ -27,6 +28,8 @@ def convert(source: FilePath, target: FilePath, form: str, **kwargs: Any) -> Non
     Raises:
         PTuneError: the source cannot be read, or has no such form.
     """
+    if form not in FORMS:
+        raise PTuneError(f"an adapter has no form {form!r}; expected one of {', '.join(FORMS)}.")
     if Path(target).exists() and (Path(target).is_file() or any(Path(target).iterdir())):
         raise PTuneError(f"{target} is there already and not empty; name a new one.")
     model = load_peft(source, **kwargs) if is_foreign(source, kwargs) else _load_own(source, kwargs)

@@ -1,5 +1,11 @@
 """The errors users meet; each message says what was found, what was expected and the cure."""
 
+import torch
+
+# what is tried out on a base may end in one of these, which says nothing of its family
+DEVICE_FAILURES: tuple[type[Exception], ...] = (torch.OutOfMemoryError,)
+DEVICE_FAILURES += (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
+
 
 class PTuneError(Exception):
     """Base of every error that this package raises on purpose."""

@@ -224,13 +224,9 @@ def _fill(
         tensors = {f"prompt.{n}": t for n, t in prompt.items()} | {f"backbone.{n}": t for n, t in kept.items()}
         expected = model.adapter_state_dict()
         check_tensors(tensors, expected, source)
-        with torch.no_grad():
-            for name in prompt:
-                expected[f"prompt.{name}"].copy_(tensors[f"prompt.{name}"])
+        model.load_adapter_state_dict(expected | {f"prompt.{n}": t for n, t in prompt.items()})
         _check_same(model.eval())
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                expected[name].copy_(tensor)
+        model.load_adapter_state_dict(tensors)
     except PTuneError:
         model.unwrap()
         raise

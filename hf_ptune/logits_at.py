@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_ptune.errors import PTuneError
+from hf_ptune.injection import this_thread
 
 TASKS = ("CAUSAL_LM", "MASKED_LM")
 
@@ -33,10 +34,10 @@ def run_with_logits_at(backbone: PreTrainedModel, task: str, places: Tensor, kwa
             "labels came with logits_at, but they are for all positions. Compute the loss from the logits: "
             "Trainer(compute_loss_func=...)."
         )
-    shape = kwargs["input_ids"].shape
+    shape, thread = kwargs["input_ids"].shape, this_thread()
 
     def gather(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if not args or args[0].shape[:-1] != shape:
+        if this_thread() != thread or not args or args[0].shape[:-1] != shape:
             return None
         return _at(args[0], places), *args[1:]
 

@@ -35,7 +35,7 @@ from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import choose_head_states, choose_pooling, choose_sites, choose_start, shifts_positions
 from hf_ptune.saving import SavedAdapter
-from hf_ptune.sharding import units_of, whole, write
+from hf_ptune.sharding import in_parts, units_of, whole, write
 
 logger = hf_logging.get_logger(__name__)
 _OWNER = "_ptune_owner"
@@ -387,13 +387,16 @@ class _Generating(PTunePreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.backbone.generation_config = self.generation_config
         if self.config.places_tokens and not self.config.is_encoder_decoder:
-            settings = kwargs.get("generation_config") or self.generation_config
+            # its first two parameters may come by their places
+            settings = kwargs.get("generation_config") or (args[1:2] or (None,))[0] or self.generation_config
             for name in _LOOKING_UP:
                 if (value := kwargs.get(name, getattr(settings, name, None))) not in (None, 0, 1):
                     raise InjectionError(
                         f"{name}={value} looks the text's tokens up in the logits, which know no virtual tokens; leave "
                         "it unset with a template that places some."
                     )
+        if in_parts(self.backbone.parameters()):
+            kwargs["synced_gpus"] = True  # transformers sees ZeRO-3 and its own FSDP2, not accelerate's
         return self.backbone.generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

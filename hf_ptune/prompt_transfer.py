@@ -140,6 +140,4 @@ def _copy_head(model: Any, source: PTuneConfig, head: dict[str, Tensor], where: 
             f"the head of {where} has labels {labels[0][:10]} and tensors {shapes[0]}, this one {labels[1][:10]} and "
             f"{shapes[1]}. Leave prompt_tuning_init_head out, or load the base with the same labels."
         )
-    with torch.no_grad():
-        for name, tensor in head.items():
-            ours[name].copy_(tensor)
+    model.load_adapter_state_dict(model.adapter_state_dict() | head)

@@ -166,16 +166,18 @@ class SavedAdapter(PreTrainedModel):
             ConfigError: the configuration describes no adapter, or one of another task.
         """
         source = os.fspath(pretrained_model_name_or_path)
+        with_info = kwargs.pop("output_loading_info", False)
+        for name in _NOT_FOR_THE_BASE:
+            kwargs.pop(name, None)
+        info: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
+        info["error_msgs"] = []
         if config is None and cls.load_foreign is not None and is_foreign(source, kwargs):
             foreign = cls.load_foreign(source, backbone=backbone, **kwargs)
             if not isinstance(foreign, cls):
                 raise ConfigError(f"{source} holds a {type(foreign).__name__}, not a {cls.__name__}.")
-            return foreign
+            return (foreign, info) if with_info else foreign
         hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
         own = hub | {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
-        with_info = kwargs.pop("output_loading_info", False)
-        for name in _NOT_FOR_THE_BASE:
-            kwargs.pop(name, None)
         if not isinstance(config, PTuneConfig):
             config, rest = PTuneConfig.from_pretrained(source, return_unused_kwargs=True, **own, **kwargs)
             kwargs = {k: v for k, v in kwargs.items() if k in rest or k not in config.__dict__ or k == "dtype"}
@@ -202,6 +204,4 @@ class SavedAdapter(PreTrainedModel):
         model.eval()
         if model.can_generate():
             model.generation_config = backbone.generation_config = read_generation(source, backbone, own)
-        info: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
-        info["error_msgs"] = []
         return (model, info) if with_info else model

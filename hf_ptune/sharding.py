@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -17,9 +17,11 @@ def _in_zero3(tensor: Any) -> bool:
     return hasattr(tensor, "ds_id")
 
 
-def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether any of them is in parts, or has its master copy in parts."""
-    return any(isinstance(t, DTensor) or _in_zero3(t) or hasattr(t, "_hp_mapping") for t in tensors)
+def in_parts(tensors: Iterable[Tensor]) -> bool:
+    """Whether ranks hold parts of any of them, so that all of them have to run the model as often."""
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return False
+    return any(isinstance(t, DTensor) or _in_zero3(t) for t in tensors)
 
 
 def whole(tensor: Tensor) -> Tensor:

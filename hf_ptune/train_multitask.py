@@ -27,8 +27,8 @@ from hf_ptune.callbacks import LearningCallback, MemoryCallback, check_batch
 from hf_ptune.callbacks.learning import TASK_LOSS
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.data import Rows, load_rows
-from hf_ptune.engines import at_end
-from hf_ptune.errors import RecipeError
+from hf_ptune.engines import at_end, engine_name, splits
+from hf_ptune.errors import PTuneError, RecipeError
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
 from hf_ptune.hub import push_folder
 from hf_ptune.multitask import (
@@ -143,6 +143,9 @@ class MultiTaskTrainer(Trainer):
         processing_class: the tokenizer.
         temperature: of `TaskSampler`.
         kwargs: what a Trainer takes besides.
+
+    Raises:
+        PTuneError: the engine splits models over ranks (FSDP2, ZeRO).
     """
 
     control: Any
@@ -171,6 +174,11 @@ class MultiTaskTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if splits(self):
+            raise PTuneError(
+                f"{engine_name()} splits a model over ranks, and several tasks over one base are several models. "
+                "Launch them on one process or with DDP: recipes/accelerate/two_cpu_processes.yaml, ddp.yaml."
+            )
         self.prompts = model
         # by task: sum and number of the losses since the last log
         self._losses = {name: torch.zeros(2, device=args.device) for name in parts}

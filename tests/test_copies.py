@@ -2,8 +2,9 @@
 
 import copy
 import pickle
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -91,6 +92,77 @@ def test_the_first_calls_may_come_from_several_threads(method: str, wrap: Wrap) 
         for thread in threads:
             thread.join()
     assert len(found) == 20 and all(torch.allclose(f, expected, atol=1e-9) for f in found)
+
+
+@pytest.fixture
+def quick_switches() -> Iterator[None]:
+    """Let threads take turns so often that what they share is seen."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("quick_switches")
+@pytest.mark.parametrize("template", [None, "[P2] {text} [P2]"])
+def test_threads_with_rows_of_their_own_do_not_disturb_each_other(template: str | None) -> None:
+    """With logits at one position, without, and with virtual tokens at unlike places."""
+    placed = {} if template is None else {"template": template, "virtual_token_ids": [120, 121, 122, 123]}
+    model = get_ptune_model(build("gpt2"), PTuneConfig(method="prompt_tuning", num_virtual_tokens=4, **placed)).eval()
+    calls: list[dict[str, Tensor]] = []
+    for number in range(3):
+        ids = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(number))
+        if template is not None:
+            ids[:, number : number + 4] = torch.arange(120, 124)
+        calls.append({"input_ids": ids} | ({"logits_at": torch.full((2,), 2 + number)} if number else {}))
+    with torch.no_grad():
+        alone = [model(**call).logits for call in calls]
+    wrong: list[Any] = []
+
+    def run(call: dict[str, Tensor], expected: Tensor) -> None:
+        for _ in range(100):
+            try:
+                with torch.no_grad():
+                    found = model(**call).logits
+                if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-12):
+                    wrong.append(call)
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=run, args=args) for args in zip(calls, alone, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_mask_of_inference_mode_may_be_changed_in_place(wrap: Wrap) -> None:
+    model, ids = wrap("llama", "p_tuning_v2"), batch("llama")["input_ids"]
+    with torch.inference_mode():
+        mask = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+        before = model(input_ids=ids, attention_mask=mask).logits
+        mask[..., 1:, 0] = False
+        found = model(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(found, model(input_ids=ids, attention_mask=mask.clone()).logits)
+        assert not torch.allclose(found, before, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_a_prompt_is_encoded_once_for_all_batches_of_an_evaluation(family: str, wrap: Wrap) -> None:
+    model, inputs = wrap(family, "p_tuning", encoder_hidden_size=8), batch(family)
+    runs: list[int] = []
+    model.prompt.register_forward_hook(lambda *_: runs.append(1))
+    with torch.no_grad():
+        for _ in range(3):
+            model(**inputs)
+    assert len(runs) == 1
+    step(model, family)
+    runs.clear()
+    with torch.no_grad():
+        for _ in range(3):
+            model(**inputs)
+    assert len(runs) == 1
 
 
 @pytest.mark.parametrize(("family", "method"), [*KINDS, ("bart", "prompt_tuning")])

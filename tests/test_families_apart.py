@@ -13,11 +13,14 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BigBirdConfig,
+    CanineConfig,
     DynamicCache,
     EsmConfig,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_ptune import PTuneConfig, get_ptune_model
+from hf_ptune.callbacks import check_batch
 from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.methods.base import join_prefix
 
@@ -117,6 +120,33 @@ def test_a_device_that_fails_is_no_fault_of_the_family(family: str, method: str)
     base.base_model.register_forward_pre_hook(full)
     with pytest.raises(torch.OutOfMemoryError):
         get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=4))
+
+
+def test_a_base_without_word_embeddings_is_guarded_too() -> None:
+    sizes = {"num_hash_buckets": 64, "num_hash_functions": 4, "local_transformer_stride": 8}
+    config = CanineConfig(**_SMALL, **sizes, downsampling_rate=4, upsampling_kernel_size=3)
+    base = AutoModelForSequenceClassification.from_config(config)
+    ids = torch.randint(3, 90, (2, 16))
+    model = get_ptune_model(base, PTuneConfig(num_virtual_tokens=4))
+    check_batch(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1])})
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_states_of_an_encoder_that_have_lost_the_prompt_are_refused(family: str) -> None:
+    model = get_ptune_model(build(family), PTuneConfig(method="prompt_tuning", num_virtual_tokens=4)).eval()
+    inputs = batch(family)
+    rows = {"attention_mask": inputs["attention_mask"], "decoder_input_ids": inputs["labels"]}
+    with torch.no_grad():
+        expected = model(input_ids=inputs["input_ids"], **rows)
+        whole = model.get_encoder()(input_ids=inputs["input_ids"], attention_mask=rows["attention_mask"])
+        found = model(encoder_outputs=whole, **rows)
+        assert torch.allclose(found.logits, expected.logits, atol=1e-10)
+        assert found.encoder_last_hidden_state.shape == (*inputs["input_ids"].shape, 32)
+        cut = BaseModelOutput(last_hidden_state=expected.encoder_last_hidden_state)
+        with pytest.raises(InjectionError, match="no virtual positions"):
+            model(encoder_outputs=cut, **rows)
+        with model.disable_adapter():
+            model(encoder_outputs=cut, **rows)
 
 
 def test_an_encoder_that_cannot_run_with_a_prompt_among_its_inputs() -> None:

@@ -199,6 +199,19 @@ def test_the_base_is_loaded_by_name_and_labels_are_counted(
     assert_equal(PTuneForSequenceClassification.from_pretrained(tmp_path / "ours"), theirs, "bert")
 
 
+def test_options_of_transformers_reach_no_base_of_a_peft_folder(
+    base_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(base_folder("bert", "SEQ_CLS"))
+    peft.get_peft_model(base, peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=VIRTUAL)).save_pretrained(
+        tmp_path
+    )
+    model, info = PTuneForSequenceClassification.from_pretrained(
+        tmp_path, output_loading_info=True, trust_remote_code=True, use_safetensors=True
+    )
+    assert model.config.num_virtual_tokens == VIRTUAL and not info["missing_keys"]
+
+
 def test_further_modules_are_kept(tmp_path: Path) -> None:
     theirs = theirs_of("gpt2", "p_tuning_v2", "CAUSAL_LM", tmp_path / "theirs", modules_to_save=["ln_f"])
     loaded = load_peft(tmp_path / "theirs", build("gpt2"))

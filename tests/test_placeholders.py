@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import VOCABULARY, build
 from torch import Tensor
-from transformers import AlbertConfig, MambaConfig, PreTrainedModel
+from transformers import AlbertConfig, GenerationConfig, MambaConfig, PreTrainedModel
 
 from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.backbone import TASKS
@@ -236,6 +236,10 @@ def test_refusals(tmp_path: Path) -> None:
         model(inputs_embeds=embeds)
     with pytest.raises(InjectionError, match="repetition_penalty=1.5"):
         model.generate(input_ids=IDS, repetition_penalty=1.5, max_new_tokens=2)
+    settings = GenerationConfig(repetition_penalty=1.5, max_new_tokens=2)
+    for call in (lambda: model.generate(IDS, settings), lambda: model.generate(IDS, generation_config=settings)):
+        with pytest.raises(InjectionError, match="repetition_penalty=1.5"):
+            call()
     with pytest.raises(ConfigError, match="before the text"):
         save_peft(model, tmp_path / "peft")
     with pytest.raises(ConfigError, match="among the tokens"):

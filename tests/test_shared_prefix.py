@@ -202,7 +202,16 @@ def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         raise RuntimeError("no kernel for this")
 
-    for forward, said in ((off, "differs"), (refuses, "no kernel for this")):
+    def is_absent(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    def is_full(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels._difference(Kernel(is_full, right.backward), "cpu", torch.float32, 8)
+    rejected = ((off, "differs"), (refuses, "no kernel for this"), (is_absent, "NotImplementedError"))
+    for forward, said in rejected:
         found = kernels._difference(Kernel(forward, right.backward), "cpu", torch.float32, 8)
         assert found is not None and said in found
     assert kernels._difference(right, "cpu", torch.float32, 8) is None

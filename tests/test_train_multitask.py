@@ -20,7 +20,7 @@ from hf_ptune import LearningCallback, PTuneConfig, train
 from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts
 from hf_ptune.cli import main
-from hf_ptune.errors import ConfigError, GuardError, RecipeError
+from hf_ptune.errors import ConfigError, GuardError, PTuneError, RecipeError
 from hf_ptune.fresh_base import load_tokenizer
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.recipe import make_recipe
@@ -120,6 +120,14 @@ def test_the_mean_is_of_numbers_from_0_to_1(
     monkeypatch.setattr(trainer, "measure", lambda name, features: measured[name])
     found = trainer.evaluate()
     assert (found["eval_letters_bleu"], found["eval_mean"]) == (25.0, 0.5)
+
+
+def test_engines_that_split_models_are_refused(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_ptune.train_multitask.splits", lambda trainer: True)
+    with pytest.raises(PTuneError, match="splits a model over ranks"):
+        run(make_multitask_recipe(content, folder=tmp_path))
 
 
 def test_a_run_goes_on_from_its_checkpoint(content: dict[str, Any], tmp_path: Path) -> None:

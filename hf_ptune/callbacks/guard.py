@@ -17,6 +17,7 @@ from transformers.utils import logging
 from hf_ptune.callbacks.freeze import SHARDING, held_back, some, unwrap_ptune_model
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import GuardError
+from hf_ptune.injection import device_of
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.position_tables import position_tables, positions_of_prompt
 
@@ -84,7 +85,7 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], compute_loss_func: L
             labels are out of range, or the loss is missing or not finite.
     """
     inner = unwrap_ptune_model(model, "the guard", GuardError)
-    device = inner.get_input_embeddings().weight.device
+    device = device_of(inner)
     inputs: dict[str, Any] = send_to_device(dict(batch), device)
     _check_places(inner, inputs)
     check_positions(inner, inputs)

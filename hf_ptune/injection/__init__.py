@@ -1,11 +1,20 @@
 """The only place where prompts meet a backbone."""
 
-from hf_ptune.injection.calls import bind, cache_name, parameters_of
+from hf_ptune.injection.calls import bind, cache_name, parameters_of, this_thread
 from hf_ptune.injection.embeddings import normalises_embeddings, word_embeddings
 from hf_ptune.injection.injector import Injector
 from hf_ptune.injection.layer_mix import ScalarMix, forget_captures, gives_layers, layers_of
 from hf_ptune.injection.pooling import reads_first_token
-from hf_ptune.injection.probe import PROBE_TOKENS, body_of, complaint, evaluating, find_geometry, probing, text_of
+from hf_ptune.injection.probe import (
+    PROBE_TOKENS,
+    body_of,
+    complaint,
+    device_of,
+    evaluating,
+    find_geometry,
+    probing,
+    text_of,
+)
 
 __all__ = [
     "PROBE_TOKENS",
@@ -15,6 +24,7 @@ __all__ = [
     "body_of",
     "cache_name",
     "complaint",
+    "device_of",
     "evaluating",
     "find_geometry",
     "forget_captures",
@@ -25,5 +35,6 @@ __all__ = [
     "probing",
     "reads_first_token",
     "text_of",
+    "this_thread",
     "word_embeddings",
 ]

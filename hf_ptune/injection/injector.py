@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_ptune.errors import BackboneError, InjectionError
+from hf_ptune.errors import DEVICE_FAILURES, BackboneError, InjectionError
 from hf_ptune.injection import attention, embeddings, joint, own_attention, positions, sites
 from hf_ptune.injection.bridge import bridge, checkpoint_layers, reentrant_layers
 from hf_ptune.injection.calls import bind, parameters_of, version_of
@@ -21,7 +21,7 @@ from hf_ptune.injection.layer_mix import LayerMix, ScalarMix
 from hf_ptune.injection.merge import keep_masks
 from hf_ptune.injection.placeholders import Placeholders
 from hf_ptune.injection.pooling import MeanPooling
-from hf_ptune.injection.probe import DEVICE_FAILURES, body_of, close, probing, text_of, vocabulary_of
+from hf_ptune.injection.probe import body_of, close, probing, text_of, vocabulary_of
 from hf_ptune.injection.sites import Site
 from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_prefix
 from hf_ptune.sharding import whole_for_backward
@@ -390,6 +390,8 @@ class Injector:
                 for self.joins in (False, True):
                     output = self.body(**inputs)
                     answers.append(output[0].detach().float()[inputs["attention_mask"].bool()])
+        except DEVICE_FAILURES:
+            raise
         except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, InjectionError):
             return False  # layers that look into their mask, or that mix tokens by themselves
         finally:
@@ -425,7 +427,9 @@ class Injector:
         if not self._active():
             return None
         assert self.inputs is not None
-        return (), self.inputs.insert(self.encode(), bind(module, args, kwargs))
+        rows = self._current_rows()
+        assert rows is not None
+        return (), self.inputs.insert(rows, bind(module, args, kwargs))
 
     def _after_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self._active():
@@ -438,7 +442,14 @@ class Injector:
             return None
         named = bind(module, args, kwargs)
         states, mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
-        if states is not None and mask is not None and mask.shape[1] == states.shape[1] - self.num_virtual_tokens:
+        if states is None or mask is None or mask.dim() != 2:
+            return (), named
+        if mask.shape == states.shape[:2]:
+            raise InjectionError(
+                "the encoder's states that were given have no virtual positions: outputs report them without. Give "
+                "what model.get_encoder()(...) returns as encoder_outputs."
+            )
+        if mask.shape[1] == states.shape[1] - self.num_virtual_tokens:
             assert self.inputs is not None
             ones = mask.new_ones(mask.shape[0], self.num_virtual_tokens)
             at = self.inputs.places(mask, mask.shape[0], mask.device)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.utils import logging
 
+from hf_ptune.errors import DEVICE_FAILURES
+
 logger = logging.get_logger(__name__)
 _ROW = 16  # the length of a mask's rows in memory is a multiple of it, as CUDA's kernels want
 _ATEN: Any = torch.ops.aten
@@ -78,8 +80,10 @@ def _difference(kernel: Kernel, device: str, dtype: torch.dtype, width: int) -> 
                 for ours, plain in zip(found, expected, strict=True):
                     if not torch.allclose(ours.to(plain.dtype), plain, rtol=tolerance, atol=tolerance):
                         return "it differs from plain attention"
+    except DEVICE_FAILURES:
+        raise
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
-        return str(error).splitlines()[0]
+        return (str(error).splitlines() or [type(error).__name__])[0]
     return None
 
 

@@ -48,6 +48,7 @@ def keep_masks(on: bool) -> None:
     """Keep, until told not to, the causal mask that a layer makes for the layers behind it in this thread's pass."""
     if not torch.compiler.is_compiling():
         _passing.on, _passing.mask = on, None
+        _passing.token = object() if on else None
 
 
 def merge_kernel(
@@ -196,8 +197,13 @@ def _additive(mask: Tensor, dtype: torch.dtype, queries: int, keys: int, before:
     if torch.compiler.is_compiling():
         return _read(mask, dtype, queries, keys, before)
     kept: Any = mask.__dict__.get("_ptune_additive")
+    version: Any = version_of(mask)
+    if mask.is_inference():  # it does not count its changes, but has none while a pass runs
+        version = getattr(_passing, "token", None)
+        if version is None:
+            return _read(mask, dtype, queries, keys, before)
     # what inference mode has made cannot be kept for a backward pass
-    of = (version_of(mask), torch.is_inference_mode_enabled(), dtype, queries, keys, before)
+    of = (version, torch.is_inference_mode_enabled(), dtype, queries, keys, before)
     if kept is None or kept[0] != of:
         kept = mask.__dict__["_ptune_additive"] = (of, _read(mask, dtype, queries, keys, before))
     additive: Tensor = kept[1]

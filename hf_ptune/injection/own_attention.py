@@ -45,12 +45,12 @@ _running = threading.local()
 
 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of an attention module: follow its scores."""
-    site = site_of(module)
-    mode = None
+    site, stack = site_of(module), _stack()
+    stack.append(None)  # `after` takes one away, whatever is raised here
     if site is not None and (site.key is not None or site.recording) and is_own(module):
         mode = ScoreShadow(site, module, kwargs)
         mode.__enter__()
-    _stack().append(mode)
+        stack[-1] = mode
 
 
 def after(module: nn.Module, args: Any, output: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_ptune.errors import BackboneError, PTuneError
+from hf_ptune.errors import DEVICE_FAILURES, BackboneError, PTuneError
 from hf_ptune.injection import attention, own_attention, sites
 from hf_ptune.injection.calls import parameters_of
 from hf_ptune.injection.embeddings import word_embeddings
@@ -24,9 +24,6 @@ _UNSUPPORTED = {
     "HYV4Attention": "it decodes by another computation than it trains by, which no prefix reaches",
     "LiltSelfAttention": "it adds the scores of two streams of different widths",
 }
-# no family's fault
-DEVICE_FAILURES: tuple[type[Exception], ...] = (torch.OutOfMemoryError,)
-DEVICE_FAILURES += (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 _OVER_LAYERS = re.compile("AttentionResidual")  # attends to earlier layers, not to tokens
 _NAMED_ATTENTION = re.compile("atten|attn", re.IGNORECASE)
 
@@ -103,11 +100,12 @@ def _ignores_later(first: Tensor, second: Tensor) -> bool:
 
 def _embed(backbone: PreTrainedModel, embeddings: nn.Module) -> Tensor:
     with torch.no_grad():
-        embedded: Any = embeddings(torch.tensor([[0]], device=_device(backbone)))
+        embedded: Any = embeddings(torch.tensor([[0]], device=device_of(backbone)))
     return embedded[0] if isinstance(embedded, tuple) else embedded
 
 
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's first parameter is that has memory; its inputs go there."""
     return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
@@ -115,7 +113,7 @@ def _tokens(body: PreTrainedModel, count: int, changed: bool) -> Tensor:
     ids = torch.arange(count) * 7 + 11
     if changed:
         ids[1:] += 5
-    return (ids % vocabulary_of(body))[None].to(_device(body))
+    return (ids % vocabulary_of(body))[None].to(device_of(body))
 
 
 def vocabulary_of(body: PreTrainedModel) -> int:
@@ -283,5 +281,5 @@ def probing(module: nn.Module) -> Iterator[None]:
     Casts of parameters that autocast made here would serve the pass around it too, in some versions of torch without
     their gradients.
     """
-    with evaluating(module), torch.autocast(_device(module).type, enabled=False):
+    with evaluating(module), torch.autocast(device_of(module).type, enabled=False):
         yield

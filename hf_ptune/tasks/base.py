@@ -13,6 +13,7 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 from hf_ptune.cloze import Scorer
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import RecipeError
+from hf_ptune.injection import device_of
 
 Row = dict[str, Any]
 Feature = dict[str, Any]
@@ -275,7 +276,7 @@ def whole(value: Any) -> int | None:
 def run_model(task: Task, model: Any, tokenizer: PreTrainedTokenizerBase, features: Sequence[Feature]) -> Any:
     """Output of a model in eval mode for a few features, as one batch."""
     batch = task.collator(tokenizer)(list(features))
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     with torch.no_grad():
         return model(**{name: value.to(device) for name, value in batch.items()})
 

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from hf_ptune.errors import RecipeError
+from hf_ptune.injection import device_of
 from hf_ptune.metrics import Bleu, RougeL
 from hf_ptune.metrics.texts import bleu_tokenizers
 from hf_ptune.position_tables import writing_room
@@ -93,10 +94,11 @@ class GenerationTask(Task):
         rank, ranks = accelerator.process_index, accelerator.num_processes
         model = accelerator.unwrap_model(trainer.model)
         own = features[rank::ranks]
-        written = self.write(
-            model, trainer.processing_class, [f["source_ids"] for f in own], trainer.args.per_device_eval_batch_size
-        )
-        both = gather_object(list(zip(written, [f["references"] for f in own], strict=True)))
+        # where ranks hold parts of the base, each of them has to generate as often
+        filling = features[: -(-len(features) // ranks) - len(own)]
+        sources = [f["source_ids"] for f in (*own, *filling)]
+        written = self.write(model, trainer.processing_class, sources, trainer.args.per_device_eval_batch_size)
+        both = gather_object(list(zip(written[: len(own)], [f["references"] for f in own], strict=True)))
         pairs = {"predictions": [text for text, _ in both], "references": [references for _, references in both]}
         bleu: dict[str, float] = Bleu(self.bleu_tokenize, keep_in_memory=True).compute(**pairs)
         return bleu | RougeL(keep_in_memory=True).compute(**pairs)
@@ -115,7 +117,7 @@ class GenerationTask(Task):
         Returns:
             Texts, without special tokens and surrounding space.
         """
-        device = model.get_input_embeddings().weight.device
+        device = device_of(model)
         decoder = not model.config.is_encoder_decoder
         was_training = model.training
         model.eval()

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArgumen
 from hf_ptune import FreezeBackboneCallback, PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.backbone import TASKS
 from hf_ptune.engines import ours
+from hf_ptune.tasks import get_task
 
 _ARGUMENTS = {field.name for field in fields(Seq2SeqTrainingArguments)}
 CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in _ARGUMENTS)
@@ -73,6 +74,24 @@ def generated(run: Seq2SeqTrainer, family: str) -> list[list[int]]:
     """What a Trainer's model answers to rows of several lengths, without the padding."""
     answers = run.predict(ragged(family), max_new_tokens=6).predictions.tolist()
     return [[token for token in answer if token > 0] for answer in answers]
+
+
+class Numbers:
+    """Write tokens as their numbers."""
+
+    pad_token_id, eos_token_id = 0, None
+
+    def batch_decode(self, ids: Tensor, **options: Any) -> list[str]:
+        return [" ".join(str(i) for i in row.tolist() if i > 0) for row in ids]
+
+
+def scores(run: Trainer, family: str) -> dict[str, float]:
+    """What a task measures of answers to rows that ranks cannot share evenly."""
+    sources = [row["input_ids"].tolist() for row in ragged(family)]
+    features = [{"source_ids": s, "references": [" ".join(map(str, s))]} for s in sources]
+    run.processing_class = Numbers()  # type: ignore[assignment]
+    task = get_task(parts(family)[1])(generate=True, max_new_tokens=4, bleu_tokenize="none")
+    return task.measure_further(run, features)
 
 
 def trainer(

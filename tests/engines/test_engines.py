@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from launch import NO_DEEPSPEED, found_by, launch
-from setup_engines import ODD, adapter, generated, load, save_bases, trainer
+from setup_engines import ODD, adapter, generated, load, save_bases, scores, trainer
 from worker import FAMILY, GENERATING, METHOD, counts
 
 from hf_ptune.adapter_file import read_tensors
@@ -33,8 +33,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     for family in (FAMILY, "t5"):
         run = trainer(bases, family, "p_tuning", folder / "generated", 1, use_cpu=True, **GENERATING)
         run.train()
-        found[family] = generated(run, family)
-        assert len(set(map(len, found[family]))) > 1
+        found[family] = generated(run, family), scores(run, family)
+        assert len(set(map(len, found[family][0]))) > 1
     return folder, found
 
 
@@ -71,7 +71,8 @@ def test_an_engine_does_what_one_process_does(engine: str, alone: tuple[Path, di
         assert rank["evaluation"]["eval_sum"] == expected["evaluation"]["eval_sum"]
         # the Trainer averages a batch's loss with the row that was repeated to fill it
         assert rank["evaluation"]["eval_loss"] == pytest.approx(expected["evaluation"]["eval_loss"], rel=0.1)
-        assert rank["generated"] == expected[FAMILY if engine == "fsdp2" else "t5"]
+        answers, measured = expected[FAMILY if engine == "fsdp2" else "t5"]
+        assert rank["generated"] == answers and rank["scores"] == measured
     check_files(tmp_path, folder, expected)
     check_best(tmp_path, first)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import on_cpu
-from setup_engines import adapter, generated, rows, trainer
+from setup_engines import adapter, generated, rows, scores, trainer
 
 from hf_ptune import GuardCallback, MemoryCallback
 from hf_ptune.engines import engine_name
@@ -79,6 +79,7 @@ def main(folder: Path) -> None:
     run = make("generated", family, "p_tuning", **GENERATING)
     run.train()
     found["generated"] = generated(run, family)
+    found["scores"] = scores(run, family)
     (folder / f"rank{run.args.process_index}.json").write_text(json.dumps(found))
     on_cpu.leave()
 
