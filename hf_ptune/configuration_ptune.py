@@ -404,8 +404,14 @@ class PTuneConfig(PreTrainedConfig):
             raise ConfigError("this configuration names no base yet; get_ptune_model(backbone, config) sets it.")
         return base
 
+    def _known_base(self) -> PreTrainedConfig | None:
+        """The configuration of the wrapped backbone, which scripts may change; else the copy of it, if there is one."""
+        live: Live | None = self.__dict__.get("_live")
+        found = None if live is None else live.config
+        return self.__dict__.get("_base") if found is None else found
+
     def __getattr__(self, name: str) -> Any:
-        base = self.__dict__.get("_base")
+        base = self._known_base()
         if base is None or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         try:
@@ -414,7 +420,7 @@ class PTuneConfig(PreTrainedConfig):
             raise AttributeError(str(error)) from error
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        base = self.__dict__.get("_base")
+        base = self._known_base()
         return self if base is None else base.get_text_config(decoder=decoder, encoder=encoder)
 
     # the base's own checks ran when its configuration was made

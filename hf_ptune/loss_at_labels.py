@@ -1,5 +1,7 @@
 """The loss of a language model from the logits of labelled positions alone."""
 
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 from transformers.utils import logging
 
 from hf_ptune.cross_entropy import IGNORED, causal_lm_loss, masked_lm_loss
+from hf_ptune.errors import PTuneError
 from hf_ptune.injection import bind, probing
 
 logger = logging.get_logger(__name__)
@@ -60,8 +63,8 @@ class LossAtLabels:
         """
         if not self.backbone.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if self.handle is None or self.agrees is False:
-            return None
+        if self.handle is None or self.agrees is False or "_loss_function" in vars(self.backbone):
+            return None  # a loss of the user's own may read any position
         named = bind(self.backbone, args, kwargs)
         labels = named.get("labels")
         if not isinstance(labels, Tensor) or labels.dim() != 2 or any(_given(named.get(name)) for name in _OTHERWISE):
@@ -75,7 +78,18 @@ class LossAtLabels:
         output = self._run(named) if self.agrees else None
         if output is None or output.get("logits") is None:
             return output
-        return _with_logits(output, lambda: self._all_logits(named))
+        trained = [p for p in self.wrapper.parameters() if p.requires_grad]
+        version = sum(p._version for p in trained)
+
+        def compute() -> Tensor:
+            if sum(p._version for p in trained) != version:
+                raise PTuneError(
+                    "logits were asked for after the weights had changed, so that they would be those of another step. "
+                    "Read them before optimizer.step(), or set loss_at_labels=False in the PTuneConfig."
+                )
+            return self._all_logits(named)
+
+        return _with_logits(output, compute)
 
     def _run(self, named: dict[str, Any]) -> Any:
         labels: Tensor = named["labels"]
@@ -96,14 +110,12 @@ class LossAtLabels:
     @contextmanager
     def _own_loss(self) -> Iterator[None]:
         """Let transformers' standard losses run without a softmax of all logits; others stay."""
-        set_by_user = {k: v for k, v in self.backbone.__dict__.items() if k == "_loss_function"}
         standard = self.backbone.loss_function
         self.backbone.__dict__["_loss_function"] = _LOSSES.get(standard, standard)
         try:
             yield
         finally:
             del self.backbone.__dict__["_loss_function"]
-            self.backbone.__dict__.update(set_by_user)
 
     def _gather(self, module: Any, args: tuple[Any, ...]) -> Any:
         if self.now is None or not args or args[0].shape[:-1] != self.now[1]:
@@ -151,6 +163,13 @@ def _given(value: Any) -> bool:
 class _LogitsOnDemand:
     """Mixed into an output class: `logits` are computed when they are asked for, and are no item before."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # accelerate makes the output of a pass in half precision anew, of its items
+        if (source := getattr(_made, "last", lambda: None)()) is not None:
+            compute = source.__dict__["_compute"]
+            self.__dict__["_compute"] = lambda: compute().to(source.loss.dtype)
+
     @property
     def logits(self) -> Tensor | None:
         kept = self.__dict__
@@ -162,16 +181,26 @@ class _LogitsOnDemand:
     def logits(self, value: Tensor | None) -> None:
         self.__dict__["_logits"] = value
 
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self.logits if key == "logits" else super().get(key, default)  # type: ignore[misc]
+
+    def __contains__(self, key: Any) -> bool:
+        return key == "logits" or super().__contains__(key)  # type: ignore[misc]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        loss, *rest = super().to_tuple()  # type: ignore[misc]
+        return (loss, self.logits, *rest)
+
     def __getitem__(self, key: Any) -> Any:
         if key == "logits":
             return self.logits
         if isinstance(key, str) or key == 0:  # the loss
             return super().__getitem__(key)  # type: ignore[misc]
-        loss, *rest = super().to_tuple()  # type: ignore[misc]
-        return (loss, self.logits, *rest)[key]
+        return self.to_tuple()[key]
 
 
 _on_demand: dict[Any, type] = {}
+_made = threading.local()  # `last`: what refers to the last output that this thread has made
 
 
 def _with_logits(output: Any, compute: Callable[[], Tensor]) -> Any:
@@ -185,4 +214,5 @@ def _with_logits(output: Any, compute: Callable[[], Tensor]) -> Any:
         _on_demand[kind] = type(kind.__name__, (_LogitsOnDemand, kind), names)
     output.__class__ = _on_demand[kind]
     output.__dict__["_compute"] = compute
+    _made.last = weakref.ref(output)
     return output

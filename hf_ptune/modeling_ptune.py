@@ -84,6 +84,10 @@ class PTunePreTrainedModel(SavedAdapter):
         self._no_split_modules = units_of(self, layers, word_embeddings(backbone))
         self.freeze_backbone()
         self._dropout.follow(backbone.training)
+        self.training = backbone.training
+        for part in (self.prompt, self.mix):
+            if part is not None:
+                part.train(backbone.training)
         self.__class__ = specialised(type(self), type(backbone))
 
     def init_weights(self) -> None:
@@ -318,6 +322,15 @@ class PTunePreTrainedModel(SavedAdapter):
             self._injector.prompt = self.prompt
             self.config.flattened = True
         return self
+
+    @property
+    def loss_function(self) -> Any:
+        """The backbone's, which computes the loss."""
+        return self.backbone.loss_function
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        self.backbone.loss_function = value
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()

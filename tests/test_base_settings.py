@@ -27,6 +27,15 @@ def test_pads_are_told_by_the_id_that_a_script_sets(wrap: Wrap) -> None:
         assert torch.allclose(model(input_ids=padded, attention_mask=mask).logits, expected, atol=1e-8)
 
 
+def test_what_a_trainer_takes_from_the_tokenizer_reaches_the_base(wrap: Wrap, tmp_path: Path) -> None:
+    model = wrap("gpt2", "p_tuning_v2", "SEQ_CLS")
+    model.config.get_text_config().pad_token_id = 98
+    assert model.config.pad_token_id == model.backbone.config.pad_token_id == 98
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.pad_token_id == loaded.backbone.config.pad_token_id == 98
+
+
 def test_the_kind_of_problem_decides_the_loss(wrap: Wrap) -> None:
     model, ids = wrap("bert", "p_tuning_v2"), batch("bert")["input_ids"][:2]
     model.config.problem_type = "regression"

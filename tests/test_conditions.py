@@ -327,6 +327,17 @@ def test_an_offloaded_cache_gives_the_same_tokens(wrap: Wrap) -> None:
     assert torch.equal(exact, model.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation="offloaded"))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_fresh_wrapper_trains_where_its_base_does(training: bool) -> None:
+    config = PTuneConfig(num_virtual_tokens=4, prefix_dropout=0.5)
+    model = get_ptune_model(build("llama").train(training), config)
+    assert model.prompt is not None
+    assert model.training == model.prompt.training == model.backbone.training == training
+    with torch.no_grad():
+        first, second = (model(**batch("llama")).logits for _ in range(2))
+    assert torch.equal(first, second) != training
+
+
 def test_prefix_dropout_only_while_training(wrap: Wrap) -> None:
     model, inputs = wrap("bert", "p_tuning_v2", prefix_dropout=0.5), batch("bert")
     assert torch.equal(logits(model, **inputs), logits(model, **inputs))

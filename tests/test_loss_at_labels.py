@@ -7,9 +7,11 @@ import pytest
 import torch
 from families import DECODERS, SEQ2SEQ, batch
 from tokenizers_of import tokenizer_of
+from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from hf_ptune import PTunePreTrainedModel
+from hf_ptune.errors import PTuneError
 
 Wrap = Callable[..., PTunePreTrainedModel]
 MASKED = ["bert", "roberta", "modernbert", "deberta-v2", "distilbert"]
@@ -59,10 +61,57 @@ def test_same_loss_and_gradients(
 def test_logits_come_when_asked_for(family: str, task: str | None, wrap: Wrap) -> None:
     model, inputs = wrap(family, "p_tuning_v2", task).train(), labelled(family)
     output = model(**inputs)
-    assert "logits" not in output
+    assert "logits" not in list(output) and "logits" in output
     with torch.no_grad():
         expected = model(**inputs).logits
     assert torch.equal(output.logits, expected) and torch.equal(output["logits"], expected)
+
+
+def test_outputs_are_read_as_those_of_the_base(wrap: Wrap) -> None:
+    model, inputs = wrap("llama", "p_tuning_v2").train(), labelled("llama")
+    plain = model.backbone(**inputs)
+    output = model(**inputs)
+    assert torch.allclose(output.get("logits"), plain.logits) and output.get("nothing", 3) == 3
+    assert [type(part) for part in output.to_tuple()] == [type(part) for part in plain.to_tuple()]
+
+
+def test_a_trainer_reads_logits_under_autocast(wrap: Wrap, tmp_path: Any) -> None:
+    """accelerate makes the output of a pass in bf16 anew, of its items."""
+    read: list[Tensor] = []
+
+    class Reading(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            output = model(**inputs)
+            read.append(output.logits)
+            return (output.loss, output) if return_outputs else output.loss
+
+    rows = [{k: v[0] for k, v in labelled("llama").items()} for _ in range(2)]
+    arguments = TrainingArguments(tmp_path, max_steps=1, bf16=True, report_to=[], use_cpu=True)
+    Reading(wrap("llama", "p_tuning_v2").float(), arguments, train_dataset=rows).train()
+    assert read[0].dtype == torch.float32 and read[0].shape[:2] == (2, rows[0]["input_ids"].shape[0])
+
+
+def test_logits_of_weights_that_have_changed_are_refused(wrap: Wrap) -> None:
+    model = wrap("llama", "p_tuning_v2").train()
+    output = model(**labelled("llama"))
+    with torch.no_grad():
+        model.prompt.weight.add_(1)
+    with pytest.raises(PTuneError, match="after the weights had changed"):
+        output.logits  # noqa: B018
+
+
+def test_a_loss_function_of_a_user_s_own_gets_all_logits(wrap: Wrap) -> None:
+    model, inputs = wrap("llama", "p_tuning_v2"), labelled("llama")
+    seen: list[Any] = []
+
+    def loss(logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+        seen.append(logits.shape[:2])
+        return logits.sum() * 0 + 42
+
+    model.loss_function = loss
+    for mode in (True, False):
+        assert model.train(mode)(**inputs).loss == 42
+    assert seen == [inputs["input_ids"].shape] * 2 and model.loss_function is loss
 
 
 def test_calls_that_need_all_logits_get_them(wrap: Wrap) -> None:
