@@ -34,6 +34,7 @@ from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import choose_head_states, choose_pooling, choose_sites, choose_start, shifts_positions
+from hf_ptune.position_tables import positions_of_prompt, token_room
 from hf_ptune.saving import SavedAdapter
 from hf_ptune.sharding import in_parts, units_of, whole, write
 
@@ -261,10 +262,11 @@ class PTunePreTrainedModel(SavedAdapter):
         count = None if items is None else count_labels(kwargs, self.task == "CAUSAL_LM")
         if isinstance(labels := kwargs.get("labels"), Tensor):
             kwargs["labels"] = self.labels_of_words(labels)
-        if count is None or items is None:
-            return self._answer(args, kwargs)
-        del kwargs["num_items_in_batch"]
-        return with_share(self._answer(args, kwargs), count, items)
+        with self._telling_of_positions():
+            if count is None or items is None:
+                return self._answer(args, kwargs)
+            del kwargs["num_items_in_batch"]
+            return with_share(self._answer(args, kwargs), count, items)
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (places := kwargs.pop("logits_at", None)) is not None:
@@ -272,6 +274,19 @@ class PTunePreTrainedModel(SavedAdapter):
         if self._loss_at_labels is not None and (output := self._loss_at_labels(args, kwargs)) is not None:
             return output
         return self.backbone(*args, **kwargs)
+
+    @contextmanager
+    def _telling_of_positions(self) -> Iterator[None]:
+        """Say of an index out of range that the prompt takes positions too, where the base has a table of them."""
+        try:
+            yield
+        except IndexError as error:
+            if not (taken := positions_of_prompt(self)) or (room := token_room(self)) is None:
+                raise
+            raise InjectionError(
+                f"{error}: the base has positions for {room + taken} tokens, of which the prompt takes {taken}, so "
+                f"that rows of up to {room} fit, new tokens included. Shorten the rows, or take fewer virtual tokens."
+            ) from error
 
     def labels_of_words(self, labels: Tensor) -> Tensor:
         """Labels without the virtual tokens that a causal model's template placed: they are no words to be told."""
@@ -385,13 +400,9 @@ class PTunePreTrainedModel(SavedAdapter):
 
 
 # what looks the text's tokens up in the logits, or in the vocabulary
-_LOOKING_UP = (
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "encoder_repetition_penalty",
-    "encoder_no_repeat_ngram_size",
-    "prompt_lookup_num_tokens",
-)
+_OF_ENCODERS = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
+_LOOKING_UP = ("repetition_penalty", "no_repeat_ngram_size", *_OF_ENCODERS, "prompt_lookup_num_tokens")
+_NOT_PAGED = "paged caches of continuous batching have no place for a prompt; use generate()"
 
 
 class _Generating(PTunePreTrainedModel, GenerationMixin):
@@ -399,10 +410,18 @@ class _Generating(PTunePreTrainedModel, GenerationMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.backbone.generation_config = self.generation_config
-        if self.config.places_tokens and not self.config.is_encoder_decoder:
-            # its first two parameters may come by their places
-            settings = kwargs.get("generation_config") or (args[1:2] or (None,))[0] or self.generation_config
-            for name in _LOOKING_UP:
+        # its first two parameters may come by their places
+        settings = kwargs.get("generation_config") or (args[1:2] or (None,))[0] or self.generation_config
+        cache = kwargs.get("cache_implementation", getattr(settings, "cache_implementation", None))
+        if cache == "paged" and self.prompt is not None:
+            raise InjectionError(f"{_NOT_PAGED} with another cache_implementation.")
+        if self.config.places_tokens:
+            if kwargs.get("assistant_model") is not None and not self.config.is_encoder_decoder:
+                raise InjectionError(
+                    "an assistant_model reads the text as it stands, and knows no virtual tokens; leave it out with a "
+                    "template that places some."
+                )
+            for name in _OF_ENCODERS if self.config.is_encoder_decoder else _LOOKING_UP:
                 if (value := kwargs.get(name, getattr(settings, name, None))) not in (None, 0, 1):
                     raise InjectionError(
                         f"{name}={value} looks the text's tokens up in the logits, which know no virtual tokens; leave "
@@ -410,12 +429,13 @@ class _Generating(PTunePreTrainedModel, GenerationMixin):
                     )
         if in_parts(self.backbone.parameters()):
             kwargs["synced_gpus"] = True  # transformers sees ZeRO-3 and its own FSDP2, not accelerate's
-        return self.backbone.generate(*args, **kwargs)
+        with self._telling_of_positions():
+            return self.backbone.generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         if self.prompt is None:
             return self.backbone.init_continuous_batching(*args, **kwargs)
-        raise InjectionError("paged caches of continuous batching have no place for a prompt; use generate().")
+        raise InjectionError(f"{_NOT_PAGED}.")
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.backbone.prepare_inputs_for_generation(*args, **kwargs)

@@ -38,8 +38,12 @@ def position_tables(model: Any) -> Iterator[PositionTable]:
 
 def positions_of_prompt(model: Any) -> int:
     """Positions that a prompt takes up before the own tokens: P, or 0."""
-    shifts = model._injector is not None and model._injector.shift
-    return int(model.config.num_virtual_tokens) if shifts else 0
+    injector = model._injector
+    if injector is None:
+        return 0
+    # encoders without position_ids (BART) count what is put among their inputs
+    counted = injector.inputs is not None and "position_ids" not in injector.inputs.accepted
+    return int(model.config.num_virtual_tokens) if injector.shift or counted else 0
 
 
 def token_room(model: Any) -> int | None:

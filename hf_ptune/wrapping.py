@@ -13,6 +13,7 @@ from hf_ptune.errors import BackboneError, ConfigError
 from hf_ptune.injection import complaint
 from hf_ptune.methods import PromptKind
 from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel
+from hf_ptune.position_tables import positions_of_prompt, token_room
 from hf_ptune.sharding import running
 from hf_ptune.templates import name_virtual_tokens
 
@@ -75,6 +76,11 @@ def _try_prompt(model: PTunePreTrainedModel) -> None:
     injector, config, name = model._injector, model.config, type(model.backbone).__name__
     if injector is None:
         return
+    if (room := token_room(model)) is not None and room < 1:
+        raise ConfigError(
+            f"num_virtual_tokens={config.num_virtual_tokens}, but {name} has {room + positions_of_prompt(model)} "
+            "positions in all, which leaves none for a text; take fewer."
+        )
     places = injector.placeholders
     if places is not None and not places.agrees(injector.body, config.num_virtual_tokens):
         raise BackboneError(

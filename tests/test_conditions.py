@@ -10,6 +10,8 @@ import torch
 from families import batch, build
 from tokenizers_of import tokenizer_of
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -17,6 +19,8 @@ from transformers import (
     MambaForCausalLM,
     StaticCache,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
@@ -325,6 +329,27 @@ def test_an_offloaded_cache_gives_the_same_tokens(wrap: Wrap) -> None:
     ids = batch("llama")["input_ids"].cuda()
     exact = model.generate(ids, max_new_tokens=6, do_sample=False)
     assert torch.equal(exact, model.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation="offloaded"))
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_cache_comes_in_eval_mode_with_gradients_too(family: str, method: str, wrap: Wrap) -> None:
+    model, ids = wrap(family, method), batch(family)["input_ids"]
+    first = model(input_ids=ids[:, :4])
+    found = model(input_ids=ids[:, 4:], past_key_values=first.past_key_values).logits
+    assert torch.allclose(found, model(input_ids=ids).logits[:, 4:], atol=1e-9)
+
+
+def test_an_attention_that_is_set_on_the_base_itself_sees_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
+    AttentionInterface.register("sdpa_of_its_own", sdpa_attention_forward)
+    AttentionMaskInterface.register("sdpa_of_its_own", sdpa_mask)
+    model = get_ptune_model(build("llama"), PTuneConfig(num_virtual_tokens=4)).eval()
+    with torch.no_grad():
+        model.prompt.weight.normal_(0, 0.5)
+        expected = model(**batch("llama")).logits
+        model.base_model.set_attn_implementation("sdpa_of_its_own")
+        assert torch.allclose(model(**batch("llama")).logits, expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("training", [True, False])

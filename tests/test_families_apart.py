@@ -21,8 +21,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_ptune import PTuneConfig, get_ptune_model
 from hf_ptune.callbacks import check_batch
-from hf_ptune.errors import BackboneError, InjectionError
+from hf_ptune.errors import BackboneError, ConfigError, InjectionError
 from hf_ptune.methods.base import join_prefix
+from hf_ptune.position_tables import token_room
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 99,
@@ -147,6 +148,79 @@ def test_states_of_an_encoder_that_have_lost_the_prompt_are_refused(family: str)
             model(encoder_outputs=cut, **rows)
         with model.disable_adapter():
             model(encoder_outputs=cut, **rows)
+
+
+@pytest.mark.parametrize("family", ["mpt", "switch_transformers", "longt5", "t5"])
+def test_a_single_own_key_is_told_from_a_scale(family: str) -> None:
+    """A bias of one key has the shape of a scale of all keys."""
+    torch.manual_seed(0)
+    if family == "mpt":
+        config = AutoConfig.for_model("mpt", d_model=32, n_heads=4, n_layers=2, vocab_size=99)
+        base: Any = AutoModelForCausalLM.from_config(config)
+    else:
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+        further = {"num_experts": 2} if family == "switch_transformers" else {}
+        ids = {"vocab_size": 99, "pad_token_id": 0, "decoder_start_token_id": 0}
+        config = AutoConfig.for_model(family, **sizes, **ids, **further, attn_implementation="eager")
+        base = AutoModelForSeq2SeqLM.from_config(config)
+    with torch.no_grad():
+        for parameter in base.double().eval().parameters():
+            parameter.normal_(0, 0.3)
+    model = get_ptune_model(base, PTuneConfig(num_virtual_tokens=4))
+    rows = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        model.prompt.weight.normal_(0, 0.5)
+        name = "input_ids" if family == "mpt" else "decoder_input_ids"
+        around = {} if family == "mpt" else {"input_ids": rows}
+        whole = model(**around, **{name: rows}).logits[:, :1]
+        assert torch.allclose(model(**around, **{name: rows[:, :1]}).logits, whole, atol=1e-6)
+        with model.disable_adapter():
+            assert not torch.allclose(model(**around, **{name: rows}).logits[:, :1], whole, atol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["p_tuning_v2", "prompt_tuning"])
+def test_heads_that_share_one_key_take_a_prompt_by_both_kernels(method: str) -> None:
+    found = []
+    for kernel in ("eager", "sdpa"):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+        config = AutoConfig.for_model("falcon", **sizes, multi_query=True, new_decoder_architecture=False)
+        base = AutoModelForCausalLM.from_config(config, attn_implementation=kernel).double().eval()
+        torch.manual_seed(1)
+        options: dict[str, Any] = {"num_virtual_tokens": 4, "prompt_tuning_init": "RANDOM"}
+        model = get_ptune_model(base, PTuneConfig(method=method, **options))
+        with torch.no_grad():
+            found.append(model(input_ids=torch.tensor([[5, 6, 7]])).logits)
+    assert torch.allclose(*found, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_tuples_of_an_encoder_decoder_have_no_virtual_positions(family: str) -> None:
+    model = get_ptune_model(build(family), PTuneConfig(method="prompt_tuning", num_virtual_tokens=4)).eval()
+    inputs = batch(family)
+    with torch.no_grad():
+        named = model(**inputs, output_hidden_states=True)
+        given = model(**inputs, output_hidden_states=True, return_dict=False)
+        plain = model.unwrap()(**inputs, output_hidden_states=True, return_dict=False)
+    assert len(given) == len(plain) == len(named.to_tuple())
+    assert given[-1][0].shape == plain[-1][0].shape and torch.equal(given[-1][0], named.encoder_hidden_states[0])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_rows_without_a_position_left_are_answered_with_the_room_there_is(family: str) -> None:
+    model = get_ptune_model(build(family), PTuneConfig(method="prompt_tuning", num_virtual_tokens=4)).eval()
+    room = token_room(model)
+    assert room is not None
+    ids = torch.full((1, room), 5)
+    with torch.no_grad():
+        model(input_ids=ids)
+        with pytest.raises(InjectionError, match=f"rows of up to {room} fit"):
+            model(input_ids=torch.full((1, room + 1), 5))
+        if family == "gpt2":
+            with pytest.raises(InjectionError, match=f"rows of up to {room} fit"):
+                model.generate(ids, max_new_tokens=4)
+    with pytest.raises(ConfigError, match="leaves none for a text"):
+        get_ptune_model(model.unwrap(), PTuneConfig(method="prompt_tuning", num_virtual_tokens=room + 4))
 
 
 def test_an_encoder_that_cannot_run_with_a_prompt_among_its_inputs() -> None:

@@ -250,6 +250,16 @@ def test_refusals(tmp_path: Path) -> None:
     check_batch(model, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": labels})
 
 
+def test_generation_that_reads_virtual_tokens_elsewhere_is_refused() -> None:
+    model = wrapped("gpt2")
+    with pytest.raises(InjectionError, match="assistant_model"):
+        model.generate(IDS[:1], assistant_model=build("gpt2"), max_new_tokens=2)
+    with pytest.raises(InjectionError, match="encoder_repetition_penalty"):
+        wrapped("t5").generate(IDS, encoder_repetition_penalty=1.3, max_new_tokens=2)
+    with pytest.raises(InjectionError, match="paged caches"):
+        model.generate(IDS, cache_implementation="paged", max_new_tokens=2)
+
+
 def test_family_that_reads_ids_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     base = build("gpt2", "CAUSAL_LM")
     forward = base.transformer.wte.forward

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_ptune.errors import DEVICE_FAILURES, BackboneError, InjectionError
 from hf_ptune.injection import attention, embeddings, joint, own_attention, positions, sites
 from hf_ptune.injection.bridge import bridge, checkpoint_layers, reentrant_layers
-from hf_ptune.injection.calls import bind, parameters_of, version_of
+from hf_ptune.injection.calls import bind, parameters_of, this_thread, version_of
 from hf_ptune.injection.embeddings import InputPrompt
 from hf_ptune.injection.layer_mix import LayerMix, ScalarMix
 from hf_ptune.injection.merge import keep_masks
@@ -99,6 +99,7 @@ class Injector:
         self.joins: bool | None = None  # whether they may; tried when the first batch trains
         self.cached: Encoded | None = None
         self.crossing: Callable[[Tensor], Tensor] | None = None
+        self.as_tuple: set[int] = set()  # threads whose encoder-decoder was asked for a tuple
         self.handles: list[Any] = []
         self.watch = own_attention.Watch()
         self.sites = [] if virtual_token_ids is not None else [self._site(c) for c in chosen]
@@ -122,7 +123,7 @@ class Injector:
 
     @busy.setter
     def busy(self, runs: bool) -> None:
-        self.runner: int | None = threading.get_ident() if runs else None
+        self.runner: int | None = this_thread() if runs else None
 
     def _site(self, found: dict[str, Any]) -> Site:
         shape = SiteShape(found["heads"], found["key_dim"], found["value_dim"])
@@ -179,6 +180,7 @@ class Injector:
         if self.backbone.config.is_encoder_decoder:
             decoder = self.body.get_decoder()
             add(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True, prepend=True))
+            add(self.backbone.register_forward_pre_hook(self._before_seq2seq, with_kwargs=True))
             add(self.backbone.register_forward_hook(self._after_seq2seq, with_kwargs=True))
         else:
             add(self.inputs.encoder.register_forward_hook(self._after_encoder, with_kwargs=True))
@@ -258,7 +260,8 @@ class Injector:
 
     def fill(self, pairs: list[tuple[Tensor, Tensor]] | None) -> None:
         """Hand every site its prefix for the pass that begins."""
-        self.watch.follow()
+        if self.watch.follow():
+            self.install()
         for number, site in enumerate(self.sites):
             site.fill(None if pairs is None else pairs[number])
 
@@ -368,6 +371,8 @@ class Injector:
     def _may_join(self, named: dict[str, Any]) -> bool:
         if self.kind is not PromptKind.EMBEDDINGS or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
+        if not self.backbone.training:  # who measures may want the cache that is given back
+            return False
         if self.joins is None:
             self.joins = self._joining_agrees()
         return self.joins and joint.can_join(named)
@@ -456,6 +461,14 @@ class Injector:
             named["encoder_attention_mask"] = embeddings.splice(mask, ones, at)
         return (), named
 
+    def _before_seq2seq(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = bind(module, args, kwargs)
+        given = named.get("return_dict")
+        if not self.enabled or (module.config.return_dict if given is None else given):
+            return None
+        self.as_tuple.add(this_thread())  # of a tuple nobody knows what is the encoder's
+        return (), named | {"return_dict": True}
+
     def _after_seq2seq(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         states = getattr(output, "encoder_last_hidden_state", None)
         if not self.enabled or states is None:
@@ -463,9 +476,12 @@ class Injector:
         assert self.inputs is not None
         mask = bind(module, args, kwargs).get("attention_mask")
         at = self.inputs.places(mask, states.shape[0], states.device)
-        return embeddings.cut_encoder_fields(
-            output, at, self.num_virtual_tokens, states.shape[1] - self.num_virtual_tokens
-        )
+        own = states.shape[1] - self.num_virtual_tokens
+        cut = embeddings.cut_encoder_fields(output, at, self.num_virtual_tokens, own)
+        if this_thread() not in self.as_tuple:
+            return cut
+        self.as_tuple.discard(this_thread())
+        return cut.to_tuple()
 
 
 @contextmanager

@@ -81,16 +81,17 @@ class Watch:
         if not any(config is c for c in self.configs):
             self.configs.append(config)
 
-    def follow(self) -> None:
-        """Put hooks on those that attend by themselves now."""
+    def follow(self) -> bool:
+        """Put hooks on those that attend by themselves now; whether attentions have been set anew."""
         names = [getattr(c, "_attn_implementation", None) for c in self.configs]
         if names == self.names:
-            return
+            return False
         self.stop()
         self.names = names
         for module in filter(is_own, self.modules):
             self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self.handles.append(module.register_forward_hook(after, always_call=True))
+        return True
 
     def stop(self) -> None:
         """Take all hooks away."""
@@ -264,10 +265,11 @@ class ScoreShadow(TorchFunctionMode):
             if sizes[-1] == width:
                 sizes[-1] = shadow.shape[-1]
             return shadow.reshape(sizes)
-        over_keys = any(
-            t is not own and t.dim() > 0 and t.shape[-1] == width and width > 1 for t in _tensors(args, kwargs)
+        # of a single own key, masks and biases are told from scales by what is done with them
+        over_keys = (width > 1 or func in _ADDITIONS) and any(
+            t is not own and t.dim() > 0 and t.shape[-1] == width for t in _tensors(args, kwargs)
         )
-        if over_keys or (width == 1 and self.bias is not None):
+        if over_keys:
             return self._add_bias(shadow) if func in _ADDITIONS else shadow
         swapped = [shadow if a is own else a for a in args]
         return func(*swapped, **{k: shadow if v is own else v for k, v in kwargs.items()})
@@ -339,7 +341,13 @@ class ScoreShadow(TorchFunctionMode):
 def _is_score_product(query: Any, key: Any) -> bool:
     if not isinstance(query, Tensor) or not isinstance(key, Tensor):
         return False
-    return query.dim() == key.dim() >= 3 and not isinstance(key, nn.Parameter) and query.shape[:-2] == key.shape[:-2]
+    if not query.dim() == key.dim() >= 3 or isinstance(key, nn.Parameter):
+        return False
+    # all heads may share one key head (Shazeer 2019)
+    return query.shape[:-2] in (key.shape[:-2], (*key.shape[:-3], query.shape[-3])) and key.shape[-3] in (
+        1,
+        query.shape[-3],
+    )
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
