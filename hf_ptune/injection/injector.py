@@ -22,6 +22,7 @@ from hf_ptune.injection.merge import keep_masks
 from hf_ptune.injection.placeholders import Placeholders
 from hf_ptune.injection.pooling import MeanPooling
 from hf_ptune.injection.probe import body_of, close, probing, text_of, vocabulary_of
+from hf_ptune.injection.recomputation import Recomputation, recomputations
 from hf_ptune.injection.sites import Site
 from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_prefix
 from hf_ptune.sharding import whole_for_backward
@@ -103,6 +104,8 @@ class Injector:
         self.handles: list[Any] = []
         self.watch = own_attention.Watch()
         self.sites = [] if virtual_token_ids is not None else [self._site(c) for c in chosen]
+        self.recomputations: list[Recomputation] = []
+        self.bound: list[Recomputation] = []  # while a pass runs
         self.inputs: InputPrompt | None = None
         self.placeholders: Placeholders | None = None
         if virtual_token_ids is not None:
@@ -163,6 +166,7 @@ class Injector:
                 module = self.body.get_submodule(site.name)
                 sites.place(module, site)
                 self.watch.add(module)
+            self.recomputations = recomputations(self.body, self.sites)
             self.install()
             add(self.body.register_forward_pre_hook(self._before_body, with_kwargs=True, prepend=True))
             add(self.body.register_forward_hook(self._after_body, always_call=True))
@@ -173,7 +177,9 @@ class Injector:
                 add(words.register_forward_hook(self._after_words))
             if self.backbone.config.is_encoder_decoder:
                 # generate runs the encoder by itself, before its first step
-                add(self.body.get_encoder().register_forward_pre_hook(self._before_part))
+                encoder = self.body.get_encoder()
+                add(encoder.register_forward_pre_hook(self._before_part))
+                add(encoder.register_forward_hook(self._after_part, always_call=True))
             return
         assert self.inputs is not None
         add(self.inputs.encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True, prepend=True))
@@ -214,20 +220,24 @@ class Injector:
             return None
         self.inside = True
         keep_masks(True)
+        changed = self._meet(bind(module, args, kwargs)) if self.enabled else None
         if not self.enabled:
             self.fill(None)
-            return None
-        named = bind(module, args, kwargs)
+        self._bind_checkpoints()
+        return None if changed is None else ((), changed)
+
+    def _meet(self, named: dict[str, Any]) -> dict[str, Any]:
+        """Let the prompt meet a call of the body."""
         if self._may_join(named):
             named, self.layout = joint.join(named, self.encode(), self.words(), self._shifted_positions(named))
             joint.begin(self.layout)
             self.fill(None)
-            return (), named
+            return named
         pairs = self._current_pairs()
         if torch.is_grad_enabled() and self._reentrant():
             pairs = self._bridged(pairs, named)
         self.fill(pairs)
-        return (), named
+        return named
 
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.busy or not self.enabled or self.layout is not None:
@@ -248,6 +258,7 @@ class Injector:
             return None
         self.inside = False
         keep_masks(False)
+        self._free_checkpoints()
         layout, self.layout = self.layout, None
         if layout is None:
             return None
@@ -257,6 +268,21 @@ class Injector:
     def _before_part(self, module: nn.Module, args: Any) -> None:
         if not self.inside and not self.busy:
             self.fill(self._current_pairs() if self.enabled else None)
+            self._bind_checkpoints()
+
+    def _after_part(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.inside:
+            self._free_checkpoints()
+
+    def _bind_checkpoints(self) -> None:
+        """Let what the pass that begins has checkpointed run again with its own prefixes."""
+        self._free_checkpoints()  # those of a pass that went down
+        if self.backbone.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.bound = [r for r in self.recomputations if r.begin()]
+
+    def _free_checkpoints(self) -> None:
+        while self.bound:
+            self.bound.pop().end()
 
     def fill(self, pairs: list[tuple[Tensor, Tensor]] | None) -> None:
         """Hand every site its prefix for the pass that begins."""
