@@ -146,3 +146,23 @@ def test_compiled_layers_under_checkpoints_are_compiled_once(wrap: Wrap) -> None
     assert 0 < made[0] == made[1] == made[2]
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, atol=1e-9), name
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("method", ["p_tuning_v2", "prefix_tuning", "prompt_tuning"])
+@pytest.mark.parametrize("kind", [lambda output: output, lambda output: (output[0],)], ids=["output", "tuple"])
+def test_an_encoder_that_runs_by_itself_gives_the_same_gradients(
+    family: str, method: str, reentrant: bool, kind: Callable[..., Any], wrap: Wrap
+) -> None:
+    dropout = {"prefix_dropout": 0.5} if method != "prompt_tuning" else {}
+    model, inputs = wrap(family, method, **dropout).train(), batch(family)
+    ids, rest = inputs.pop("input_ids"), inputs | {"use_cache": False}
+
+    def loss() -> Tensor:
+        encoded = [
+            kind(model.get_encoder()(input_ids=i, attention_mask=inputs["attention_mask"])) for i in (ids, ids.flip(1))
+        ]
+        return model(encoder_outputs=encoded[0], **rest).loss + 2 * model(encoder_outputs=encoded[1], **rest).loss
+
+    assert_checkpoints_change_nothing(model, reentrant, loss)

@@ -178,7 +178,7 @@ class Injector:
             if self.backbone.config.is_encoder_decoder:
                 # generate runs the encoder by itself, before its first step
                 encoder = self.body.get_encoder()
-                add(encoder.register_forward_pre_hook(self._before_part))
+                add(encoder.register_forward_pre_hook(self._before_part, with_kwargs=True))
                 add(encoder.register_forward_hook(self._after_part, always_call=True))
             return
         assert self.inputs is not None
@@ -233,6 +233,9 @@ class Injector:
             joint.begin(self.layout)
             self.fill(None)
             return named
+        return self._fill_from_prompt(named)
+
+    def _fill_from_prompt(self, named: dict[str, Any]) -> dict[str, Any]:
         pairs = self._current_pairs()
         if torch.is_grad_enabled() and self._reentrant():
             pairs = self._bridged(pairs, named)
@@ -265,10 +268,14 @@ class Injector:
         joint.begin(None)
         return None if output is None else joint.part(output, layout)  # none where the body has raised
 
-    def _before_part(self, module: nn.Module, args: Any) -> None:
-        if not self.inside and not self.busy:
-            self.fill(self._current_pairs() if self.enabled else None)
-            self._bind_checkpoints()
+    def _before_part(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.inside or self.busy:
+            return None
+        changed = self._fill_from_prompt(bind(module, args, kwargs)) if self.enabled else None
+        if not self.enabled:
+            self.fill(None)
+        self._bind_checkpoints()
+        return None if changed is None else ((), changed)
 
     def _after_part(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.inside:
@@ -438,6 +445,8 @@ class Injector:
         leaves, cross = bridge([t for pair in pairs for t in pair])
         if named.get("inputs_embeds") is not None:
             named["inputs_embeds"] = cross(named["inputs_embeds"])
+        elif (given := named.get("encoder_outputs")) is not None:  # the decoder alone runs
+            named["encoder_outputs"] = _with_states(given, cross(given[0]))
         else:
             self.crossing = cross  # taken up by the word embeddings, so that input_ids stay input_ids
         return [(leaves[i], leaves[i + 1]) for i in range(0, len(leaves), 2)]
@@ -508,6 +517,13 @@ class Injector:
             return cut
         self.as_tuple.discard(this_thread())
         return cut.to_tuple()
+
+
+def _with_states(output: Any, states: Tensor) -> Any:
+    """What an encoder gave, with other last states."""
+    if isinstance(output, dict):
+        return type(output)(**(dict(output) | {"last_hidden_state": states}))
+    return (states, *output[1:])
 
 
 @contextmanager
