@@ -165,6 +165,29 @@ def test_a_prompt_is_encoded_once_for_all_batches_of_an_evaluation(family: str, 
     assert len(runs) == 1
 
 
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [(f, m) for f in ("llama", "bert", "bloom", "t5") for m in ("prompt_tuning", "p_tuning", "prefix_tuning")],
+)
+def test_a_mean_teacher_written_through_data_answers_with_its_prompt_of_now(
+    family: str, method: str, wrap: Wrap
+) -> None:
+    student, inputs = wrap(family, method), batch(family)
+    teacher = copy.deepcopy(student)
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], 0.5)
+    answers = []
+    for _ in range(3):
+        student.train()(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for averaged, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
+            averaged.data.mul_(0.5).add_(parameter.data, alpha=0.5)
+        with torch.no_grad():
+            answers.append(teacher(**inputs).logits)
+            assert torch.allclose(answers[-1], copy.deepcopy(teacher).eval()(**inputs).logits, atol=1e-12)
+    assert not torch.allclose(answers[0], answers[-1], atol=1e-6)
+
+
 @pytest.mark.parametrize(("family", "method"), [*KINDS, ("bart", "prompt_tuning")])
 def test_resized_embeddings_change_no_answer_and_go_on_training(family: str, method: str, wrap: Wrap) -> None:
     model, inputs = wrap(family, method), batch(family)

@@ -28,6 +28,8 @@ from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_pr
 from hf_ptune.sharding import whole_for_backward
 
 _ONE_AT_A_TIME = threading.RLock()
+# of any wrapper: averages of weights that train, such as a mean teacher's, are written where torch counts no change
+_passes_with_gradients = 0
 _ROTATES = re.compile("rotary|rope|sinusoidal", re.IGNORECASE)
 
 
@@ -229,7 +231,8 @@ class Injector:
     def _meet(self, named: dict[str, Any]) -> dict[str, Any]:
         """Let the prompt meet a call of the body."""
         if self._may_join(named):
-            named, self.layout = joint.join(named, self.encode(), self.words(), self._shifted_positions(named))
+            prompt = self._once(self.encode, lambda rows: rows)
+            named, self.layout = joint.join(named, prompt, self.words(), self._shifted_positions(named))
             joint.begin(self.layout)
             self.fill(None)
             return named
@@ -311,6 +314,9 @@ class Injector:
 
     def _once(self, make: Callable[[], Any], settle: Callable[[Any], Any]) -> Any:
         """What the prompt becomes; made anew while it trains, once and kept otherwise."""
+        global _passes_with_gradients
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _passes_with_gradients += 1
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.prompt.training:  # dropout draws it anew
             self.cached = None
             return make()
@@ -332,7 +338,8 @@ class Injector:
     def _version(self, trained: list[Tensor]) -> Any:
         """What tells whether the encoded prompt is still what it would become."""
         tensors = [*self.prompt.parameters(), *self.prompt.buffers(), *trained]
-        return (self.backbone.dtype, *((t.data_ptr(), version_of(t), t.device) for t in tensors))
+        written = ((t.data_ptr(), version_of(t), t.device) for t in tensors)
+        return (self.backbone.dtype, _passes_with_gradients, *written)
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         encoded = self.encode()
