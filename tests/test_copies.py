@@ -104,11 +104,16 @@ def quick_switches() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("quick_switches")
-@pytest.mark.parametrize("template", [None, "[P2] {text} [P2]"])
-def test_threads_with_rows_of_their_own_do_not_disturb_each_other(template: str | None) -> None:
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize(
+    ("method", "template"), [("prompt_tuning", None), ("prompt_tuning", "[P2] {text} [P2]"), ("prefix_tuning", None)]
+)
+def test_threads_with_rows_of_their_own_do_not_disturb_each_other(
+    method: str, template: str | None, gradients: bool
+) -> None:
     """With logits at one position, without, and with virtual tokens at unlike places."""
     placed = {} if template is None else {"template": template, "virtual_token_ids": [120, 121, 122, 123]}
-    model = get_ptune_model(build("gpt2"), PTuneConfig(method="prompt_tuning", num_virtual_tokens=4, **placed)).eval()
+    model = get_ptune_model(build("gpt2"), PTuneConfig(method=method, num_virtual_tokens=4, **placed)).eval()
     calls: list[dict[str, Tensor]] = []
     for number in range(3):
         ids = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(number))
@@ -122,7 +127,7 @@ def test_threads_with_rows_of_their_own_do_not_disturb_each_other(template: str 
     def run(call: dict[str, Tensor], expected: Tensor) -> None:
         for _ in range(100):
             try:
-                with torch.no_grad():
+                with torch.set_grad_enabled(gradients):
                     found = model(**call).logits
                 if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-12):
                     wrong.append(call)

@@ -96,8 +96,8 @@ class Injector:
         self.casts_at_once = len(geometry["sites"]) >= getattr(self.body.config, "num_hidden_layers", math.inf)
         self.moves_with_pads = rotary and self.causal and not self.places
         self.enabled = True
-        self.inside = False  # while the body runs
-        self.busy = False  # while the prompt itself runs through the backbone, in this thread
+        self.within: set[int] = set()  # threads in which the body runs
+        self.runners: set[int] = set()  # and those in which the prompt itself runs through it
         self.layout: joint.Layout | None = None  # while prompt and rows run as one sequence
         self.joins: bool | None = None  # whether they may; tried when the first batch trains
         self.cached: Encoded | None = None
@@ -123,12 +123,22 @@ class Injector:
 
     @property
     def busy(self) -> bool:
+        """Whether the prompt itself runs through the backbone, in this thread."""
         # compiled code runs in one thread, and does not ask which
-        return self.runner is not None and (torch.compiler.is_compiling() or self.runner == threading.get_ident())
+        return bool(self.runners) and (torch.compiler.is_compiling() or threading.get_ident() in self.runners)
 
     @busy.setter
     def busy(self, runs: bool) -> None:
-        self.runner: int | None = this_thread() if runs else None
+        (self.runners.add if runs else self.runners.discard)(this_thread())
+
+    @property
+    def inside(self) -> bool:
+        """Whether the body runs, in this thread."""
+        return this_thread() in self.within
+
+    @inside.setter
+    def inside(self, runs: bool) -> None:
+        (self.within.add if runs else self.within.discard)(this_thread())
 
     def _site(self, found: dict[str, Any]) -> Site:
         shape = SiteShape(found["heads"], found["key_dim"], found["value_dim"])

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_ptune.injection.sites import Site
 
 _FUNCTION = "_gradient_checkpointing_func"
-Pair = tuple[Tensor | None, Tensor | None]
 
 
 class Recomputation:
@@ -45,24 +44,17 @@ class Recomputation:
         assert self.function is not None
         if torch.compiler.is_compiling():  # the graph holds its own prefixes
             return self.function(run, *args, **kwargs)
-        pairs = self._pairs()
+        pairs = [site.pair for site in self.sites]
 
         def again(*args: Any, **kwargs: Any) -> Any:
-            before = self._pairs()
-            self._fill(pairs)
+            before = [site.swap(pair) for site, pair in zip(self.sites, pairs, strict=True)]
             try:
                 return run(*args, **kwargs)
             finally:
-                self._fill(before)
+                for site, kept in zip(self.sites, before, strict=True):
+                    site.restore(kept)
 
         return self.function(again, *args, **kwargs)
-
-    def _pairs(self) -> list[Pair]:
-        return [(s.key, s.value) for s in self.sites]
-
-    def _fill(self, pairs: list[Pair]) -> None:
-        for site, (key, value) in zip(self.sites, pairs, strict=True):
-            site.key, site.value = key, value
 
 
 def recomputations(body: nn.Module, sites: Sequence[Site]) -> list[Recomputation]:

@@ -1,5 +1,6 @@
 """An attention site: the place in one layer where a prefix meets the tokens, and what it holds right now."""
 
+import threading
 from typing import Any
 
 import torch
@@ -9,6 +10,15 @@ from hf_ptune.errors import InjectionError
 from hf_ptune.methods.base import SiteShape
 
 _ATTRIBUTE = "_ptune_site"
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class _Now:
+    """What a site holds while a pass runs."""
+
+    pair: _Pair | None = None
+    recording = False
+    recorded: _Pair | None = None
 
 
 class Site:
@@ -32,18 +42,67 @@ class Site:
         self.shape = shape
         self.product = product
         self.config = config
-        self.key: torch.Tensor | None = None  # [K, P, D]
-        self.value: torch.Tensor | None = None  # [K, P, D]
-        self.recorded: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.recording = False
         self.probing = False  # a candidate may turn out not to attend
+        # `pair`, `recording`, `recorded` of each thread's pass, and of the latest one: compiled code runs in one thread
+        self._here: Any = threading.local()
+        self._latest = _Now()
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no part in the pass that is going on, nor in its graph
-        return vars(self) | {"key": None, "value": None, "recorded": None}
+        return {k: v for k, v in vars(self).items() if k not in ("_here", "_latest")}
 
-    def fill(self, pair: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        self.key, self.value = pair if pair is not None else (None, None)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._here, self._latest = threading.local(), _Now()
+
+    @property
+    def pair(self) -> _Pair | None:
+        """Keys and values `[K, P, D]` that meet the tokens of this thread's pass."""
+        # threads of a backward have filled in nothing by themselves
+        return self._latest.pair if torch.compiler.is_compiling() else getattr(self._here, "pair", self._latest.pair)
+
+    @property
+    def key(self) -> torch.Tensor | None:
+        pair = self.pair
+        return None if pair is None else pair[0]
+
+    @property
+    def recording(self) -> bool:
+        """Whether this thread's pass is that of the prompt itself."""
+        return self._latest.recording if torch.compiler.is_compiling() else getattr(self._here, "recording", False)
+
+    @recording.setter
+    def recording(self, on: bool) -> None:
+        self._latest.recording = on
+        if not torch.compiler.is_compiling():
+            self._here.recording = on
+
+    @property
+    def recorded(self) -> _Pair | None:
+        return self._latest.recorded if torch.compiler.is_compiling() else getattr(self._here, "recorded", None)
+
+    @recorded.setter
+    def recorded(self, pair: _Pair | None) -> None:
+        self._latest.recorded = pair
+        if not torch.compiler.is_compiling():
+            self._here.recorded = pair
+
+    def fill(self, pair: _Pair | None) -> None:
+        """Let a pair meet the tokens of the pass that begins."""
+        self._latest.pair = pair
+        if not torch.compiler.is_compiling():
+            self._here.pair = pair
+
+    def swap(self, pair: _Pair | None) -> dict[str, _Pair | None]:
+        """Fill this thread's pass alone; gives what `restore` takes."""
+        before = dict(vars(self._here))
+        self._here.pair = pair
+        return before
+
+    def restore(self, before: dict[str, Any]) -> None:
+        """Let this thread's pass have what it had, or nothing of its own again."""
+        vars(self._here).pop("pair")
+        vars(self._here).update(before)
 
     def record(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep what the backbone computed for a prompt of batch 1: keys and values `[K, P, D]`."""
@@ -60,12 +119,14 @@ class Site:
 
     def prefix(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[K, P, D]` on the device and in the type of the attention's own tensors."""
-        assert self.key is not None and self.value is not None
-        return self.key.to(like.device, like.dtype), self.value.to(like.device, like.dtype)
+        pair = self.pair
+        assert pair is not None
+        return pair[0].to(like.device, like.dtype), pair[1].to(like.device, like.dtype)
 
     @property
     def num_virtual_tokens(self) -> int:
-        return 0 if self.key is None else self.key.shape[1]
+        key = self.key
+        return 0 if key is None else key.shape[1]
 
 
 def site_of(module: nn.Module) -> Site | None:
