@@ -224,8 +224,12 @@ def check_positions(model: PTunePreTrainedModel, inputs: Mapping[str, Any], furt
         GuardError: a table has fewer rows.
     """
     virtual = positions_of_prompt(model)
+    # without tokens of its own, a decoder reads what it is to write, or the input where it writes nothing
+    read = "labels" if model.task == "SEQ_2_SEQ_LM" else "input_ids"
     for table in position_tables(model):
-        names = ("decoder_input_ids", "labels") if table.in_decoder else ("input_ids", "inputs_embeds")
+        names: tuple[str, ...] = ("decoder_input_ids", "decoder_inputs_embeds", read)
+        if not table.in_decoder:
+            names = ("input_ids", "inputs_embeds")
         length = _length(inputs, names)
         if table.in_decoder:
             length = max(length, further)

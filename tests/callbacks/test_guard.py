@@ -11,6 +11,8 @@ from setup_runs import Rows, batch, bert, llama, tensors, trainer, wrap
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BartForQuestionAnswering,
+    BartForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     RobertaConfig,
@@ -211,6 +213,43 @@ def test_the_decoder_has_its_own_length(length: int, fits: bool) -> None:
         else pytest.raises(GuardError, match="sequences of 9 tokens, but .*decoder.embed_positions has 8")
     ):
         check_batch(model, inputs)
+
+
+def bart_config(**settings: Any) -> BartConfig:
+    names = ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+    sizes = dict.fromkeys(names, 2) | {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 32}
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1, "decoder_start_token_id": 2}
+    return BartConfig(**{"vocab_size": 50, "max_position_embeddings": 12, "num_labels": 3} | sizes | tokens | settings)
+
+
+def closed(length: int) -> dict[str, torch.Tensor]:
+    """A batch of classified rows, each with one end."""
+    inputs = batch(Rows(length=length, classes=3))
+    ids = inputs["input_ids"].clamp(min=3)
+    ids[:, -1] = 1
+    return inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("method", ["p_tuning_v2", "prefix_tuning", "prompt_tuning", "p_tuning", "bitfit"])
+def test_encoder_decoders_that_classify_pass(method: str) -> None:
+    check_batch(wrap(BartForSequenceClassification(bart_config()), method), closed(8))
+
+
+def test_encoder_decoders_that_answer_questions_pass() -> None:
+    inputs = {k: v for k, v in closed(8).items() if k != "labels"}
+    check_batch(
+        wrap(BartForQuestionAnswering(bart_config())),
+        inputs | {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])},
+    )
+
+
+def test_a_decoder_that_does_not_write_reads_the_input() -> None:
+    model = wrap(BartForSequenceClassification(bart_config()))
+    tables = model.backbone.model.encoder.embed_positions, model.backbone.model.decoder.embed_positions
+    assert [t.num_embeddings - t.offset for t in tables] == [12, 12]
+    model.backbone.model.encoder.embed_positions = type(tables[0])(20, 32)
+    with pytest.raises(GuardError, match="sequences of 13 tokens, but .*decoder.embed_positions has 12"):
+        check_batch(model, closed(13))
 
 
 def test_a_model_without_prompt_is_refused(tmp_path: Path) -> None:
