@@ -215,7 +215,7 @@ def _state_of(trainer: Trainer, parameter: Any) -> dict[str, Any]:
 # where the Trainer comes here ----------------------------------------------------------------------------------------
 
 
-def _replaces(where: Any, name: str, only_split: bool = True) -> Callable[[Any], Any]:
+def replaces(where: Any, name: str, only_split: bool = True) -> Callable[[Any], Any]:
     """Let the Trainer call a function here in place of its own, for models of ours.
 
     Args:
@@ -242,7 +242,7 @@ def _replaces(where: Any, name: str, only_split: bool = True) -> Callable[[Any],
     return install
 
 
-@_replaces(Trainer, "create_accelerator_and_postprocess", only_split=False)
+@replaces(Trainer, "create_accelerator_and_postprocess", only_split=False)
 def _create_accelerator(trainer: Any, original: Any) -> None:
     """Let DistributedDataParallel not look at buffers, which do not change, and any engine find its best.
 
@@ -265,7 +265,7 @@ def _create_accelerator(trainer: Any, original: Any) -> None:
         handler.broadcast_buffers = False
 
 
-@_replaces(Trainer, "create_optimizer", only_split=False)
+@replaces(Trainer, "create_optimizer", only_split=False)
 def _create_optimizer(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
     """Note which parameters are in which group, before an engine replaces them by parts."""
     optimizer = original(*args, **kwargs)
@@ -275,7 +275,7 @@ def _create_optimizer(trainer: Any, original: Any, *args: Any, **kwargs: Any) ->
     return optimizer
 
 
-@_replaces(Trainer, "train", only_split=False)
+@replaces(Trainer, "train", only_split=False)
 def _train(trainer: Any, original: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Resume from whole checkpoints only, and let DistributedDataParallel not look for unused parameters.
 
@@ -296,14 +296,14 @@ def _train(trainer: Any, original: Any, resume_from_checkpoint: Any = None, *arg
     return original(resume_from_checkpoint, *args, **kwargs)
 
 
-@_replaces(Trainer, "_run_epoch", only_split=False)
+@replaces(Trainer, "_run_epoch", only_split=False)
 def _run_epoch(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> None:
     """Train no further where a checkpoint is at the end already."""
     if not at_end(trainer):
         original(*args, **kwargs)
 
 
-@_replaces(Trainer, "evaluation_loop", only_split=False)
+@replaces(Trainer, "evaluation_loop", only_split=False)
 def _evaluate(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
     """Count each sample once; Seq2SeqTrainer keeps those that were repeated to give all ranks as many."""
     trainer.gather_function = functools.partial(
@@ -312,7 +312,7 @@ def _evaluate(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
-@_replaces(Trainer, "save_model")
+@replaces(Trainer, "save_model")
 def _save_model(trainer: Any, original: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
     """Gather the adapter alone; one rank writes it."""
     model = ours(trainer.model)
@@ -323,7 +323,7 @@ def _save_model(trainer: Any, original: Any, output_dir: str | None = None, _int
         trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
 
-@_replaces(Trainer, "_save_optimizer_and_scheduler")
+@replaces(Trainer, "_save_optimizer_and_scheduler")
 def _save_optimizer(trainer: Any, original: Any, output_dir: str) -> None:
     """Gather the optimizer's state; one rank writes it."""
     state = gather_optimizer(trainer)
@@ -332,27 +332,27 @@ def _save_optimizer(trainer: Any, original: Any, output_dir: str) -> None:
         torch.save(trainer.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
 
-@_replaces(Trainer, "_save_rng_state", only_split=False)
+@replaces(Trainer, "_save_rng_state", only_split=False)
 def _save_rng_state(trainer: Any, original: Any, output_dir: str) -> None:
     """Wait for all ranks' files, so that the Trainer's state, which comes next, is the last to be written."""
     original(output_dir)
     trainer.accelerator.wait_for_everyone()
 
 
-@_replaces(Trainer, "_load_from_checkpoint")
+@replaces(Trainer, "_load_from_checkpoint")
 def _load(trainer: Any, original: Any, resume_from_checkpoint: str, model: Any = None) -> None:
     """Let every rank take its part of an adapter."""
     load_adapter(trainer.model if model is None else model, resume_from_checkpoint)
 
 
-@_replaces(Trainer, "_load_best_model")
+@replaces(Trainer, "_load_best_model")
 def _load_best(trainer: Any, original: Any) -> None:
     """Let every rank take its part of the best adapter."""
     trainer.accelerator.wait_for_everyone()
     load_adapter(trainer.model, trainer.state.best_model_checkpoint)
 
 
-@_replaces(Trainer, "_issue_warnings_after_load", only_split=False)
+@replaces(Trainer, "_issue_warnings_after_load", only_split=False)
 def _warn_of_keys(trainer: Any, original: Any, load_result: Any) -> None:
     """Leave out what no checkpoint holds: the base."""
     model = ours(trainer.model)
@@ -362,7 +362,7 @@ def _warn_of_keys(trainer: Any, original: Any, load_result: Any) -> None:
     original(type(load_result)(missing, load_result.unexpected_keys))
 
 
-@_replaces(Trainer, "_load_optimizer_and_scheduler")
+@replaces(Trainer, "_load_optimizer_and_scheduler")
 def _load_optimizer(trainer: Any, original: Any, checkpoint: str | None) -> None:
     """Let every rank take its part of an optimizer's state; without one, as after `save_only_model`, it starts anew."""
     if checkpoint is None:

@@ -8,10 +8,11 @@ from weakref import WeakKeyDictionary
 import torch
 from accelerate.utils import DistributedType, extract_model_from_parallel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from hf_ptune.backbone import adapter_names
+from hf_ptune.engines import replaces
 from hf_ptune.errors import PTuneError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 
@@ -105,11 +106,24 @@ class FreezeBackboneCallback(TrainerCallback):
             PTuneError: no prompt, a pattern that selects nothing, or a parameter that cannot train.
         """
         model = unwrap_ptune_model(kwargs.get("model"), type(self).__name__)
-        if self.unfreeze_schedule:
-            self._refuse_missing_reduction(args, model)
-            self._names = self._plan(model, args.fp16)
+        self.plan(args, model)
         self._refuse_untrainable(model, model.adapter_parameter_names(), args.fp16)
         model.freeze_backbone()
+
+    def plan(self, args: TrainingArguments, model: PTunePreTrainedModel) -> None:
+        """Make the schedule's modules part of the adapter, so that checkpoint and optimizer to come hold them.
+
+        Args:
+            args: of the Trainer.
+            model: about to train; without an optimizer yet.
+
+        Raises:
+            PTuneError: a pattern that selects nothing, or a parameter that cannot train.
+        """
+        if self.unfreeze_schedule:
+            self._refuse_missing_reduction(args, model)
+            self._names = self._chosen(model, args.fp16)
+            self._set_requires_grad(model, set().union(*self._names.values()), True)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -117,10 +131,16 @@ class FreezeBackboneCallback(TrainerCallback):
         """Check that the optimizer holds exactly what trains, then hold back what is not due.
 
         Raises:
-            PTuneError: the trainable parameters are not the adapter's, or the optimizer holds others.
+            PTuneError: the schedule came too late, the trainable parameters are not the adapter's, or the optimizer
+                holds others.
         """
         model = unwrap_ptune_model(kwargs.get("model"), type(self).__name__)
         scheduled = set().union(*self._names.values())
+        if set(self._names) != set(self.unfreeze_schedule) or not scheduled <= model.adapter_parameter_names():
+            raise PTuneError(
+                "unfreeze_schedule came when the optimizer had been made, expected it before. Pass the callback in "
+                "Trainer(callbacks=[...]), or by trainer.add_callback before trainer.train."
+            )
         self._set_requires_grad(model, _held.pop(model, set()), True)
         self._check_trainable(model)
         if args.distributed_state is None or args.distributed_state.distributed_type not in SHARDING:
@@ -137,7 +157,7 @@ class FreezeBackboneCallback(TrainerCallback):
         if self._names:
             self._release(unwrap_ptune_model(kwargs.get("model"), type(self).__name__), state)
 
-    def _plan(self, model: PTunePreTrainedModel, fp16: bool) -> dict[float, set[str]]:
+    def _chosen(self, model: PTunePreTrainedModel, fp16: bool) -> dict[float, set[str]]:
         """Names per key of the schedule; also adds their modules to `modules_to_save`."""
         config = model.config
         everything = {name for name, _ in model.named_parameters()}
@@ -236,3 +256,22 @@ class FreezeBackboneCallback(TrainerCallback):
         for name, parameter in model.named_parameters():
             if name in names:
                 parameter.requires_grad_(value)
+
+
+@replaces(Trainer, "call_model_init", only_split=False)
+def _call_model_init(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let callbacks freeze and plan the model that each training of `model_init` starts from."""
+    model = original(*args, **kwargs)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, FreezeBackboneCallback):
+            callback.on_init_end(trainer.args, trainer.state, trainer.control, model=model)
+    return model
+
+
+@replaces(Trainer, "add_callback", only_split=False)
+def _add_callback(trainer: Any, original: Any, callback: Any) -> None:
+    """Let a callback that joins a Trainer plan its schedule, as those that were there from the start have done."""
+    original(callback)
+    added = trainer.callback_handler.callbacks[-1]
+    if isinstance(added, FreezeBackboneCallback):
+        added.plan(trainer.args, unwrap_ptune_model(trainer.model, type(added).__name__))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from setup_runs import Rows, bert, llama, tensors, trainer, wrap
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import ParallelMode
 
 from hf_ptune.callbacks import FreezeBackboneCallback, GuardCallback
@@ -120,6 +120,64 @@ def test_two_trainings_of_one_trainer(tmp_path: Path) -> None:
     run.train()
     name = "backbone.model.layers.1.mlp.up_proj.weight"
     assert [name in names for names in watch.trainable] == [False, False, True, True] * 2
+
+
+def init_run(folder: Path, callbacks: Any, **settings: Any) -> Trainer:
+    """A Trainer that makes its model itself."""
+    made = trainer(wrap(llama()), folder, **settings)
+    return Trainer(
+        model_init=lambda: wrap(llama()), args=made.args, train_dataset=made.train_dataset, callbacks=callbacks
+    )
+
+
+def add_run(folder: Path, callbacks: Any, **settings: Any) -> Trainer:
+    """A Trainer that callbacks join later."""
+    run = trainer(wrap(llama()), folder, **settings)
+    for callback in callbacks:
+        run.add_callback(callback)
+    return run
+
+
+@pytest.mark.parametrize("make", [init_run, add_run])
+def test_schedules_hold_however_model_and_callback_come(tmp_path: Path, make: Any) -> None:
+    settings: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4}
+    straight = wrap(llama())
+    run = trainer(straight, tmp_path / "straight", [FreezeBackboneCallback({2: [LAYER]})], **settings)
+    run.train()
+    watch = Watch()
+    callbacks = [FreezeBackboneCallback({2: [LAYER]}), GuardCallback(), watch]
+    other = make(tmp_path / "other", callbacks, **settings)
+    other.train()
+    name = "backbone.model.layers.1.mlp.up_proj.weight"
+    assert [name in names for names in watch.trainable] == [step >= 2 for step in range(6)]
+    expected = tensors(other.model)
+    assert other.model.config.modules_to_save == straight.config.modules_to_save
+    groups = [[(len(g["params"]), g["weight_decay"]) for g in r.optimizer.param_groups] for r in (run, other)]
+    assert groups[0] == groups[1]
+    resumed = make(tmp_path / "other", [FreezeBackboneCallback({2: [LAYER]})], **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-4"))
+    assert all(torch.equal(t, expected[n]) for n, t in tensors(resumed.model).items())
+
+
+def test_every_model_of_one_trainer_is_scheduled(tmp_path: Path) -> None:
+    watch = Watch()
+    run = init_run(tmp_path, [FreezeBackboneCallback({2: [LAYER]}), watch])
+    run.train()
+    run.train()
+    name = "backbone.model.layers.1.mlp.up_proj.weight"
+    assert [name in names for names in watch.trainable] == [False, False, True, True] * 2
+
+
+def test_a_schedule_that_comes_after_the_optimizer_is_refused(tmp_path: Path) -> None:
+    run = trainer(wrap(llama()), tmp_path)
+    run.callback_handler.add_callback(FreezeBackboneCallback({2: [LAYER]}))
+    with pytest.raises(PTuneError, match=r"unfreeze_schedule came when.*trainer.add_callback before trainer.train"):
+        run.train()
+    run = trainer(wrap(llama()), tmp_path)
+    run.train()
+    run.add_callback(FreezeBackboneCallback({2: [LAYER]}))
+    with pytest.raises(PTuneError, match=r"optimizer does not hold exactly what trains: missing \[backbone"):
+        run.train()
 
 
 @pytest.mark.parametrize(
