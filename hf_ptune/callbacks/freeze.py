@@ -1,5 +1,6 @@
 """Freeze the backbone before the optimizer exists, and unfreeze chosen modules on a schedule."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -258,16 +259,6 @@ class FreezeBackboneCallback(TrainerCallback):
                 parameter.requires_grad_(value)
 
 
-@replaces(Trainer, "call_model_init", only_split=False)
-def _call_model_init(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
-    """Let callbacks freeze and plan the model that each training of `model_init` starts from."""
-    model = original(*args, **kwargs)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, FreezeBackboneCallback):
-            callback.on_init_end(trainer.args, trainer.state, trainer.control, model=model)
-    return model
-
-
 @replaces(Trainer, "add_callback", only_split=False)
 def _add_callback(trainer: Any, original: Any, callback: Any) -> None:
     """Let a callback that joins a Trainer plan its schedule, as those that were there from the start have done."""
@@ -275,3 +266,26 @@ def _add_callback(trainer: Any, original: Any, callback: Any) -> None:
     added = trainer.callback_handler.callbacks[-1]
     if isinstance(added, FreezeBackboneCallback):
         added.plan(trainer.args, unwrap_ptune_model(trainer.model, type(added).__name__))
+
+
+def _planned(original: Any) -> Any:
+    """Let callbacks freeze and plan the model that each training of `model_init` starts from.
+
+    A search for hyperparameters has let go of the model before, so that nothing tells whose Trainer it is.
+    """
+
+    @functools.wraps(original)
+    def call_model_init(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = original(self, *args, **kwargs)
+        handler = vars(self).get("callback_handler")  # none yet while the Trainer is made
+        for callback in () if handler is None else handler.callbacks:
+            if isinstance(callback, FreezeBackboneCallback):
+                callback.on_init_end(self.args, self.state, self.control, model=model)
+        return model
+
+    vars(call_model_init)["_ptune"] = True
+    return call_model_init
+
+
+if "_ptune" not in vars(Trainer.call_model_init):
+    Trainer.call_model_init = _planned(Trainer.call_model_init)

@@ -163,6 +163,7 @@ def test_every_model_of_one_trainer_is_scheduled(tmp_path: Path) -> None:
     watch = Watch()
     run = init_run(tmp_path, [FreezeBackboneCallback({2: [LAYER]}), watch])
     run.train()
+    run.model = None  # as a search for hyperparameters leaves it
     run.train()
     name = "backbone.model.layers.1.mlp.up_proj.weight"
     assert [name in names for names in watch.trainable] == [False, False, True, True] * 2
