@@ -1,5 +1,6 @@
 """Try one batch before training starts, so that a run that cannot learn stops with its reason."""
 
+import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from hf_ptune.batch_share import count_labels
 from hf_ptune.callbacks.freeze import SHARDING, held_back, some, unwrap_ptune_model
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import GuardError
@@ -25,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 LossFunction = Callable[..., Tensor]
 _LOGITS = ("logits", "start_logits", "last_hidden_state")
+_STREAMED = 10_000  # rows of a stream that are searched for a label that counts
 
 
 @contextmanager
@@ -93,7 +96,8 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], compute_loss_func: L
     with kept_random_state(inner), kept_model_state(inner):
         loss_of: Callable[[Any], Any] = _own_loss
         if compute_loss_func is not None:
-            loss_of = partial(_given_loss, compute_loss_func, inputs.pop("labels", None))
+            count = count_labels(inputs, _shifted(inner))
+            loss_of = partial(_given_loss, compute_loss_func, inputs.pop("labels", None), count)
         _check_prompt_moves(inner, inputs)
         _check_gradients(inner, inputs, loss_of)
 
@@ -102,8 +106,16 @@ def _own_loss(output: Any) -> Any:
     return getattr(output, "loss", None)
 
 
-def _given_loss(function: LossFunction, labels: Any, output: Any) -> Any:
+def _given_loss(function: LossFunction, labels: Any, count: Tensor | None, output: Any) -> Any:
+    taken = inspect.signature(function).parameters.values()
+    if any(p.name == "num_items_in_batch" or p.kind is p.VAR_KEYWORD for p in taken):
+        return function(output, labels, num_items_in_batch=count)  # by name, as the Trainer does
     return function(output, labels)
+
+
+def _shifted(model: PTunePreTrainedModel) -> bool:
+    """Whether the first label of a row is no word to be told."""
+    return model.task == "CAUSAL_LM"
 
 
 def _check_places(model: PTunePreTrainedModel, inputs: dict[str, Any]) -> None:
@@ -159,7 +171,7 @@ def _check_gradients(model: PTunePreTrainedModel, inputs: dict[str, Any], loss_o
     if not bool(torch.isfinite(loss).all()):
         raise GuardError(
             f"the loss is {loss.detach().mean().item()}, expected a finite number. "
-            + ("All labels are -100: let some of them count. " if _all_ignored(inputs) else "")
+            + ("All labels are -100: let some of them count. " if _all_ignored(model, inputs) else "")
             + "Check labels and inputs, or use bfloat16 or float32 instead of float16."
         )
     if not loss.requires_grad:
@@ -207,9 +219,10 @@ def _check_adapter_gradients(model: PTunePreTrainedModel) -> None:
         logger.warning(f"gradients that are zero in the first batch, as a start at zero makes them: {some(zero)}")
 
 
-def _all_ignored(inputs: dict[str, Any]) -> bool:
-    labels = inputs.get("labels")
-    return isinstance(labels, Tensor) and bool((labels == IGNORED).all())
+def _all_ignored(model: PTunePreTrainedModel, inputs: Mapping[str, Any]) -> bool:
+    told = {n: model.labels_of_words(t) for n, t in inputs.items() if n == "labels" and isinstance(t, Tensor)}
+    count = count_labels(told | {k: v for k, v in inputs.items() if k == "shift_labels"}, _shifted(model))
+    return count is not None and not count
 
 
 def check_positions(model: PTunePreTrainedModel, inputs: Mapping[str, Any], further: int = 0) -> None:
@@ -283,9 +296,9 @@ class GuardCallback(TrainerCallback):
     """Try one batch before training starts and stop with a `GuardError` where training could not work.
 
     The batch is collated from the first rows of the training data, beside the data loader: order of the
-    data, random states and parameters stay as they are without the guard. It is not run where DeepSpeed
-    runs the model, nor on a stream of samples that cannot be started anew; both
-    are logged.
+    data, random states and parameters stay as they are without the guard. Where none of its labels counts, further
+    rows are taken until one does. It is not run where DeepSpeed runs the model, nor on a stream of samples that cannot
+    be started anew, nor on a loader of the user's own that cannot be indexed; all are logged.
 
     Args:
         compute_loss_func: the Trainer's, where it has one.
@@ -306,21 +319,39 @@ class GuardCallback(TrainerCallback):
         if args.distributed_state is not None and args.distributed_state.distributed_type in SHARDING:
             logger.warning("the guard is not run: parameters are sharded over ranks.")
             return
+        batches = _batches(kwargs["train_dataloader"], state.train_batch_size or args.train_batch_size)
+        if batches is None:
+            return
         with kept_random_state(model):
-            batch = self._batch(kwargs["train_dataloader"], state.train_batch_size or args.train_batch_size)
-        if batch is not None:
-            check_batch(model, batch, self.compute_loss_func)
+            batch = next(batches, None)
+            if batch is None:
+                raise GuardError("the training data has no samples; expected at least one.")
+            if _all_ignored(model, batch):
+                batch = next((b for b in batches if not _all_ignored(model, b)), batch)
+        check_batch(model, batch, self.compute_loss_func)
 
-    def _batch(self, loader: Any, size: int) -> Mapping[str, Any] | None:
-        dataset = loader.dataset
-        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-            rows = [dataset[i] for i in range(min(size, len(dataset)))]
-        elif hasattr(dataset, "take"):
-            rows = list(islice(dataset.take(size), size))
-        else:
-            logger.warning(f"the guard is not run: {type(dataset).__name__} cannot be read without using up samples.")
-            return None
-        if not rows:
-            raise GuardError("the training data has no samples; expected at least one.")
-        batch: Mapping[str, Any] = loader.collate_fn(rows)
-        return batch
+
+def _batches(loader: Any, size: int) -> Iterator[Mapping[str, Any]] | None:
+    """The training data in order, read beside its loader; `None`, and logged, where that would use up samples."""
+    if _is_indexed(loader):
+        return _items(loader, len(loader))
+    dataset: Any = getattr(loader, "dataset", None) if hasattr(loader, "collate_fn") else None
+    if _is_indexed(dataset):
+        rows = _items(dataset, len(dataset))
+    elif hasattr(dataset, "take"):
+        rows = iter(dataset.take(_STREAMED))
+    else:
+        name = type(loader if dataset is None else dataset).__name__
+        logger.warning(f"the guard is not run: {name} cannot be read without using up samples.")
+        return None
+    if getattr(loader, "batch_sampler", None) is None:  # each sample is a batch
+        return map(loader.collate_fn, rows)
+    return map(loader.collate_fn, iter(lambda: list(islice(rows, size)), []))
+
+
+def _is_indexed(data: Any) -> bool:
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
+
+
+def _items(data: Any, count: int) -> Iterator[Any]:
+    return (data[i] for i in range(count))

@@ -17,6 +17,7 @@ from transformers import (
     GPT2LMHeadModel,
     RobertaConfig,
     RobertaForSequenceClassification,
+    Trainer,
 )
 
 from hf_ptune.callbacks import GuardCallback, check_batch
@@ -257,6 +258,110 @@ def test_a_model_without_prompt_is_refused(tmp_path: Path) -> None:
         trainer(llama(), tmp_path, [GuardCallback()]).train()
 
 
+class Unlabelled(Rows):
+    """Rows of which the last one alone has labels that count."""
+
+    def __init__(self, labelled: bool = True) -> None:
+        super().__init__()
+        self.labelled = labelled
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = super().__getitem__(index)
+        counts = self.labelled and index == len(self) - 1
+        return row if counts else row | {"labels": torch.full_like(row["labels"], -100)}
+
+
+def streamed(rows: Rows) -> Any:
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_list([{k: v.tolist() for k, v in rows[i].items()} for i in range(len(rows))])
+    return made.to_iterable_dataset().with_format("torch")
+
+
+@pytest.mark.parametrize("make", [lambda rows: rows, streamed], ids=["rows", "stream"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_rows_without_a_counted_label_are_passed_over(tmp_path: Path, make: Any, size: int) -> None:
+    settings = {"per_device_train_batch_size": size, "max_steps": 2}
+    trainer(wrap(llama()), tmp_path, [GuardCallback()], rows=make(Unlabelled()), **settings).train()
+    with pytest.raises(GuardError, match="All labels are -100"):
+        trainer(wrap(llama()), tmp_path, [GuardCallback()], rows=make(Unlabelled(False)), **settings).train()
+
+
+def test_the_first_label_of_a_causal_row_does_not_count(tmp_path: Path) -> None:
+    class First(Rows):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            row = super().__getitem__(index)
+            return row | {"labels": row["labels"].masked_fill(torch.arange(7) > (0 if index < 2 else 7), -100)}
+
+    trainer(wrap(llama()), tmp_path, [GuardCallback()], rows=First(), per_device_train_batch_size=1).train()
+
+
+def test_loss_functions_get_what_the_trainer_gives_them(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def summed(outputs: Any, labels: Any, num_items_in_batch: Any) -> torch.Tensor:
+        seen.append(num_items_in_batch)
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    def plain(outputs: Any, labels: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+    run = trainer(wrap(bert()), tmp_path, [GuardCallback(summed)], rows=Rows(classes=3))
+    run.compute_loss_func = summed
+    run.train()
+    assert [int(count) for count in seen] == [4] * 5
+    check_batch(wrap(bert()), batch(Rows(classes=3)), plain)
+    check_batch(wrap(bert()), batch(Rows(classes=3)), lambda outputs, labels, **given: plain(outputs, labels))
+
+
+class Batches(torch.utils.data.Dataset):
+    """Whole batches, as samples."""
+
+    def __init__(self) -> None:
+        self.rows = Rows()
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        samples = [self.rows[4 * index + i] for i in range(4)]
+        return {k: torch.stack([s[k] for s in samples]) for k in samples[0]}
+
+
+class OwnLoader:
+    """Batches that nothing tells how to read again."""
+
+    dataset = Rows()
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Any:
+        return iter([Batches()[i] for i in range(4)])
+
+
+@pytest.mark.parametrize("kind", ["unbatched", "prepared", "list", "own"])
+def test_loaders_of_the_users_own(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Trainer):
+        def get_train_dataloader(self) -> Any:
+            loader = torch.utils.data.DataLoader(Batches(), batch_size=None)
+            if kind == "prepared":
+                return self.accelerator.prepare(loader)
+            return {"unbatched": loader, "list": [Batches()[i] for i in range(4)], "own": OwnLoader()}[kind]
+
+    told: list[str] = []
+    monkeypatch.setattr(logging.getLogger("hf_ptune.callbacks.guard"), "warning", told.append)
+    trainer(wrap(llama()), tmp_path, [GuardCallback()], trainer_class=Own).train()
+    if kind == "own":
+        assert told == ["the guard is not run: OwnLoader cannot be read without using up samples."]
+        return
+    assert not told
+    model = wrap(llama())
+    assert model._injector is not None
+    model._injector.enabled = False
+    with pytest.raises(GuardError, match="does not move"):
+        trainer(model, tmp_path, [GuardCallback()], trainer_class=Own).train()
+
+
 class Stream(torch.utils.data.IterableDataset):
     """Samples that are gone once they have been read."""
 
@@ -292,9 +397,7 @@ def test_guard_passes_in_the_trainer(tmp_path: Path, settings: dict[str, Any]) -
 
 
 def test_streams_that_start_anew_are_checked(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    made = datasets.Dataset.from_list([{k: v.tolist() for k, v in Rows()[i].items()} for i in range(16)])
-    stream = made.to_iterable_dataset().with_format("torch")
+    stream = streamed(Rows())
     ends = []
     for callbacks in ([], [GuardCallback()]):
         model = wrap(llama())
