@@ -71,14 +71,15 @@ def optimizer_bytes(optimizer: Any) -> int:
 
 
 def count_tokens(kwargs: dict[str, Any]) -> Tensor | int:
-    """Tokens of a batch that are not padding: the sum of a mask `[B, T]`, else B * T."""
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
+    """Tokens of a batch that are not padding: the sum of a mask `[B, T]`, else B * T; with choices, `[B, C, T]`."""
+    ids, embeddings, mask = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+    # a mask of more dimensions than its tokens says who attends to whom
+    dims = ids.dim() if isinstance(ids, Tensor) else embeddings.dim() - 1 if isinstance(embeddings, Tensor) else 2
+    if isinstance(mask, Tensor) and mask.dim() == dims:
         return mask.detach().sum()
-    for name in ("input_ids", "inputs_embeds"):
-        if isinstance(kwargs.get(name), Tensor):
-            return int(kwargs[name].shape[:2].numel())
-    return 0
+    if isinstance(ids, Tensor):
+        return ids.numel()
+    return embeddings.shape[:-1].numel() if isinstance(embeddings, Tensor) else 0
 
 
 @dataclass(frozen=True)

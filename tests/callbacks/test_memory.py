@@ -169,6 +169,18 @@ def test_positional_inputs_and_embeddings_are_counted() -> None:
     assert count_tokens({}) == 0
 
 
+def test_tokens_of_all_choices_are_counted() -> None:
+    from hf_ptune.callbacks.memory import count_tokens
+
+    ids, mask = torch.ones(2, 3, 7, dtype=torch.long), torch.ones(2, 3, 7, dtype=torch.long)
+    mask[:, :, 5:] = 0
+    assert count_tokens({"input_ids": ids, "attention_mask": mask}) == 30
+    assert count_tokens({"input_ids": ids}) == 42
+    assert count_tokens({"inputs_embeds": torch.zeros(2, 3, 7, 32)}) == 42
+    # a packed row, with a mask of who attends to whom
+    assert count_tokens({"input_ids": ids[0], "attention_mask": torch.ones(3, 7, 7)}) == 21
+
+
 def test_device_numbers_and_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = {"memory_allocated": 30, "memory_reserved": 64, "max_memory_allocated": 1000}
     for name, mib in readings.items():
