@@ -31,6 +31,7 @@ from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.sharding import read_master, scatter, write_master
 
 logger = logging.get_logger(__name__)
+TRAINED = "_ptune_trained"  # on a wrapped model
 
 
 def ours(model: Any) -> PTunePreTrainedModel | None:
@@ -298,9 +299,10 @@ def _train(trainer: Any, original: Any, resume_from_checkpoint: Any = None, *arg
 
 @replaces(Trainer, "_run_epoch", only_split=False)
 def _run_epoch(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> None:
-    """Train no further where a checkpoint is at the end already."""
+    """Train no further where a checkpoint is at the end already; note that the prompt is no fresh start any more."""
     if not at_end(trainer):
         original(*args, **kwargs)
+        vars(ours(trainer.model))[TRAINED] = True
 
 
 @replaces(Trainer, "evaluation_loop", only_split=False)

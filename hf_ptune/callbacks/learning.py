@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_ptune.backbone import head_names
-from hf_ptune.callbacks.freeze import SHARDING
+from hf_ptune.callbacks.freeze import SHARDING, unwrap_ptune_model
+from hf_ptune.callbacks.numbers import NumbersCallback
 from hf_ptune.callbacks.trend import Losses, Trend, common_trend
 from hf_ptune.defaults import defaults_of
+from hf_ptune.engines import TRAINED
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -27,10 +29,11 @@ _LOST = 10.0  # a prompt so many times its own length from its start makes the n
 _SMALL_CHANGE = 0.05  # below it, a flat loss is the learning rate's fault: prompts that learnt changed by more
 _FAR = 10.0  # a rate so many times the usual one is not too low, however little a loss falls
 _ERRORS, _RISE_ERRORS = 3.0, 4.0  # standard errors that a fall and a rise of losses have to be beyond
+_SOURCE = "_ptune_source"  # where a saved adapter was loaded from
 TASK_LOSS = "loss_"  # and a task's name: mean over its own steps since the last log
 
 
-class LearningCallback(TrainerCallback):
+class LearningCallback(NumbersCallback):
     """Report a learning rate that is too high or too low, a prompt that never moves, and a loss that stays flat.
 
     Every training log gets `prompt_change`, the distance of the encoded prompt from its start relative to the start
@@ -47,7 +50,8 @@ class LearningCallback(TrainerCallback):
     first quarter's, by 2 % and three standard errors, nor by 10 % whatever the error. Runs of fewer steps are judged
     at their end, where they are clear: a loss that rose by half, a prompt that changed by less than 0.03 %. A run that
     goes on from a checkpoint beyond its first tenth is judged by `too_high` alone: what had been learnt before is not
-    known.
+    known. So is one whose prompt is no fresh start: it comes from a saved adapter, or has been trained before in this
+    process, unless it was found not to learn there.
 
     Losses of several tasks are judged by the mean of what each is beside its own first ones: `loss_<task>` in the logs,
     as `MultiTaskTrainer` writes them. Without those, a model of several tasks is judged by its prompt alone. Steps
@@ -81,13 +85,18 @@ class LearningCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remember the start."""
+        """Remember the start.
+
+        Raises:
+            PTuneError: the model carries no prompt.
+        """
         self._begin()
-        self._late = state.global_step > state.max_steps / 10
+        model = _unwrap(kwargs.get("model"))
+        self._late = state.global_step > state.max_steps / 10 or _goes_on(model)
         if args.distributed_state is not None and args.distributed_state.distributed_type in SHARDING:
             logger.info("the change of the prompt is not watched: parameters are sharded over ranks.")
         else:
-            self._start = _values(_unwrap(kwargs["model"]))
+            self._start = _values(model)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a log where it is time to look."""
@@ -114,10 +123,14 @@ class LearningCallback(TrainerCallback):
         if last:
             numbers = self.summary = numbers | self.summary
         # infinities are no JSON
-        numbers = {k: v for k, v in numbers.items() if math.isfinite(v)}
-        logs.update(numbers)
-        if state.log_history:
-            state.log_history[-1].update(numbers)
+        self.add_numbers(logs, state, {k: v for k, v in numbers.items() if math.isfinite(v)})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let a prompt that did not learn count as a fresh start still."""
+        if not self.found.keys().isdisjoint(("too_low", "flat")):
+            vars(_unwrap(kwargs["model"])).pop(TRAINED, None)
 
     # judgement ---------------------------------------------------------------------------------------------
 
@@ -232,7 +245,16 @@ class LearningCallback(TrainerCallback):
 
 
 def _unwrap(model: Any) -> Any:
-    return extract_model_from_parallel(model, keep_torch_compile=False)
+    """The wrapped model, or one of several tasks, out of its containers."""
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    return inner if hasattr(inner, "model_of") else unwrap_ptune_model(model, LearningCallback.__name__)
+
+
+def _goes_on(model: Any) -> bool:
+    """Whether a prompt has been trained before: in this process, in a saved adapter, or in the one it starts from."""
+    parts = [model.model_of(task) for task in model.tasks] if hasattr(model, "model_of") else [model]
+    known = any(mark in vars(part) for part in parts for mark in (TRAINED, _SOURCE))
+    return known or model.config.prompt_tuning_init == "ADAPTER"
 
 
 def _falls(trend: Trend) -> bool:

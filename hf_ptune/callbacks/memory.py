@@ -11,14 +11,11 @@ import torch
 from accelerate.utils import extract_model_from_parallel, gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
-from transformers.utils import logging
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_ptune.callbacks.numbers import NumbersCallback
 from hf_ptune.errors import PTuneError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
-
-logger = logging.get_logger(__name__)
 
 _MIB = 1024 * 1024
 _PER_RANK = ("device_allocated", "device_reserved", "device_peak", "rss", "rss_peak")
@@ -98,7 +95,7 @@ class _Interval:
         return speed
 
 
-class MemoryCallback(TrainerCallback):
+class MemoryCallback(NumbersCallback):
     """Add memory, step time and tokens per second to the Trainer's training logs; print a table at the end.
 
     Keys are `mem_<what>_mib` (MiB, the maximum over ranks), with more than one rank also
@@ -148,7 +145,6 @@ class MemoryCallback(TrainerCallback):
         """Start counting."""
         model = extract_model_from_parallel(kwargs["model"], keep_torch_compile=False)
         self._begin()
-        self._move_first()
         self._seen = state.num_input_tokens_seen
         self._devices = sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
         for device in self._devices:
@@ -191,9 +187,7 @@ class MemoryCallback(TrainerCallback):
             return
         self._due = False
         numbers = self._numbers(args, state, kwargs["model"], kwargs.get("optimizer"), last)
-        logs.update(numbers)
-        if state.log_history:
-            state.log_history[-1].update(numbers)
+        self.add_numbers(logs, state, numbers)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -279,16 +273,3 @@ class MemoryCallback(TrainerCallback):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-
-    def _move_first(self) -> None:
-        """Stand before the callbacks of `report_to`, so that the log they receive has the numbers already."""
-        frame: Any = sys._getframe(1)
-        while frame is not None:
-            handler = frame.f_locals.get("self")
-            if isinstance(handler, CallbackHandler) and self in handler.callbacks:
-                # the handler is iterating: what comes after this callback keeps its place
-                handler.callbacks.remove(self)
-                handler.callbacks.insert(0, self)
-                return
-            frame = frame.f_back
-        logger.warning("MemoryCallback was not called by a Trainer; trackers before it miss its numbers.")

@@ -1,20 +1,22 @@
 """The watch on learning: runs that do not learn are told so once, with the cure; runs that learn are left alone."""
 
+import copy
 import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from setup_runs import Rows, bert, llama, trainer, wrap
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging as hf_logging
 
-from hf_ptune import FreezeBackboneCallback, LearningCallback, MemoryCallback
+from hf_ptune import FreezeBackboneCallback, LearningCallback, MemoryCallback, PTunePreTrainedModel
 from hf_ptune.callbacks.trend import Losses
 from hf_ptune.defaults import defaults_of
+from hf_ptune.errors import PTuneError
 
 STEPS = 80
 
@@ -226,6 +228,63 @@ def test_a_run_that_goes_on_is_not_judged_by_its_rest(tmp_path: Path, warnings: 
     _, run = watched(tmp_path, **settings)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-90"))
     assert not warnings
+
+
+def converged(folder: Path) -> PTunePreTrainedModel:
+    """A model that has learnt all there is; what is left of its losses is noise."""
+    run = trainer(wrap(bert()), folder, [], Learnable(64), max_steps=STEPS, learning_rate=2e-2)
+    run.train()
+    return run.model
+
+
+def from_folder(model: PTunePreTrainedModel, folder: Path) -> PTunePreTrainedModel:
+    """As a loaded adapter says where it is from."""
+    fresh = wrap(bert())
+    fresh.load_adapter_state_dict(model.adapter_state_dict())
+    vars(fresh)["_ptune_source"] = str(folder)
+    return fresh
+
+
+def started_from(model: PTunePreTrainedModel, folder: Path) -> PTunePreTrainedModel:
+    model.save_pretrained(folder)
+    return wrap(bert(), prompt_tuning_init="ADAPTER", prompt_tuning_init_adapter=str(folder))
+
+
+@pytest.mark.parametrize("go_on", [lambda model, folder: copy.deepcopy(model), from_folder, started_from])
+@pytest.mark.parametrize("rate", [1e-6, 1e-3])
+def test_a_trained_prompt_that_goes_on_is_no_fresh_start(
+    tmp_path: Path, warnings: list[str], go_on: Any, rate: float
+) -> None:
+    model = go_on(converged(tmp_path), tmp_path / "adapter")
+    callback, _ = watched(tmp_path, model=model, rows=Noise(64), learning_rate=rate)
+    assert not callback.found and not warnings
+
+
+def test_a_prompt_that_did_not_learn_is_judged_anew(tmp_path: Path) -> None:
+    model = wrap(bert())
+    for _ in range(2):
+        callback, _ = watched(tmp_path, model=model, learning_rate=1e-9)
+        assert list(callback.found) == ["too_low"]
+
+
+def test_models_without_a_prompt_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PTuneError, match="LearningCallback found BertForSequenceClassification.*get_ptune_model"):
+        trainer(bert(), tmp_path, [LearningCallback()], Rows(classes=3)).train()
+
+
+def test_trackers_receive_what_is_measured(tmp_path: Path) -> None:
+    class Tracker(TrainerCallback):
+        logs: ClassVar[list[dict[str, Any]]] = []
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.logs.append(dict(logs))
+
+    run = trainer(wrap(bert()), tmp_path, [Tracker(), LearningCallback(), MemoryCallback()], Rows(classes=3))
+    run.train()
+    assert len(Tracker.logs) == 5
+    assert all("prompt_change" in log and "mem_rss_mib" in log for log in Tracker.logs)
+    order = [type(c).__name__ for c in run.callback_handler.callbacks]
+    assert order[:2] == ["LearningCallback", "MemoryCallback"] and order.index("DefaultFlowCallback") == 2
 
 
 def test_own_logs_are_enough(tmp_path: Path) -> None:
