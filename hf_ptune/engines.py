@@ -31,7 +31,7 @@ from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.sharding import read_master, scatter, write_master
 
 logger = logging.get_logger(__name__)
-TRAINED = "_ptune_trained"  # on a wrapped model
+TRAINED = "_ptune_trained"  # on a wrapped model: steps that it has been trained for in this process
 
 
 def ours(model: Any) -> PTunePreTrainedModel | None:
@@ -299,10 +299,11 @@ def _train(trainer: Any, original: Any, resume_from_checkpoint: Any = None, *arg
 
 @replaces(Trainer, "_run_epoch", only_split=False)
 def _run_epoch(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> None:
-    """Train no further where a checkpoint is at the end already; note that the prompt is no fresh start any more."""
+    """Train no further where a checkpoint is at the end already; count how far the prompt is from a fresh start."""
     if not at_end(trainer):
+        before, marks = trainer.state.global_step, vars(ours(trainer.model))
         original(*args, **kwargs)
-        vars(ours(trainer.model))[TRAINED] = True
+        marks[TRAINED] = marks.get(TRAINED, 0) + trainer.state.global_step - before
 
 
 @replaces(Trainer, "evaluation_loop", only_split=False)

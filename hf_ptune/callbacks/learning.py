@@ -50,8 +50,8 @@ class LearningCallback(NumbersCallback):
     first quarter's, by 2 % and three standard errors, nor by 10 % whatever the error. Runs of fewer steps are judged
     at their end, where they are clear: a loss that rose by half, a prompt that changed by less than 0.03 %. A run that
     goes on from a checkpoint beyond its first tenth is judged by `too_high` alone: what had been learnt before is not
-    known. So is one whose prompt is no fresh start: it comes from a saved adapter, or has been trained before in this
-    process, unless it was found not to learn there.
+    known. So is one whose prompt is no fresh start: it comes from a saved adapter, or has been trained for 20 steps
+    before in this process, unless it was found not to learn there.
 
     Losses of several tasks are judged by the mean of what each is beside its own first ones: `loss_<task>` in the logs,
     as `MultiTaskTrainer` writes them. Without those, a model of several tasks is judged by its prompt alone. Steps
@@ -253,7 +253,7 @@ def _unwrap(model: Any) -> Any:
 def _goes_on(model: Any) -> bool:
     """Whether a prompt has been trained before: in this process, in a saved adapter, or in the one it starts from."""
     parts = [model.model_of(task) for task in model.tasks] if hasattr(model, "model_of") else [model]
-    known = any(mark in vars(part) for part in parts for mark in (TRAINED, _SOURCE))
+    known = any(_SOURCE in vars(part) or vars(part).get(TRAINED, 0) >= _LEAST_STEPS for part in parts)
     return known or model.config.prompt_tuning_init == "ADAPTER"
 
 

@@ -267,6 +267,13 @@ def test_a_prompt_that_did_not_learn_is_judged_anew(tmp_path: Path) -> None:
         assert list(callback.found) == ["too_low"]
 
 
+def test_a_few_steps_on_trial_leave_a_fresh_start(tmp_path: Path) -> None:
+    model = wrap(bert())
+    trainer(model, tmp_path, [], Learnable(64), max_steps=3, learning_rate=1e-9).train()
+    callback, _ = watched(tmp_path, model=model, learning_rate=1e-9)
+    assert list(callback.found) == ["too_low"]
+
+
 def test_models_without_a_prompt_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PTuneError, match="LearningCallback found BertForSequenceClassification.*get_ptune_model"):
         trainer(bert(), tmp_path, [LearningCallback()], Rows(classes=3)).train()
