@@ -146,6 +146,7 @@ def make_card(facts: RunFacts, repo_id: str = "user/adapter", curves: str | None
         A card that the Hub takes.
     """
     method = get_method(facts.method)
+    epochs = _by_epoch(facts.history)
     template = resources.files("hf_ptune").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     card: ModelCard = ModelCard.from_template(
         _metadata(facts, repo_id),
@@ -160,7 +161,8 @@ def make_card(facts: RunFacts, repo_id: str = "user/adapter", curves: str | None
         cloze=_cloze(facts),
         percent=100 * facts.parameters / max(facts.all_parameters, 1),
         summary=summarise(facts.metrics),
-        epochs=_by_epoch(facts.history),
+        epochs=epochs,
+        columns=list(dict.fromkeys(name for row in epochs for name in row)),
         curves=curves,
         human=human_bytes,
     )
@@ -263,15 +265,20 @@ def _slug(name: str) -> str:
 
 
 def _by_epoch(history: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """Evaluations, each with the last training loss before it."""
+    """Evaluations, each with the last training loss before it; those of several datasets at a step are one row."""
     rows: list[dict[str, Any]] = []
     loss: float | None = None  # nothing has been trained before the first one
     for entry in history:
         loss = entry.get("loss", loss)
         measured = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
         measured = {k: v for k, v in measured.items() if not k.endswith(TIMES)}
-        if measured:
-            rows.append({"epoch": entry.get("epoch", 0.0), "step": entry.get("step", 0), "train loss": loss} | measured)
+        if not measured:
+            continue
+        step = entry.get("step", 0)
+        if rows and rows[-1]["step"] == step and not measured.keys() & rows[-1].keys():
+            rows[-1] |= measured
+        else:
+            rows.append({"epoch": entry.get("epoch", 0.0), "step": step, "train loss": loss} | measured)
     return rows
 
 

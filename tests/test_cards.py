@@ -24,29 +24,30 @@ from hf_ptune.publishing import facts_of, write_repository
 Wrap = Callable[..., PTunePreTrainedModel]
 
 
-def trained(wrap: Wrap, folder: Path, *callbacks: Any, seed: int = 0) -> Trainer:
-    """A short run with an evaluation every two steps."""
+def trained(
+    wrap: Wrap, folder: Path, *callbacks: Any, seed: int = 0, scores: tuple[float, ...] = (), **options: Any
+) -> Trainer:
+    """A short run with an evaluation every two steps; `scores` are what its evaluations find, else accuracies."""
     model = wrap("bert", "prefix_tuning", "SEQ_CLS", strong=False).float()
     rows = [{k: v[0] for k, v in batch("bert", rows=1).items()} for _ in range(8)]
-    arguments = TrainingArguments(
-        folder,
-        max_steps=4,
-        per_device_train_batch_size=2,
-        logging_steps=2,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        seed=seed,
-        learning_rate=0.25,
-    )
+    settings: dict[str, Any] = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "no",
+        "learning_rate": 0.25,
+    }
+    held_out = options.pop("eval_dataset", rows)
+    arguments = TrainingArguments(folder, report_to=[], use_cpu=True, seed=seed, **settings | options)
+    told = iter(scores)
 
     def accuracy(found: Any) -> dict[str, float]:
-        return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+        return {"accuracy": next(told) if scores else float((found.predictions.argmax(-1) == found.label_ids).mean())}
 
     run = Trainer(
-        model, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=accuracy, callbacks=list(callbacks)
+        model, arguments, train_dataset=rows, eval_dataset=held_out, compute_metrics=accuracy, callbacks=list(callbacks)
     )
     run.train()
     return run
@@ -74,6 +75,45 @@ def test_the_trainer_s_card_gives_way(wrap: Wrap, tmp_path: Path) -> None:
     assert facts.adapter_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["flattened"] and config["auto_map"]["AutoConfig"] == "modeling_hf_ptune.PTuneConfig"
+
+
+def results(folder: Path) -> dict[str, float]:
+    """The metrics of the model-index of a folder's card."""
+    return {r.metric_type: r.metric_value for r in ModelCard.load(folder / "README.md").data.eval_results or []}
+
+
+def test_a_card_has_the_metrics_of_the_best_model_where_that_is_kept(wrap: Wrap, tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "save_strategy": "steps"}
+    out = tmp_path / "out"
+    run = trained(wrap, out, ModelCardCallback(), scores=(0.9, 0.5, 0.75), save_steps=2, **best)
+    assert run.state.best_global_step == 2
+    run.create_model_card()
+    at_2 = next(e for e in run.state.log_history if e["step"] == 2 and "eval_loss" in e)
+    assert results(out) == {"accuracy": 0.9, "loss": round(at_2["eval_loss"], 4)}
+    run.evaluate()  # the best model once more, at the step that training ended at
+    run.create_model_card()
+    assert results(out)["accuracy"] == 0.75
+
+
+def test_a_card_has_the_metrics_of_every_dataset(wrap: Wrap, tmp_path: Path) -> None:
+    rows = [{k: v[0] for k, v in batch("bert", rows=1).items()} for _ in range(4)]
+    run = trained(wrap, tmp_path, scores=(0.1, 0.2, 0.3, 0.4), eval_dataset={"a": rows, "b": rows})
+    run.create_model_card()
+    found = results(tmp_path)
+    assert found.keys() == {"a_loss", "a_accuracy", "b_loss", "b_accuracy"}
+    assert (found["a_accuracy"], found["b_accuracy"]) == (0.3, 0.4)
+    text = ModelCard.load(tmp_path / "README.md").text
+    table = text.split("By epoch")[1].split("\n\n")[1].splitlines()
+    assert [c.strip() for c in table[0].split("|")[1:-1]] == [
+        *("epoch", "step", "train loss", "a_loss", "a_accuracy", "b_loss", "b_accuracy")
+    ]
+    assert len(table) == 4 and all(c.strip() for line in table[2:] for c in line.split("|")[1:-1])
+
+
+def test_a_card_has_no_metrics_of_the_untrained_model(wrap: Wrap, tmp_path: Path) -> None:
+    run = trained(wrap, tmp_path, eval_strategy="no", eval_on_start=True)
+    run.create_model_card()
+    assert not results(tmp_path) and "## Evaluation" not in (tmp_path / "README.md").read_text()
 
 
 def test_other_models_keep_the_trainer_s_card(tmp_path: Path) -> None:

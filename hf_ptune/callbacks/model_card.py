@@ -122,12 +122,8 @@ def gather_facts(
         }
         for entry in state.log_history
     ]
-    evaluations = [e for e in facts.history if any(k.startswith("eval_") for k in e)]
-    if evaluations:
-        last = {k.removeprefix("eval_"): v for k, v in evaluations[-1].items() if k.startswith("eval_")}
-        for entry in facts.history:
-            last |= {k: v for k, v in entry.items() if k.startswith("test_")}
-        facts.metrics = [{k: v for k, v in last.items() if not k.endswith((*TIMES, "epoch", "flos"))}]
+    if metrics := _measured(args, state, facts.history):
+        facts.metrics = [metrics]
     for entry in state.log_history:
         for key, value in entry.items():
             if found := _MEMORY.fullmatch(key):
@@ -139,6 +135,24 @@ def gather_facts(
     facts.hardware = {"device": device, "processes": args.world_size, "engine": engine_name()}
     facts.versions = {"hf_ptune": hf_ptune.__version__} | {name: _version(name) for name in _LIBRARIES}
     return facts
+
+
+def _measured(args: TrainingArguments, state: TrainerState, history: list[dict[str, float]]) -> dict[str, float]:
+    """What was measured of the model that is there now, on all datasets: none of another step, nor of a fresh one."""
+    ends = [n for n, entry in enumerate(history) if "train_runtime" in entry]
+    step, afterwards = state.global_step, []
+    if ends and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        afterwards = [e for e in history[ends[-1] :] if _named(e, "eval_")]
+        step = int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
+    chosen = afterwards or [e for e in history if e.get("step") == step and _named(e, "eval_")]
+    found = {k.removeprefix("eval_"): v for entry in chosen for k, v in _named(entry, "eval_").items()}
+    for entry in history if found else []:
+        found |= _named(entry, "test_")
+    return {k: v for k, v in found.items() if not k.endswith((*TIMES, "epoch", "flos"))}
+
+
+def _named(entry: dict[str, float], prefix: str) -> dict[str, float]:
+    return {k: v for k, v in entry.items() if k.startswith(prefix)}
 
 
 def _version(name: str) -> str:
