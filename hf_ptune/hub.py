@@ -102,20 +102,37 @@ def license_of(repo_id: str, token: str | bool | None = None) -> str | None:
 def adapter_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     """The files of a finished adapter by their names in the repository; checkpoints and caches stay out.
 
+    Links are followed within the folder, and from a snapshot of the Hub's cache to its blobs; others are left out.
+
     Raises:
-        AdapterFileError: no configuration or no weights.
+        AdapterFileError: no configuration or no weights, or links to those that are not followed.
     """
     root = Path(folder)
-    missing = [name for name in ("config.json", WEIGHTS_NAME) if not (root / name).is_file()]
-    if missing:
-        raise AdapterFileError(f"{folder} holds no finished adapter: {', '.join(missing)} missing; save_pretrained it.")
     found = {}
     for path in sorted(root.rglob("*")):
         parts = path.relative_to(root).parts
         hidden = any(part.startswith(_LEFT_OUT) for part in parts) or path.name.endswith(_LEFT_OUT_ENDS)
-        if path.is_file() and not path.is_symlink() and not hidden:
+        if path.is_file() and not hidden and _belongs(path, root):
             found["/".join(parts)] = path
+    missing = [name for name in ("config.json", WEIGHTS_NAME) if name not in found]
+    if links := [name for name in missing if (root / name).is_file()]:
+        raise AdapterFileError(
+            f"{', '.join(links)} in {folder} {'are links' if len(links) > 1 else 'is a link'} to outside of it, which "
+            "is not followed; put the file itself there."
+        )
+    if missing:
+        raise AdapterFileError(f"{folder} holds no finished adapter: {', '.join(missing)} missing; save_pretrained it.")
     return found
+
+
+def _belongs(path: Path, root: Path) -> bool:
+    """Whether a file is the folder's own, be it by a link within it, or within the Hub's cache."""
+    target, root = path.resolve(), root.resolve()
+    if target.is_relative_to(root):
+        return True
+    # <cache>/models--user--name/snapshots/<commit> links to the blobs beside the snapshots
+    blobs = root.parents[1] / "blobs" if len(root.parents) > 1 and root.parent.name == "snapshots" else None
+    return blobs is not None and target.is_relative_to(blobs)
 
 
 @dataclass

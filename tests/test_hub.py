@@ -244,6 +244,30 @@ def test_what_is_no_adapter_is_not_pushed(server: HubServer, finished: Path, tmp
     } & (set(adapter_files(finished)))
 
 
+def test_a_snapshot_of_the_cache_is_pushed_whole(
+    server: HubServer, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push_folder(finished, ADAPTER, token=TOKEN)
+    snapshot = Path(huggingface_hub.snapshot_download(ADAPTER, cache_dir=tmp_path / "cache", token=TOKEN))
+    assert (snapshot / "config.json").is_symlink()
+    (snapshot / "outside").symlink_to(tmp_path / "base" / "config.json")
+    assert main(["push", str(snapshot), "alice/copy"]) == 0
+    files = set(HfApi(token=TOKEN).list_repo_files("alice/copy"))
+    assert files == set(adapter_files(finished)) | {".gitattributes"}
+
+
+def test_links_are_followed_within_a_folder_alone(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (finished / "config.json").rename(finished / "real.json")
+    (finished / "config.json").symlink_to("real.json")
+    assert "config.json" in adapter_files(finished)
+    (finished / "model.safetensors").rename(tmp_path / "elsewhere")
+    (finished / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    assert main(["push", str(finished), ADAPTER]) == 2
+    assert "model.safetensors" in (said := capsys.readouterr().err) and "link to outside" in said
+
+
 def test_the_trainer_pushes_a_finished_adapter(server: HubServer, model: Any, tmp_path: Path) -> None:
     rows = [{k: v[0] for k, v in batch("llama").items()} for _ in range(4)]
     arguments = TrainingArguments(
