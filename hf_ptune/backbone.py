@@ -25,6 +25,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto import modeling_auto
+from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE
+from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import extract_commit_hash
 
@@ -45,6 +47,7 @@ _TABLE: dict[str, tuple[Any, str, bool]] = {
 }
 TASKS: dict[str, Any] = {task: row[0] for task, row in _TABLE.items()}
 _PACKAGE = "package:"
+_TEKKEN = "tekken.json"  # Mistral's
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 POOLER = "pooler"  # part of some bases, which those made by masked language modelling alone lack
 _HEAD_NAMES = ("classifier", "score", "qa_outputs", "classification_head", "head", POOLER, "sequence_summary")
@@ -189,14 +192,25 @@ def cached_commit(base: str | None, revision: str | None = None) -> str | None:
     return extract_commit_hash(path, None) if isinstance(path, str) else None
 
 
-def read_tokenizer(base: str, revision: str | None = None) -> Any:
-    """The tokenizer beside a base.
+def read_tokenizer(source: str, revision: str | None = None, **hub: Any) -> Any:
+    """The tokenizer beside a base or an adapter.
 
     Args:
-        base: id on the Hub, local folder, or `package:` name.
-        revision: a commit or branch of a base on the Hub; the main branch when unset.
+        source: id on the Hub, local folder, or `package:` name.
+        revision: a commit or branch of what is on the Hub; the main branch when unset.
+        hub: cache_dir, token, local_files_only, subfolder.
+
+    Raises:
+        OSError: there is none; transformers makes one without words of a configuration alone.
     """
-    return AutoTokenizer.from_pretrained(resolve(base), revision=revision or "main")
+    folder, hub = resolve(source), {"revision": revision or "main"} | hub
+    tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
+    # some know their bytes without a file
+    if vocabulary := getattr(tokenizer, "vocab_files_names", {}):
+        names = list(dict.fromkeys((FULL_TOKENIZER_FILE, *vocabulary.values(), _TEKKEN)))
+        if not any(cached_file(folder, name, _raise_exceptions_for_missing_entries=False, **hub) for name in names):
+            raise OSError(f"{source} has no vocabulary: none of {', '.join(names)}")
+    return tokenizer
 
 
 def loader_of(task: str, config: PreTrainedConfig, base_class: str | None = None) -> Any:

@@ -1,6 +1,7 @@
 """An adapter in another form: ours, PEFT's, or a plain tensor."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_ptune.publishing import tokenizer_of
 from hf_ptune.templates import name_virtual_tokens
 
 FilePath = str | os.PathLike[str]
+_OF_THE_SOURCE = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 FORMS = ("hf_ptune", "peft", "prompt_embeds")
 
 
@@ -30,18 +32,25 @@ def convert(source: FilePath, target: FilePath, form: str, **kwargs: Any) -> Non
     """
     if form not in FORMS:
         raise PTuneError(f"an adapter has no form {form!r}; expected one of {', '.join(FORMS)}.")
-    if Path(target).exists() and (Path(target).is_file() or any(Path(target).iterdir())):
+    path = Path(target)
+    if path.exists() and (path.is_file() or any(path.iterdir())):
         raise PTuneError(f"{target} is there already and not empty; name a new one.")
+    own = {k: kwargs[k] for k in _OF_THE_SOURCE if k in kwargs}
     model = load_peft(source, **kwargs) if is_foreign(source, kwargs) else _load_own(source, kwargs)
-    if form == "peft":
-        save_peft(model, target)
-    elif form == "prompt_embeds":
-        save_prompt_embeds(model, target)
-    else:
-        model.save_pretrained(target, flatten=True)
-        if (tokenizer := tokenizer_of(model.config)) is not None:
-            name_virtual_tokens(model.config, tokenizer)
-            tokenizer.save_pretrained(target)
+    try:
+        if form == "peft":
+            save_peft(model, path)
+        elif form == "prompt_embeds":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_prompt_embeds(model, path)
+        else:
+            if (tokenizer := tokenizer_of(model.config, source, **own)) is not None:
+                name_virtual_tokens(model.config, tokenizer)
+                tokenizer.save_pretrained(path)
+            model.save_pretrained(path, flatten=True)
+    except BaseException:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
 
 
 def _load_own(source: FilePath, kwargs: dict[str, Any]) -> PTunePreTrainedModel:

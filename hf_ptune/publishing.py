@@ -39,7 +39,7 @@ def write_repository(
         model: a wrapped model.
         folder: made where it is missing.
         repo_id: where it will be; the card names it.
-        tokenizer: the base's own when unset, where it has one.
+        tokenizer: when unset, that of the folder or repository that the model was loaded from, or else the base's.
         keep_encoder: keep the reparameterisation, so that training can go on; else the prompt is flattened.
         facts: of the run; what the model itself tells when unset.
         state_dict: see `finish_folder`.
@@ -48,7 +48,9 @@ def write_repository(
         The folder.
     """
     folder = Path(folder)
-    tokenizer = tokenizer if tokenizer is not None else tokenizer_of(model.config)
+    if tokenizer is None:
+        source, hub = model.__dict__.get("_ptune_source") or (None, {})
+        tokenizer = tokenizer_of(model.config, source, **hub)
     if tokenizer is not None:
         name_virtual_tokens(model.config, tokenizer)
         tokenizer.save_pretrained(folder)
@@ -220,8 +222,22 @@ def _is_local(base: str) -> bool:
     return os.path.isabs(base) or base.startswith((".", "~")) or os.path.isdir(base)
 
 
-def tokenizer_of(config: PTuneConfig) -> Any:
-    """The tokenizer of the base that a configuration names, or `None` with a warning where it has none."""
+def tokenizer_of(config: PTuneConfig, source: str | os.PathLike[str] | None = None, **hub: Any) -> Any:
+    """The tokenizer of an adapter: its own, or that of the base which its configuration names.
+
+    Args:
+        config: of the adapter.
+        source: folder or Hub id of the adapter, which may have a tokenizer of its own.
+        hub: revision, subfolder, token, cache_dir and local_files_only of the source.
+
+    Returns:
+        The tokenizer, or `None` with a warning where neither has one.
+    """
+    if source is not None:
+        try:
+            return read_tokenizer(os.fspath(source), **{k: v for k, v in hub.items() if v is not None})
+        except (OSError, ValueError, KeyError):
+            pass  # the base's is as good
     base = config.base_model_name_or_path
     if base is None:
         return None

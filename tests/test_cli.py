@@ -2,17 +2,27 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import batch, build
 from test_train import write_base, write_recipe
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers_of import tokenizer_of
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import hf_ptune
-from hf_ptune import PTuneConfig, PTuneForCausalLM, get_ptune_model
+from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.cli import main
 from hf_ptune.errors import PTuneError
+from hf_ptune.fresh_base import load_tokenizer
+from hf_ptune.publishing import write_repository
 
 SCRIPT = """
 import argparse, sys
@@ -127,3 +137,70 @@ def test_convert_writes_other_forms(tmp_path: Path, capsys: pytest.CaptureFixtur
             assert torch.allclose(loaded(**inputs).logits.float(), expected, atol=1e-5)
     assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "peft")]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def write_adapter(folder: Path, base: Path, **options: Any) -> PTunePreTrainedModel:
+    """An adapter on a saved base without a tokenizer, one of its own beside it, which knows a further word."""
+    build("bert", "MASKED_LM").save_pretrained(base)
+    tokenizer = tokenizer_of("wordpiece")
+    tokenizer.add_tokens(["<user>"])
+    model = get_ptune_model(
+        AutoModelForMaskedLM.from_pretrained(base), PTuneConfig(num_virtual_tokens=2, **options), tokenizer
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("template", [None, "{text} [P2] [MASK]"])
+def test_convert_keeps_the_adapter_s_own_tokenizer(template: str | None, tmp_path: Path) -> None:
+    options = {"method": "prompt_tuning"} | ({} if template is None else {"template": template})
+    write_adapter(tmp_path / "ours", tmp_path / "base", **options)
+    tokenizer_of("wordpiece").save_pretrained(tmp_path / "base")
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "again")]) == 0
+    old, new = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("ours", "again"))
+    assert new.get_vocab() == old.get_vocab() and "<user>" in new.get_vocab()
+    ids = [AutoConfig.from_pretrained(tmp_path / name).virtual_token_ids for name in ("ours", "again")]
+    assert ids[0] == ids[1] and (ids[0] is None) is (template is None)
+
+
+def test_no_tokenizer_without_words_is_made_of_a_base_s_configuration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = write_adapter(tmp_path / "ours", tmp_path / "base")
+    for path in (tmp_path / "ours").glob("token*"):
+        path.unlink()
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "again")]) == 0
+    write_repository(model, tmp_path / "pushed", "user/adapter")
+    assert caplog.text.count("no tokenizer was found beside the base") == 2
+    assert not list(tmp_path.glob("again/token*")) and not list(tmp_path.glob("pushed/token*"))
+    with pytest.raises(PTuneError, match="has no vocabulary"):
+        load_tokenizer(str(tmp_path / "base"))
+
+
+def test_a_repository_gets_the_tokenizer_of_the_folder_that_was_loaded(tmp_path: Path) -> None:
+    model = write_adapter(tmp_path / "ours", tmp_path / "base")
+    tokenizer_of("wordpiece").save_pretrained(tmp_path / "base")
+    model.__dict__["_ptune_source"] = (str(tmp_path / "ours"), {"revision": None, "local_files_only": True})
+    write_repository(model, tmp_path / "pushed", "user/adapter")
+    assert "<user>" in AutoTokenizer.from_pretrained(tmp_path / "pushed").get_vocab()
+    model.__dict__["_ptune_source"] = (str(tmp_path / "gone"), {})
+    write_repository(model, tmp_path / "other", "user/adapter")
+    assert "<user>" not in AutoTokenizer.from_pretrained(tmp_path / "other").get_vocab()
+
+
+def test_a_failed_convert_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_adapter(tmp_path / "ours", tmp_path / "base", method="prompt_tuning", template="{text} [P2] [MASK]")
+    for path in (tmp_path / "ours").glob("token*"):
+        path.unlink()
+    tokenizer_of("wordpiece").save_pretrained(tmp_path / "base")  # which gives virtual tokens other ids
+    for form in ("hf_ptune", "peft", "prompt_embeds"):
+        assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "new"), "--to", form]) == 2
+        assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "new").exists()
+
+
+def test_convert_makes_the_folder_of_a_file(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "ours", tmp_path / "base", method="prompt_tuning", pooling="cls")
+    target = tmp_path / "a" / "b" / "prompt.pt"
+    assert main(["convert", str(tmp_path / "ours"), str(target), "--to", "prompt_embeds"]) == 0
+    assert torch.load(target).shape[0] == 2
