@@ -4,17 +4,20 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
-from hf_ptune.adapter_file import WEIGHTS_NAME, shorten, staged
-from hf_ptune.backbone import TASKS, is_hub_id, read_tokenizer
+from hf_ptune.adapter_file import WEIGHTS_NAME, find_weights, read_tensors, shorten, staged
+from hf_ptune.backbone import TASKS, count_parameter, is_hub_id, read_tokenizer
 from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, make_card, merge_seeds
 from hf_ptune.configuration_ptune import READINGS, PTuneConfig
+from hf_ptune.errors import PTuneError
 from hf_ptune.hub import commit_of, license_of, push_folder
 from hf_ptune.methods import get_method
 from hf_ptune.templates import name_virtual_tokens
@@ -81,7 +84,7 @@ def finish_folder(
     """
     model.save_pretrained(folder, flatten=not keep_encoder, state_dict=state_dict)
     add_shim(folder, type(model).task)
-    facts = facts or facts_of(model, folder)
+    facts = facts or facts_of(model, folder, state_dict)
     facts.adapter_bytes = (folder / WEIGHTS_NAME).stat().st_size
     facts.save(folder)
     curves = draw_curves(facts, folder / CURVES_NAME)
@@ -124,17 +127,36 @@ def remake_card(folder: Path, seeds: list[Path], repo_id: str | None = None) -> 
     return folder / CARD_NAME
 
 
-def facts_of(model: Any, folder: str | os.PathLike[str] | None = None) -> RunFacts:
-    """What a model tells of itself, on top of the facts that its folder holds.
+def facts_of(
+    model: Any, folder: str | os.PathLike[str] | None = None, state_dict: dict[str, Tensor] | None = None
+) -> RunFacts:
+    """What is known of the run that a model comes from, and what the model tells of itself.
 
     Args:
-        model: a wrapped model.
+        model: a wrapped model; `ModelCardCallback` leaves the facts of its training there.
         folder: may hold the facts of a run.
+        state_dict: see `finish_folder`.
     """
     if folder is not None and (Path(folder) / FACTS_NAME).is_file():
         return RunFacts.load(Path(folder))
+    own = model_facts(model)
+    run = model.__dict__.get("_ptune_facts") or _facts_of_source(model, state_dict)
+    if run is None:
+        return own
+    names = ("method", "task", "options", "parameters", "all_parameters", "base_bytes")
+    told = {name: getattr(own, name) for name in names}
+    return replace(run, base=own.base or run.base, base_revision=own.base_revision or run.base_revision, **told)
+
+
+def model_facts(model: Any) -> RunFacts:
+    """What a model tells of itself, without a run.
+
+    Args:
+        model: a wrapped model.
+    """
     config = model.config
-    trained, everything = model.get_nb_trainable_parameters()
+    names = model.adapter_parameter_names()
+    own = {id(p): p for n, p in model.named_parameters(remove_duplicate=False) if n in names}
     base = config.base_model_name_or_path
     return RunFacts(
         method=config.method,
@@ -142,12 +164,30 @@ def facts_of(model: Any, folder: str | os.PathLike[str] | None = None) -> RunFac
         base=None if base is None or _is_local(base) else base,
         base_revision=config.base_model_revision,
         options=method_options(config),
-        parameters=trained,
-        all_parameters=everything,
+        parameters=sum(count_parameter(p) for p in own.values()),
+        all_parameters=model.get_nb_trainable_parameters()[1],
         base_bytes=sum(
             (p.numel() or getattr(p, "ds_numel", 0)) * p.element_size() for p in model.backbone.parameters()
         ),
     )
+
+
+def _facts_of_source(model: Any, state_dict: dict[str, Tensor] | None) -> RunFacts | None:
+    """The facts kept where a model was loaded from, as long as it is still that model."""
+    source, hub = model.__dict__.get("_ptune_source") or (None, {})
+    if source is None:
+        return None
+    hub = {k: v for k, v in hub.items() if v is not None}
+    try:
+        path = cached_file(source, FACTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+        if path is None:
+            return None
+        facts, loaded = RunFacts.load(Path(path).parent), read_tensors(find_weights(source, **hub))
+    except (OSError, ValueError, PTuneError):
+        return None
+    here = model.adapter_state_dict() if state_dict is None else state_dict
+    same = loaded.keys() == here.keys() and all(torch.equal(loaded[n].to(t.dtype), t.cpu()) for n, t in here.items())
+    return facts if same else None
 
 
 def method_options(config: Any) -> dict[str, Any]:
@@ -202,7 +242,7 @@ def publish(model: Any, repo_id: str, *, tokenizer: Any = None, keep_encoder: bo
     elif model.config.base_model_revision is None:
         model.config.base_model_revision = commit_of(base, token=push.get("token"))
     folder = Path(tempfile.mkdtemp(prefix="hf_ptune-"))
-    facts = inherit_license(facts_of(model), push.get("token"))
+    facts = inherit_license(facts_of(model, state_dict=tensors), push.get("token"))
     write_repository(
         model, folder, repo_id, tokenizer=tokenizer, keep_encoder=keep_encoder, facts=facts, state_dict=tensors
     )

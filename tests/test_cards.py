@@ -116,6 +116,39 @@ def test_a_card_has_no_metrics_of_the_untrained_model(wrap: Wrap, tmp_path: Path
     assert not results(tmp_path) and "## Evaluation" not in (tmp_path / "README.md").read_text()
 
 
+def test_a_trained_model_knows_its_run(wrap: Wrap, tmp_path: Path) -> None:
+    """Whatever pushes it: the metrics of training, those measured afterwards, and what only the user knows."""
+    run = trained(wrap, tmp_path / "out", ModelCardCallback(datasets=["user/topics"]), scores=(0.1, 0.2, 0.3))
+    write_repository(run.model, tmp_path / "first", "user/adapter", tokenizer=NoTokenizer())
+    assert results(tmp_path / "first")["accuracy"] == 0.2
+    run.evaluate()
+    write_repository(run.model, tmp_path / "second", "user/adapter", tokenizer=NoTokenizer())
+    assert results(tmp_path / "second")["accuracy"] == 0.3
+    text = (tmp_path / "second" / "README.md").read_text()
+    assert "| data | user/topics |" in text and "| `learning_rate` | 0.25 |" in text
+
+
+def test_a_model_that_is_loaded_and_pushed_again_keeps_the_facts_of_its_run(wrap: Wrap, tmp_path: Path) -> None:
+    run = trained(wrap, tmp_path / "out", ModelCardCallback(license="mit"), scores=(0.1, 0.2))
+    write_repository(run.model, tmp_path / "pushed", "user/adapter", tokenizer=NoTokenizer(), keep_encoder=True)
+    loaded = type(run.model).from_pretrained(tmp_path / "pushed")
+    vars(loaded)["_ptune_source"] = (str(tmp_path / "pushed"), {"revision": None})
+    facts, first = facts_of(loaded), RunFacts.load(tmp_path / "pushed")
+    assert (facts.metrics, facts.license, facts.seeds) == (first.metrics, "mit", [0])
+    with torch.no_grad():
+        next(loaded.prompt.parameters()).add_(1)
+    assert not facts_of(loaded).metrics  # another model by now
+    vars(loaded)["_ptune_source"] = (str(tmp_path / "gone"), {})
+    assert not facts_of(loaded).metrics
+
+
+def test_a_frozen_adapter_is_counted(wrap: Wrap) -> None:
+    model = wrap("bert", "prefix_tuning", "SEQ_CLS")
+    count = facts_of(model).parameters
+    assert count == model.get_nb_trainable_parameters()[0] > 0
+    assert facts_of(model.requires_grad_(False)).parameters == count
+
+
 def test_other_models_keep_the_trainer_s_card(tmp_path: Path) -> None:
     arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True)
     Trainer(build("bert").float(), arguments).create_model_card()

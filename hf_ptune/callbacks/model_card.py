@@ -17,7 +17,7 @@ from hf_ptune.adapter_file import WEIGHTS_NAME, read_tensors
 from hf_ptune.cards import TIMES, RunFacts
 from hf_ptune.engines import engine_name, splits
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
-from hf_ptune.publishing import facts_of, finish_folder, inherit_license
+from hf_ptune.publishing import finish_folder, inherit_license, model_facts
 
 _HYPERPARAMETERS = (
     "learning_rate",
@@ -81,11 +81,19 @@ class ModelCardCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the facts, on the first rank of all."""
-        model = extract_model_from_parallel(kwargs["model"], keep_torch_compile=False)
+        """Write the facts, on the first rank of all, and leave them on the model, for whoever pushes that."""
+        self._tell(args, state, kwargs["model"])
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add what is measured after training."""
+        if any("train_runtime" in entry for entry in state.log_history):
+            self._tell(args, state, kwargs["model"])
+
+    def _tell(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        model = extract_model_from_parallel(model, keep_torch_compile=False)
         if not state.is_world_process_zero or not isinstance(model, PTunePreTrainedModel):
             return
-        self.facts = gather_facts(args, state, model, self.given)
+        self.facts = model.__dict__["_ptune_facts"] = gather_facts(args, state, model, self.given)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         self.facts.save(args.output_dir)
 
@@ -104,7 +112,7 @@ def gather_facts(
         model: the wrapped model.
         given: fields of `RunFacts` that only the user knows.
     """
-    facts = facts_of(model)
+    facts = model_facts(model)
     for name, value in (given or {}).items():
         setattr(facts, name, value)
     unset = {f.name: getattr(f.default, "value", f.default) for f in fields(TrainingArguments)}
@@ -180,6 +188,7 @@ def _give_way(original: Any) -> Any:
         facts = gather_facts(self.args, self.state, model, None if ours is None else ours.given)
         repo_id = self.hub_model_id or Path(self.args.output_dir).name
         inherit_license(facts, self.args.hub_token)
+        model.__dict__["_ptune_facts"] = facts
         finish_folder(model, Path(self.args.output_dir), repo_id, facts=facts, state_dict=tensors)
 
     vars(create_model_card)["_ptune"] = True
