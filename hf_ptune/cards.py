@@ -63,6 +63,9 @@ class RunFacts:
         hardware: device, number of processes, engine.
         versions: of the libraries.
         limits: what to know before use.
+        tags: further ones of the card.
+        dataset_ids: of datasets on the Hub, where `datasets` has other names for them.
+        name: the card's title; the repository's own when unset.
     """
 
     method: str
@@ -88,6 +91,9 @@ class RunFacts:
     hardware: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     limits: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    dataset_ids: list[str] = field(default_factory=list)
+    name: str | None = None
 
     def save(self, folder: str | Path) -> Path:
         """Write the facts beside the adapter."""
@@ -154,7 +160,7 @@ def make_card(facts: RunFacts, repo_id: str = "user/adapter", curves: str | None
         facts=facts,
         method=method,
         repo_id=repo_id,
-        name=repo_id.split("/")[-1],
+        name=facts.name or repo_id.split("/")[-1],
         base_known=is_hub_id(facts.base),
         auto_class=TASKS[facts.task].__name__,
         pipeline=None if facts.task in _WITHOUT_PIPELINE else _PIPELINES[facts.task],
@@ -246,6 +252,8 @@ def _metadata(facts: RunFacts, repo_id: str) -> ModelCardData:
         if not name.endswith((*TIMES, "epoch"))
     ]
     known = is_hub_id(facts.base)
+    datasets = [d for d in facts.datasets if is_hub_id(d) and "/" in d] + facts.dataset_ids
+    tags = ["hf_ptune", "prompt-learning", facts.method.replace("_", "-"), *facts.tags]
     return ModelCardData(
         base_model=facts.base if known else None,
         base_model_relation="adapter" if known else None,
@@ -253,9 +261,9 @@ def _metadata(facts: RunFacts, repo_id: str) -> ModelCardData:
         pipeline_tag=_PIPELINES[facts.task],
         license=facts.license,
         language=facts.languages or None,
-        datasets=[d for d in facts.datasets if is_hub_id(d) and "/" in d] or None,
-        tags=["hf_ptune", "prompt-learning", facts.method.replace("_", "-")],
-        model_name=repo_id.split("/")[-1] if results else None,
+        datasets=list(dict.fromkeys(datasets)) or None,
+        tags=list(dict.fromkeys(tags)),
+        model_name=(facts.name or repo_id.split("/")[-1]) if results else None,
         eval_results=results or None,
     )
 

@@ -116,6 +116,24 @@ def test_a_card_has_no_metrics_of_the_untrained_model(wrap: Wrap, tmp_path: Path
     assert not results(tmp_path) and "## Evaluation" not in (tmp_path / "README.md").read_text()
 
 
+def test_what_the_trainer_is_told_is_in_the_card(wrap: Wrap, tmp_path: Path) -> None:
+    """As run_glue.py tells it; what ModelCardCallback was told comes first."""
+    told = {"language": "en", "license": "mit", "dataset": "GLUE MRPC", "dataset_tags": "nyu-mll/glue", "tags": ["x"]}
+    run = trained(wrap, tmp_path)
+    run.create_model_card(model_name="My model", tasks="text-classification", finetuned_from="user/base", **told)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.language, data.license, data.datasets) == (["en"], "mit", ["nyu-mll/glue"])
+    assert data.tags == ["hf_ptune", "prompt-learning", "prefix-tuning", "x"] and data.model_name == "My model"
+    assert {r.dataset_name for r in data.eval_results} == {"GLUE MRPC"}
+    text = (tmp_path / "README.md").read_text()
+    assert "# My model\n" in text and "| data | GLUE MRPC |" in text
+    run.add_callback(ModelCardCallback(datasets=["user/topics"], languages=["de"]))
+    run.create_model_card(**told)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.language, data.license) == (["de"], "mit") and data.datasets == ["user/topics"]
+    assert {r.dataset_name for r in data.eval_results} == {"user/topics"}
+
+
 def test_a_trained_model_knows_its_run(wrap: Wrap, tmp_path: Path) -> None:
     """Whatever pushes it: the metrics of training, those measured afterwards, and what only the user knows."""
     run = trained(wrap, tmp_path / "out", ModelCardCallback(datasets=["user/topics"]), scores=(0.1, 0.2, 0.3))

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import inspect
 import platform
 import re
 from dataclasses import fields
@@ -170,6 +171,25 @@ def _version(name: str) -> str:
         return "not installed"
 
 
+def _told(arguments: dict[str, Any], repo_id: str) -> dict[str, Any]:
+    """What the arguments of the Trainer's own card say of a run, as fields of `RunFacts`."""
+
+    def listed(name: str) -> list[str]:
+        value = arguments.get(name) or []
+        return [value] if isinstance(value, str) else list(value)
+
+    title = arguments.get("model_name")  # which a push fills in with the repository's
+    found = {
+        "languages": listed("language"),
+        "license": arguments.get("license"),
+        "tags": listed("tags"),
+        "datasets": listed("dataset") or listed("dataset_tags"),
+        "dataset_ids": listed("dataset_tags"),
+        "name": None if title == repo_id.split("/")[-1] else title,
+    }
+    return {k: v for k, v in found.items() if v}
+
+
 def _give_way(original: Any) -> Any:
     """Let the Trainer finish a folder of ours in our way, and every other one in its own."""
 
@@ -185,8 +205,12 @@ def _give_way(original: Any) -> Any:
         tensors = read_tensors(Path(self.args.output_dir) / WEIGHTS_NAME) if splits(self) else None
         callbacks = self.callback_handler.callbacks
         ours = next((c for c in callbacks if isinstance(c, ModelCardCallback)), None)
-        facts = gather_facts(self.args, self.state, model, None if ours is None else ours.given)
         repo_id = self.hub_model_id or Path(self.args.output_dir).name
+        told = _told(inspect.signature(original).bind(self, *args, **kwargs).arguments, repo_id)
+        given = {} if ours is None else ours.given
+        if "datasets" in given:
+            told.pop("dataset_ids", None)
+        facts = gather_facts(self.args, self.state, model, told | given)
         inherit_license(facts, self.args.hub_token)
         model.__dict__["_ptune_facts"] = facts
         finish_folder(model, Path(self.args.output_dir), repo_id, facts=facts, state_dict=tensors)
