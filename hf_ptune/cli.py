@@ -150,6 +150,7 @@ def make_parser() -> argparse.ArgumentParser:
     push.add_argument("--revision", help="a branch")
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead of committing")
     push.add_argument("--commit-message", default="Upload adapter")
+    push.add_argument("--commit-description")
 
     card = add_parser("card", help="make the model card of a folder again, from the facts of its run")
     card.add_argument("folder")
@@ -191,8 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given.command == "presets":
             print(list_presets())
         elif given.command == "push":
-            options = {k: getattr(given, k) for k in ("private", "revision", "create_pr", "commit_message")}
-            print(push_folder(given.folder, given.repo_id, **options))
+            names = ("private", "revision", "create_pr", "commit_message", "commit_description")
+            print(push_folder(given.folder, given.repo_id, **{k: getattr(given, k) for k in names}))
         elif given.command == "card":
             print(remake_card(Path(given.folder), [Path(s) for s in given.seeds], given.repo_id))
         elif given.command == "convert":

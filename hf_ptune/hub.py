@@ -2,26 +2,35 @@
 
 import os
 import random
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
 # HTTPError is that of the client which the installed huggingface_hub is built on
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.hf_api import RepoFile
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import WEIGHTS_NAME, blob_id_of, sha256_of, shorten
+from hf_ptune.cards import CARD_NAME
 from hf_ptune.errors import AdapterFileError, HubError
 
 logger = logging.get_logger(__name__)
 ATTEMPTS = 6
+_MESSAGE = "Upload adapter"
 _LONGEST_WAIT = 30.0  # seconds
+# transformers hands a repository with one of these to PEFT
+_FOREIGN = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # what a training folder holds besides a finished adapter
 _LEFT_OUT = (".git", "checkpoint-", "runs", "_", ".cache", "__pycache__")
 _LEFT_OUT_ENDS = (".partial", ".bin", ".pt", ".pth", ".pyc")
@@ -36,13 +45,14 @@ def push_folder(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    commit_message: str = "Upload adapter",
+    commit_message: str = _MESSAGE,
     commit_description: str | None = None,
 ) -> str:
     """Upload a finished adapter folder in one commit.
 
-    What the Hub answers with 429, 5xx or a dropped connection is tried again, after a look at whether the commit
-    has arrived all the same.
+    What PEFT keeps an adapter in is deleted there, since transformers would load that, and a README.md that is no card
+    of ours stays as it is. What the Hub answers with 429, 5xx or a dropped connection is tried again, after a look at
+    whether the commit has arrived all the same.
 
     Args:
         folder: what `save_pretrained` wrote, tokenizer and card beside it.
@@ -71,10 +81,15 @@ def push_folder(
             push = _Push(api, url.repo_id, revision, create_pr, files, commit_message, commit_description)
             _persist(push, bar)
         except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-            again = f"hf-ptune push {folder} {repo_id}" + (f" --revision {revision}" if revision else "")
+            options = {"revision": revision, "commit-message": commit_message, "commit-description": commit_description}
+            if commit_message == _MESSAGE:
+                del options["commit-message"]
+            again = ["hf-ptune", "push", os.fspath(folder), repo_id]
+            again += [f"--{name}={value}" for name, value in options.items() if value is not None]
+            again += [f"--{name}" for name, given in {"private": private, "create-pr": create_pr}.items() if given]
             raise HubError(
                 f"{folder} could not be pushed to {repo_id}: {shorten(error).rstrip('.')}. The finished adapter is in "
-                f"{folder}; push it again: {again}{' --create-pr' if create_pr else ''}"
+                f"{folder}; push it again: {shlex.join(again)}"
             ) from error
     return str(url)
 
@@ -149,14 +164,24 @@ class _Push:
     tried: bool = False
 
     def __call__(self) -> None:
-        parent = self.api.model_info(self.repo_id, revision=self.revision).sha
+        info = self.api.model_info(self.repo_id, revision=self.revision)
+        parent, there = info.sha, {file.rfilename for file in info.siblings or ()}
         # the answer to an earlier try may be all that was lost
         if self.tried and any(self._arrived(revision) for revision in self._targets()):
             return
+        if not self.tried and self._has_another_card(parent, there):
+            logger.warning(
+                f"{self.repo_id} has a {CARD_NAME} that is no card of this package; it is kept, and the adapter's own "
+                "is not pushed. Delete it there and push again to have that."
+            )
+            del self.files[CARD_NAME]
         self.tried = True
         self.api.create_commit(
             self.repo_id,
-            [CommitOperationAdd(name, path) for name, path in self.files.items()],
+            [
+                *(CommitOperationAdd(name, path) for name, path in self.files.items()),
+                *(CommitOperationDelete(name) for name in _FOREIGN if name in there - self.files.keys()),
+            ],
             commit_message=self.message,
             commit_description=self.description,
             revision=self.revision,
@@ -174,10 +199,24 @@ class _Push:
         )
         return [f"refs/pr/{request.num}" for request in opened if request.title == self.message]
 
+    def _has_another_card(self, parent: str | None, there: set[str]) -> bool:
+        """Whether somebody has written a card there, which says more than its metadata."""
+        if CARD_NAME not in there & self.files.keys():
+            return False
+        try:
+            path = self.api.hf_hub_download(self.repo_id, CARD_NAME, revision=parent)
+        except LocalEntryNotFoundError as error:  # what the client makes of every fault
+            raise ConnectionError(str(error)) from error
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+        return "hf_ptune" not in (card.data.get("tags") or []) and bool(card.text.strip())
+
     def _arrived(self, revision: str | None) -> bool:
-        infos = self.api.get_paths_info(self.repo_id, list(self.files), revision=revision)
+        names = [*self.files, *(name for name in _FOREIGN if name not in self.files)]
+        infos = self.api.get_paths_info(self.repo_id, names, revision=revision)
         there = {i.path: i.lfs.sha256 if i.lfs else i.blob_id for i in infos if isinstance(i, RepoFile)}
-        return all(there.get(name) in (sha256_of(path), blob_id_of(path)) for name, path in self.files.items())
+        return there.keys() <= self.files.keys() and all(
+            there.get(name) in (sha256_of(path), blob_id_of(path)) for name, path in self.files.items()
+        )
 
 
 def _persist(action: Callable[[], _Result], bar: Any) -> _Result:

@@ -1,6 +1,7 @@
 """Push and pull against a Hub that fails: one commit, nothing lost, nothing half-written, no wrong answer."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from transformers import (
 
 from hf_ptune import PTuneConfig, PTuneForCausalLM, get_ptune_model
 from hf_ptune import hub as pushing
-from hf_ptune.cli import main
+from hf_ptune.cli import main, make_parser
 from hf_ptune.errors import AdapterFileError, HubError
 from hf_ptune.hub import adapter_files, push_folder
 from hf_ptune.publishing import write_repository
@@ -254,6 +255,59 @@ def test_a_snapshot_of_the_cache_is_pushed_whole(
     assert main(["push", str(snapshot), "alice/copy"]) == 0
     files = set(HfApi(token=TOKEN).list_repo_files("alice/copy"))
     assert files == set(adapter_files(finished)) | {".gitattributes"}
+
+
+@pytest.mark.parametrize("kind", [None, 503, "lose_response"])
+def test_a_push_over_a_peft_adapter_leaves_nothing_of_it(
+    server: HubServer, model: Any, finished: Path, cache: dict[str, Any], kind: Any
+) -> None:
+    foreign = {name: b"{}" for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")}
+    server.add_repo(ADAPTER, foreign | {"notes.txt": b"kept"})
+    before = commits(server)
+    if kind is not None:
+        server.fail("POST", "/commit/", kind)
+    push_folder(finished, ADAPTER, token=TOKEN)
+    files = set(HfApi(token=TOKEN).list_repo_files(ADAPTER))
+    assert commits(server) == before + 1 and not files & set(foreign) and "notes.txt" in files
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(ADAPTER, **cache)), logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [None, 503, "lose_response"])
+def test_a_card_that_somebody_wrote_is_kept(
+    server: HubServer, finished: Path, caplog: pytest.LogCaptureFixture, kind: Any
+) -> None:
+    server.add_repo(ADAPTER, {"README.md": b"---\ntags: [mine]\n---\n# Mine\n"})
+    before = commits(server)
+    for path in ("/commit/", "README.md"):
+        if kind is not None:
+            server.fail(None, path, kind)
+    push_folder(finished, ADAPTER, token=TOKEN)
+    files = server.repos[ADAPTER].at().files
+    assert b"# Mine" in files["README.md"].content and "model.safetensors" in files
+    assert commits(server) == before + 1 and "is no card of this package" in caplog.text
+    (finished / "README.md").write_text("# Another of ours\n")
+    push_folder(finished, ADAPTER, token=TOKEN)  # facts of a run are there by now
+    assert b"# Mine" in server.repos[ADAPTER].at().files["README.md"].content
+
+
+@pytest.mark.parametrize("card", [b"---\nlicense: mit\n---\n", b"---\ntags: [hf_ptune]\n---\n# Ours\n"])
+def test_a_card_that_says_nothing_or_is_ours_gives_way(server: HubServer, finished: Path, card: bytes) -> None:
+    server.add_repo(ADAPTER, {"README.md": card})
+    push_folder(finished, ADAPTER, token=TOKEN)
+    assert server.repos[ADAPTER].at().files["README.md"].content == (finished / "README.md").read_bytes()
+
+
+def test_the_command_after_a_failed_push_is_the_whole_one(server: HubServer, finished: Path, tmp_path: Path) -> None:
+    folder = finished.rename(tmp_path / "my adapter")
+    options: dict[str, Any] = {"private": True, "revision": "next", "create_pr": True, "commit_message": "Say it"}
+    options["commit_description"] = "it's so"
+    server.fail("POST", "/api/repos/create", 503, times=None)
+    with pytest.raises(HubError, match="push it again: hf-ptune push") as raised:
+        push_folder(folder, ADAPTER, token=TOKEN, **options)
+    words = shlex.split(str(raised.value).split("push it again: ")[1])
+    given = vars(make_parser().parse_args(words[1:]))
+    assert (given["folder"], given["repo_id"]) == (str(folder), ADAPTER)
+    assert {k: given[k] for k in options} == options and TOKEN not in str(raised.value)
 
 
 def test_links_are_followed_within_a_folder_alone(
