@@ -16,11 +16,10 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.convert import FORMS, convert
 from hf_ptune.errors import BackboneError, PTuneError
 from hf_ptune.fresh_base import load_base, load_tokenizer
-from hf_ptune.hub import push_folder
 from hf_ptune.info import describe_adapter
 from hf_ptune.methods import method_names
 from hf_ptune.presets import list_presets
-from hf_ptune.publishing import remake_card
+from hf_ptune.publishing import push_finished, remake_card
 from hf_ptune.recipe import read_recipe
 from hf_ptune.sweep import command_of, report, sweep
 from hf_ptune.wrapping import get_ptune_model
@@ -193,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(list_presets())
         elif given.command == "push":
             names = ("private", "revision", "create_pr", "commit_message", "commit_description")
-            print(push_folder(given.folder, given.repo_id, **{k: getattr(given, k) for k in names}))
+            print(push_finished(given.folder, given.repo_id, **{k: getattr(given, k) for k in names}))
         elif given.command == "card":
             print(remake_card(Path(given.folder), [Path(s) for s in given.seeds], given.repo_id))
         elif given.command == "convert":

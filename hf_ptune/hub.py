@@ -4,7 +4,7 @@ import os
 import random
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +47,7 @@ def push_folder(
     create_pr: bool = False,
     commit_message: str = _MESSAGE,
     commit_description: str | None = None,
+    instead: Mapping[str, Path] | None = None,
 ) -> str:
     """Upload a finished adapter folder in one commit.
 
@@ -63,6 +64,7 @@ def push_folder(
         create_pr: open a pull request instead of committing.
         commit_message: first line of the commit.
         commit_description: the rest of it.
+        instead: files to upload in the place of the folder's, or beside them, by their names in the repository.
 
     Returns:
         The address of the repository.
@@ -71,7 +73,7 @@ def push_folder(
         AdapterFileError: the folder holds no adapter.
         HubError: the Hub refused, or could not be reached; says how to push again.
     """
-    files = adapter_files(folder)
+    files = adapter_files(folder) | dict(instead or {})
     api = HfApi(token=token)
     with tqdm(total=2 + ATTEMPTS, desc=f"push to {repo_id}", unit="try", leave=False) as bar:
         try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import replace
@@ -18,12 +19,13 @@ from hf_ptune.backbone import TASKS, count_parameter, is_hub_id, read_tokenizer
 from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, make_card, merge_seeds
 from hf_ptune.configuration_ptune import READINGS, PTuneConfig
 from hf_ptune.errors import PTuneError
-from hf_ptune.hub import commit_of, license_of, push_folder
+from hf_ptune.hub import adapter_files, commit_of, license_of, push_folder
 from hf_ptune.methods import get_method
 from hf_ptune.templates import name_virtual_tokens
 
 logger = logging.get_logger(__name__)
 SHIM = "modeling_hf_ptune"
+_NAMED = re.compile(r'(?:model=|from_pretrained\()"([^"]+)"')  # in a card's snippet
 
 
 def write_repository(
@@ -125,6 +127,58 @@ def remake_card(folder: Path, seeds: list[Path], repo_id: str | None = None) -> 
     curves = draw_curves(facts, folder / CURVES_NAME)
     make_card(facts, repo_id or folder.resolve().name, curves).save(folder / CARD_NAME)
     return folder / CARD_NAME
+
+
+def push_finished(folder: str | os.PathLike[str], repo_id: str, **push: Any) -> str:
+    """Push a finished folder, or one that a Trainer wrote, with a card made for where it goes; the folder stays.
+
+    Args:
+        folder: see `hub.push_folder`.
+        repo_id: `user/name`.
+        push: see `hub.push_folder`.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        AdapterFileError: the folder holds no adapter.
+        HubError: the Hub refused, or could not be reached.
+    """
+    adapter_files(folder)  # else nothing is to be made
+    with tempfile.TemporaryDirectory(prefix="hf_ptune-") as aside:
+        made = _made_for(repo_id, Path(folder), Path(aside), push.get("token"))
+        return push_folder(folder, repo_id, instead={path.name: path for path in made}, **push)
+
+
+def _made_for(repo_id: str, folder: Path, aside: Path, token: str | bool | None) -> list[Path]:
+    """Write aside what a folder with the facts of a run lacks, and its card for another repository."""
+    try:
+        facts = RunFacts.load(folder)
+    except PTuneError as error:
+        if (folder / FACTS_NAME).exists():
+            logger.warning(f"the card is pushed as it is: {error}")
+        return []
+    if not (folder / CARD_NAME).exists():
+        facts.adapter_bytes = (folder / WEIGHTS_NAME).stat().st_size
+        inherit_license(facts, token).save(aside)
+        make_card(facts, repo_id, draw_curves(facts, aside / CURVES_NAME)).save(aside / CARD_NAME)
+        if not (folder / f"{SHIM}.py").exists():
+            shutil.copy(folder / "config.json", aside)
+            add_shim(aside, facts.task)
+        return list(aside.iterdir())
+    text = (folder / CARD_NAME).read_text(encoding="utf-8", errors="replace")
+    named = _NAMED.search(text)
+    curves = CURVES_NAME if (folder / CURVES_NAME).exists() else None
+    if named is None or named[1] == repo_id:
+        return []
+    if str(make_card(facts, named[1], curves)) != text:  # of several seeds, or edited
+        logger.warning(
+            f"{CARD_NAME} names {named[1]}, not {repo_id}, and is pushed as it is, since it is not what {FACTS_NAME} "
+            f"makes. To make it again: hf-ptune card {folder} [FOLDERS OF OTHER SEEDS] --repo-id {repo_id}"
+        )
+        return []
+    make_card(facts, repo_id, curves).save(aside / CARD_NAME)
+    return [aside / CARD_NAME]
 
 
 def facts_of(

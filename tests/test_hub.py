@@ -30,7 +30,7 @@ from hf_ptune import hub as pushing
 from hf_ptune.cli import main, make_parser
 from hf_ptune.errors import AdapterFileError, HubError
 from hf_ptune.hub import adapter_files, push_folder
-from hf_ptune.publishing import write_repository
+from hf_ptune.publishing import facts_of, write_repository
 
 ADAPTER = "alice/adapter"
 TOKEN = "alice-writes"
@@ -445,6 +445,40 @@ def test_without_the_import_it_takes_trust(server: HubServer, finished: Path, tm
 
 
 # the command line ------------------------------------------------------------------------------------------
+
+
+def test_a_card_names_the_repository_that_it_is_pushed_to(
+    server: HubServer, model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_repository(model, tmp_path / "topic", "topic", tokenizer=words())
+    before = (folder / "README.md").read_text()
+    assert 'model="topic"' in before and main(["push", str(folder), ADAPTER]) == 0
+    text = server.repos[ADAPTER].at().files["README.md"].content.decode()
+    assert f'model="{ADAPTER}"' in text and '"topic"' not in text and "\n# adapter\n" in text
+    assert (folder / "README.md").read_text() == before and not caplog.text
+    (folder / "README.md").write_text(before + "\nBy hand.\n")
+    assert main(["push", str(folder), "alice/second"]) == 0
+    assert b"By hand." in server.repos["alice/second"].at().files["README.md"].content
+    assert "pushed as it is" in caplog.text
+    snapshot = huggingface_hub.snapshot_download(ADAPTER, cache_dir=tmp_path / "cache", token=TOKEN)
+    assert main(["push", snapshot, "alice/third"]) == 0  # the cache is not written to
+    assert b'model="alice/third"' in server.repos["alice/third"].at().files["README.md"].content
+    assert (Path(snapshot) / "README.md").read_text() == text
+
+
+def test_what_a_trainer_wrote_gets_card_and_shim(server: HubServer, model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "out")
+    words().save_pretrained(tmp_path / "out")
+    facts = facts_of(model)
+    facts.metrics = [{"accuracy": 0.75}]
+    facts.save(tmp_path / "out")
+    there = sorted((tmp_path / "out").iterdir())
+    assert main(["push", str(tmp_path / "out"), ADAPTER]) == 0
+    files = server.repos[ADAPTER].at().files
+    assert b"| accuracy | 0.7500 |" in files["README.md"].content and "modeling_hf_ptune.py" in files
+    assert b"auto_map" in files["config.json"].content and b"bsd-3-clause" in files["README.md"].content
+    assert json.loads(files["run_facts.json"].content)["adapter_bytes"] > 0
+    assert sorted((tmp_path / "out").iterdir()) == there
 
 
 def test_info_and_card(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
