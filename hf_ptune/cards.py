@@ -31,6 +31,8 @@ _PIPELINES = {
     "MASKED_LM": "fill-mask",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
+_COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+_DATA_ENDS = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".conll", ".parquet", ".arrow", ".gz", ".zip")
 # transformers 5 has no pipeline for these; the snippet calls the model
 _WITHOUT_PIPELINE = ("QUESTION_ANS", "MULTIPLE_CHOICE", "SEQ_2_SEQ_LM")
 
@@ -49,6 +51,7 @@ class RunFacts:
         all_parameters: those of base and adapter together.
         adapter_bytes: size of the adapter's file.
         base_bytes: size of the base's weights, which full fine-tuning would write.
+        base_parameters: those of the base, which full fine-tuning would train.
         example: an input for the snippet.
         datasets: ids or names of what it was trained on.
         languages: ISO codes.
@@ -77,6 +80,7 @@ class RunFacts:
     all_parameters: int = 0
     adapter_bytes: int = 0
     base_bytes: int = 0
+    base_parameters: int = 0
     example: str = "Prompts are cheap."
     datasets: list[str] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
@@ -121,12 +125,15 @@ def merge_seeds(runs: list[RunFacts]) -> RunFacts:
     """One set of facts of runs that differ by their seeds; the first one's curves and sizes are shown.
 
     Raises:
-        PTuneError: runs of different methods, tasks, bases or settings, or the same seed twice.
+        PTuneError: runs of different methods, tasks, bases, data or settings, the same seed twice, or one without
+            metrics.
     """
     first = runs[0]
     for run in runs[1:]:
         if (run.method, run.task, run.base) != (first.method, first.task, first.base):
             raise PTuneError("a card is for one method, task and base; the runs differ in them.")
+        if run.datasets != first.datasets:
+            raise PTuneError(f"a card is for one set of data; the runs have {first.datasets} and {run.datasets}.")
         ours, theirs = (r.options | r.hyperparameters for r in (first, run))
         if differ := sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)):
             said = ", ".join(f"{k} ({ours.get(k)} and {theirs.get(k)})" for k in differ[:3])
@@ -134,6 +141,8 @@ def merge_seeds(runs: list[RunFacts]) -> RunFacts:
     seeds = [seed for run in runs for seed in run.seeds]
     if len(set(seeds)) < len(seeds):
         raise PTuneError(f"the runs have the seeds {seeds}; expected each once.")
+    if len(runs) > 1 and (silent := [run.seeds for run in runs if len(run.metrics) < max(len(run.seeds), 1)]):
+        raise PTuneError(f"the run of seed {silent[0]} has no metrics; evaluate it, or leave it out of the card.")
     merged = RunFacts(**asdict(first))
     merged.seeds = seeds
     merged.metrics = [metrics for run in runs for metrics in run.metrics]
@@ -151,6 +160,8 @@ def make_card(facts: RunFacts, repo_id: str = "user/adapter", curves: str | None
     Returns:
         A card that the Hub takes.
     """
+    facts = RunFacts(**_finite(asdict(facts)))
+    facts.datasets = [public_name(name) for name in facts.datasets]
     method = get_method(facts.method)
     epochs = _by_epoch(facts.history)
     template = resources.files("hf_ptune").joinpath(_TEMPLATE).read_text(encoding="utf-8")
@@ -162,6 +173,9 @@ def make_card(facts: RunFacts, repo_id: str = "user/adapter", curves: str | None
         repo_id=repo_id,
         name=facts.name or repo_id.split("/")[-1],
         base_known=is_hub_id(facts.base),
+        base_name=facts.base and public_name(facts.base),
+        pinned=facts.base_revision is not None and _COMMIT.fullmatch(facts.base_revision) is not None,
+        trained=bool(facts.seeds or facts.history),
         auto_class=TASKS[facts.task].__name__,
         pipeline=None if facts.task in _WITHOUT_PIPELINE else _PIPELINES[facts.task],
         cloze=_cloze(facts),
@@ -220,13 +234,20 @@ def _cloze(facts: RunFacts) -> tuple[str, dict[str, str]] | None:
 
 def summarise(metrics: list[dict[str, float]]) -> dict[str, tuple[float, float | None]]:
     """Mean and sample deviation of every metric over seeds; no deviation of one."""
-    # what was not finite is none in JSON: a run that diverged tells no mean
-    names = [n for n in (metrics[0] if metrics else {}) if all(m.get(n) is not None for m in metrics)]
+    # a run that diverged tells no mean; what was not finite is none in JSON
+    names = [n for n in (metrics[0] if metrics else {}) if all(_is_finite(m.get(n)) for m in metrics)]
     found = {}
     for name in names:
         values = [m[name] for m in metrics]
         found[name] = (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
     return found
+
+
+def public_name(name: str) -> str:
+    """What to call a base or a dataset before others: of a file or folder of this machine its own name alone."""
+    parts = re.split(r"[\\/]", name.rstrip("\\/"))
+    local = name.startswith(("/", ".", "~")) or "\\" in name or name[1:2] == ":" or name.endswith(_DATA_ENDS)
+    return parts[-1] if local else name
 
 
 def human_bytes(size: float) -> str:
@@ -288,6 +309,10 @@ def _by_epoch(history: list[dict[str, float]]) -> list[dict[str, Any]]:
         else:
             rows.append({"epoch": entry.get("epoch", 0.0), "step": step, "train loss": loss} | measured)
     return rows
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _finite(value: Any) -> Any:

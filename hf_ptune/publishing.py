@@ -197,7 +197,7 @@ def facts_of(
     run = model.__dict__.get("_ptune_facts") or _facts_of_source(model, state_dict)
     if run is None:
         return own
-    names = ("method", "task", "options", "parameters", "all_parameters", "base_bytes")
+    names = ("method", "task", "options", "parameters", "all_parameters", "base_bytes", "base_parameters")
     told = {name: getattr(own, name) for name in names}
     return replace(run, base=own.base or run.base, base_revision=own.base_revision or run.base_revision, **told)
 
@@ -220,6 +220,7 @@ def model_facts(model: Any) -> RunFacts:
         options=method_options(config),
         parameters=sum(count_parameter(p) for p in own.values()),
         all_parameters=model.get_nb_trainable_parameters()[1],
+        base_parameters=sum(count_parameter(p) for p in model.backbone.parameters()),
         base_bytes=sum(
             (p.numel() or getattr(p, "ds_numel", 0)) * p.element_size() for p in model.backbone.parameters()
         ),

@@ -116,6 +116,72 @@ def test_a_card_has_no_metrics_of_the_untrained_model(wrap: Wrap, tmp_path: Path
     assert not results(tmp_path) and "## Evaluation" not in (tmp_path / "README.md").read_text()
 
 
+def size_rows(model: Any) -> tuple[str, str]:
+    """Parameters of the adapter and of full fine-tuning, as the card has them."""
+    text = make_card(facts_of(model)).text
+    return tuple(re.search(rf"\| {row} \| ([\d,]+)", text)[1] for row in ("this adapter", "full fine-tuning"))
+
+
+@pytest.mark.parametrize(("method", "options"), [("p_tuning_v2", {}), ("bitfit", {}), ("p_tuning_v2", {"whole": 1})])
+def test_full_fine_tuning_trains_the_whole_base(method: str, options: dict[str, Any], wrap: Wrap) -> None:
+    model = wrap("bert", method, "SEQ_CLS", train_backbone=bool(options))
+    base = sum(p.numel() for p in model.backbone.parameters())
+    assert size_rows(model)[1] == f"{base:,}"
+
+
+def test_a_card_claims_a_commit_only_where_one_is_pinned() -> None:
+    commit = "0123456789" * 4
+    for revision, said in [(commit, "at the commit that the adapter was trained on (`012345678901`)"), ("v2", "`v2`")]:
+        text = make_card(RunFacts("p_tuning", "CAUSAL_LM", base="user/base", base_revision=revision)).text
+        assert said in text and ("at this commit only" in text) is (revision == commit)
+    text = make_card(RunFacts("p_tuning", "CAUSAL_LM", base="user/base")).text
+    assert "commit" not in text and "is fetched" not in text
+
+
+def test_a_fresh_adapter_is_not_said_to_be_trained(wrap: Wrap) -> None:
+    facts = facts_of(wrap("bert", "p_tuning_v2", "SEQ_CLS"))
+    assert "were trained" not in make_card(facts).text and "that train while the base stays frozen" in str(
+        make_card(facts)
+    )
+    facts.seeds = [0]
+    assert "that were trained while the base stayed frozen" in make_card(facts).text
+
+
+def test_what_is_not_finite_is_no_result(tmp_path: Path) -> None:
+    facts = RunFacts("p_tuning_v2", "SEQ_CLS", metrics=[{"loss": float("nan"), "accuracy": 0.5}])
+    facts.history = [{"eval_loss": float("nan"), "eval_accuracy": 0.5, "step": 2, "epoch": 1.0}]
+    facts.speed = {"step_time_s": float("inf")}
+    card = make_card(facts)
+    assert [r.metric_type for r in card.data.eval_results] == ["accuracy"] and "nan" not in str(card).lower()
+    facts.save(tmp_path)
+    assert str(make_card(RunFacts.load(tmp_path))) == str(card)
+
+
+def test_local_data_goes_by_its_own_name(wrap: Wrap, tmp_path: Path) -> None:
+    data = tmp_path / "lines"
+    data.mkdir()
+    names = ["data/train.jsonl", "/home/somebody/rows.csv", "../more/rows", r"C:\rows\test.txt", "user/topics"]
+    card = make_card(RunFacts("p_tuning", "CAUSAL_LM", base="/home/somebody/base", datasets=names))
+    assert card.data.datasets == ["user/topics"] and "somebody" not in str(card)
+    assert "| data | train.jsonl, rows.csv, rows, test.txt, user/topics |" in card.text
+    run = trained(wrap, tmp_path / "out", ModelCardCallback(datasets=[str(data)], base=str(tmp_path / "base")))
+    assert RunFacts.load(tmp_path / "out").datasets == ["lines"]
+    run.create_model_card()
+    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_runs_of_a_card_have_the_same_data_and_metrics() -> None:
+    def one(seed: int, data: str = "a/x", accuracy: float | None = 0.5) -> RunFacts:
+        metrics = [] if accuracy is None else [{"accuracy": accuracy}]
+        return RunFacts("p_tuning_v2", "SEQ_CLS", datasets=[data], seeds=[seed], metrics=metrics)
+
+    with pytest.raises(PTuneError, match=r"one set of data; the runs have \['a/x'\] and \['b/y'\]"):
+        merge_seeds([one(0), one(1, data="b/y")])
+    with pytest.raises(PTuneError, match=r"run of seed \[1\] has no metrics"):
+        merge_seeds([one(0), one(1, accuracy=None)])
+    assert not merge_seeds([one(0, accuracy=None)]).metrics
+
+
 def test_what_the_trainer_is_told_is_in_the_card(wrap: Wrap, tmp_path: Path) -> None:
     """As run_glue.py tells it; what ModelCardCallback was told comes first."""
     told = {"language": "en", "license": "mit", "dataset": "GLUE MRPC", "dataset_tags": "nyu-mll/glue", "tags": ["x"]}

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 import hf_ptune
 from hf_ptune.adapter_file import WEIGHTS_NAME, read_tensors
-from hf_ptune.cards import TIMES, RunFacts
+from hf_ptune.cards import TIMES, RunFacts, public_name
 from hf_ptune.engines import engine_name, splits
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.publishing import finish_folder, inherit_license, model_facts
@@ -116,6 +116,8 @@ def gather_facts(
     facts = model_facts(model)
     for name, value in (given or {}).items():
         setattr(facts, name, value)
+    facts.datasets = [Path(d).name if Path(d).exists() else public_name(d) for d in facts.datasets]
+    facts.base = facts.base and public_name(facts.base)
     unset = {f.name: getattr(f.default, "value", f.default) for f in fields(TrainingArguments)}
     chosen = {n: getattr(args, n) for n in _HYPERPARAMETERS}
     chosen = {n: getattr(v, "value", v) for n, v in chosen.items()}
