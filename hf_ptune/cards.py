@@ -116,9 +116,39 @@ class RunFacts:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             known = {f.name for f in fields(cls)}
-            return cls(**{k: v for k, v in found.items() if k in known})
+            facts = cls(**{k: v for k, v in found.items() if k in known})
+            facts._check()
+            return facts
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise PTuneError(f"{path} holds no facts of a run ({error}); train with ModelCardCallback.") from error
+
+    def _check(self) -> None:
+        """Refuse what no card can be made of.
+
+        Raises:
+            ValueError: says which field.
+        """
+        plain = RunFacts(self.method, self.task)
+        for f in fields(self):
+            value, unset = getattr(self, f.name), getattr(plain, f.name)
+            kind = str if unset is None else type(unset)
+            if not isinstance(value, kind) and (value is not None or unset is not None):
+                raise ValueError(f"{f.name} is {value!r}; expected a {kind.__name__}")
+        get_method(self.method)
+        if self.task not in TASKS:
+            raise ValueError(f"task is {self.task!r}; expected one of {', '.join(TASKS)}")
+        for name in ("datasets", "languages", "limits", "tags", "dataset_ids"):
+            if strange := [v for v in getattr(self, name) if not isinstance(v, str)]:
+                raise ValueError(f"{name} holds {strange[0]!r}; expected text")
+        if strange := [v for v in self.seeds if not isinstance(v, int)]:
+            raise ValueError(f"seeds holds {strange[0]!r}; expected whole numbers")
+        measured = {"memory": [self.memory], "memory_by_rank": [*self.memory_by_rank.values()], "speed": [self.speed]}
+        for name, rows in (measured | {"metrics": self.metrics, "history": self.history}).items():
+            for row in rows:
+                if not isinstance(row, dict):
+                    raise ValueError(f"{name} holds {row!r}; expected numbers by their names")
+                if strange := [k for k, v in row.items() if not isinstance(v, (int, float, type(None)))]:
+                    raise ValueError(f"{strange[0]} in {name} is {row[strange[0]]!r}; expected a number")
 
 
 def merge_seeds(runs: list[RunFacts]) -> RunFacts:

@@ -1,6 +1,7 @@
 """What an adapter is, told without loading its base's weights."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from hf_ptune.adapter_file import read_tensors
+from hf_ptune.adapter_file import is_foreign, read_tensors
 from hf_ptune.backbone import describe, read_tokenizer, resolve
 from hf_ptune.cards import FACTS_NAME, RunFacts, human_bytes, summarise
 from hf_ptune.configuration_ptune import PTuneConfig
@@ -38,6 +39,11 @@ def describe_adapter(source: str, **hub: Any) -> str:
         AdapterFileError: the source holds no adapter of ours.
     """
     hub = {k: v for k, v in hub.items() if v is not None}
+    if is_foreign(source, hub):
+        raise AdapterFileError(
+            f"{source} holds an adapter of PEFT's, not one of this package. To have it as one: "
+            f"{shlex.join(['hf-ptune', 'convert', source, 'FOLDER'])}"
+        )
     config = AutoConfig.from_pretrained(source, **hub)
     if not isinstance(config, PTuneConfig):
         raise AdapterFileError(f"{source} holds a {config.model_type}, not an adapter of this package.")
@@ -48,7 +54,7 @@ def describe_adapter(source: str, **hub: Any) -> str:
     lines = [
         f"method: {method.title} ({method.paper})",
         f"base: {config.base_model_name_or_path}, commit {config.base_model_revision or 'not pinned'}",
-        f"task: {config.task}, {describe(config.geometry)}",
+        f"task: {config.task}" + (f", {describe(config.geometry)}" if config.geometry else ""),
         f"adapter: {count:,} values in {len(tensors)} tensors, {human_bytes(os.path.getsize(path))}",
     ]
     if method.kind is not None:
@@ -61,21 +67,22 @@ def describe_adapter(source: str, **hub: Any) -> str:
         lines.append(f"virtual tokens: {config.num_virtual_tokens}, {state}{read}")
     if config.template is not None:
         lines.append(f"template: {config.template}")
-    lines += [f"{name}: {value:.4f}" for name, (value, _) in summarise(_metrics(source, hub)).items()]
+    lines += _metrics(source, hub)
     prompt = tensors.get("prompt.weight")
     if method.kind is PromptKind.EMBEDDINGS and prompt is not None:
         lines += _nearest_tokens(prompt.float(), config)
     return "\n".join(lines)
 
 
-def _metrics(source: str, hub: dict[str, Any]) -> list[dict[str, float]]:
+def _metrics(source: str, hub: dict[str, Any]) -> list[str]:
     path = cached_file(source, FACTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if path is None:
         return []
     try:
-        return RunFacts.load(Path(path).parent).metrics
-    except PTuneError:
-        return []
+        found = summarise(RunFacts.load(Path(path).parent).metrics)
+    except PTuneError as error:
+        return [f"metrics: not known, {error}"]
+    return [f"{name}: {value:.4f}" for name, (value, _) in found.items()]
 
 
 def _nearest_tokens(prompt: Tensor, config: PTuneConfig) -> list[str]:

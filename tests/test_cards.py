@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_ptune import MemoryCallback, ModelCardCallback, PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.cards import RunFacts, make_card, merge_seeds
+from hf_ptune.cli import main
 from hf_ptune.errors import PTuneError
 from hf_ptune.methods import get_method, method_names
 from hf_ptune.publishing import facts_of, write_repository
@@ -342,3 +343,31 @@ def test_the_snippet_of_a_template_reads_it() -> None:
     assert "from hf_ptune.cloze import classify" in card.text and '[{"first": "x", "second": "x"}]' in card.text
     card = make_card(RunFacts("p_tuning", "CAUSAL_LM", options=options | {"verbalizer": None}))
     assert "predict_words(model, tokenizer" in card.text and "pipeline" not in card.text.split("## Size")[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"task": "FOO"}, "task is 'FOO'; expected one of SEQ_CLS"),
+        ({"method": "foo"}, "foo"),
+        ({"options": None}, "options is None; expected a dict"),
+        ({"metrics": [{"accuracy": "high"}]}, "accuracy in metrics is 'high'; expected a number"),
+        ({"metrics": {"accuracy": 0.9}}, "expected a list"),
+        ({"metrics": ["high"]}, "metrics holds 'high'"),
+        ({"history": [{"loss": []}]}, "loss in history"),
+        ({"memory_by_rank": {"1": 3}}, "memory_by_rank holds 3"),
+        ({"datasets": "a/b"}, "datasets is 'a/b'; expected a list"),
+        ({"datasets": [1]}, "datasets holds 1; expected text"),
+        ({"seeds": ["a"]}, "seeds holds 'a'"),
+        ({"example": None}, "example is None; expected a str"),
+        ({"base": 3}, "base is 3; expected a str"),
+    ],
+)
+def test_facts_that_make_no_card_are_refused(
+    changed: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = {"method": "p_tuning_v2", "task": "SEQ_CLS", "metrics": [{"loss": None}]} | changed
+    (tmp_path / "run_facts.json").write_text(json.dumps(content))
+    assert main(["card", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "holds no facts of a run" in told and said in told

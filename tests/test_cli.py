@@ -1,5 +1,6 @@
 """The command line: init, run, train, convert; push, card and info are tried with the Hub."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,27 @@ def test_convert_makes_the_folder_of_a_file(tmp_path: Path) -> None:
     target = tmp_path / "a" / "b" / "prompt.pt"
     assert main(["convert", str(tmp_path / "ours"), str(target), "--to", "prompt_embeds"]) == 0
     assert torch.load(target).shape[0] == 2
+
+
+def test_info_takes_what_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A configuration without geometry, which is watched anew on loading, and facts of no run."""
+    write_adapter(tmp_path / "ours", tmp_path / "base")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    del config["geometry"]
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "ours" / "run_facts.json").write_text('{"method": "p_tuning", "task": "FOO"}')
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "ours")
+    assert main(["info", str(tmp_path / "ours")]) == 0
+    said = capsys.readouterr().out
+    assert "task: MASKED_LM\n" in said and "metrics: not known" in said and "task is 'FOO'" in said
+
+
+def test_info_says_what_a_peft_folder_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_adapter(tmp_path / "ours", tmp_path / "base")
+    folder = tmp_path / "of peft"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert main(["info", str(folder)]) == 2
+    assert f"an adapter of PEFT's, not one of this package. To have it as one: hf-ptune convert '{folder}'" in (
+        capsys.readouterr().err
+    )
