@@ -1,6 +1,7 @@
 """The base under an adapter: what it is, how it is loaded, and what of it belongs to the adapter."""
 
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import (
     AutoModel,
@@ -28,10 +27,9 @@ from transformers.models.auto import modeling_auto
 from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
-from transformers.utils.hub import extract_commit_hash
 
 from hf_ptune.adapter_file import shorten
-from hf_ptune.errors import DEVICE_FAILURES, BackboneError, PTuneError
+from hf_ptune.errors import DEVICE_FAILURES, AdapterFileError, BackboneError, PTuneError
 from hf_ptune.methods.bitfit import bias_names
 
 # task -> Auto class that loads the base, names of the classes that do the task, whether a fresh head comes with it
@@ -167,6 +165,23 @@ def place_of(base: str) -> str:
     return str(path.resolve()) if path.exists() else base
 
 
+def check_target(folder: str | os.PathLike[str], base: str | None) -> None:
+    """Refuse to write an adapter over its own base.
+
+    Args:
+        folder: where it is to be written.
+        base: folder, id or `package:` name of the base.
+
+    Raises:
+        AdapterFileError: it is the base's folder.
+    """
+    if base is not None and place_of(base) == str(Path(folder).resolve()):
+        raise AdapterFileError(
+            f"{os.fspath(folder)} is the folder of the base, whose configuration and weights an adapter would "
+            "replace. Name another folder."
+        )
+
+
 def _folders(root: Path) -> list[str]:
     return [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("_")]
 
@@ -174,22 +189,6 @@ def _folders(root: Path) -> list[str]:
 def is_hub_id(base: str | None) -> bool:
     """Whether a name could be a repository's on the Hub."""
     return base is not None and _HUB_ID.fullmatch(base) is not None and not base.startswith(".")
-
-
-def cached_commit(base: str | None, revision: str | None = None) -> str | None:
-    """The commit of a base on the Hub that the cache holds as a branch; transformers itself keeps none.
-
-    Args:
-        base: what the backbone was loaded by.
-        revision: the branch, or a commit; the main branch when unset.
-    """
-    if base is None or not is_hub_id(base) or Path(base).exists():
-        return None
-    try:
-        path = try_to_load_from_cache(base, "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    return extract_commit_hash(path, None) if isinstance(path, str) else None
 
 
 def read_tokenizer(source: str, revision: str | None = None, **hub: Any) -> Any:

@@ -412,7 +412,7 @@ class PTuneConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         base = self._known_base()
-        if base is None or name.startswith("_"):
+        if base is None or name.startswith("_") or name in _NOT_OF_A_BASE:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         try:
             return getattr(base, name)

@@ -25,6 +25,7 @@ from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import WEIGHTS_NAME, read_tensors
+from hf_ptune.backbone import check_target
 from hf_ptune.errors import PTuneError
 from hf_ptune.methods import get_method
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
@@ -283,6 +284,7 @@ def _train(trainer: Any, original: Any, resume_from_checkpoint: Any = None, *arg
     A prompt is used in every step; what a callback has made part of the adapter by now may not be.
     """
     config, handler = trainer.model.config, trainer.accelerator.ddp_handler
+    check_target(trainer.args.output_dir, config.base_model_name_or_path)
     prompt_alone = get_method(config.method).kind is not None and not (config.modules_to_save or config.train_backbone)
     if handler is not None and trainer.args.ddp_find_unused_parameters is None and prompt_alone:
         handler.find_unused_parameters = False

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from hf_ptune.adapter_file import check_tensors, digest_of, find_weights, read_header, shorten
 from hf_ptune.backbone import blaming, load_backbone, resolve
+from hf_ptune.base_settings import tell
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError
 from hf_ptune.injection import body_of, find_geometry
@@ -136,9 +137,10 @@ def load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[P
         ". Set base_model_name_or_path in config.json to the folder or id of the base that the adapter was trained on."
     )
     with blaming(name, cure):
-        own = AutoConfig.from_pretrained(
-            resolve(name), revision=revision, trust_remote_code=False, **hub
-        ).get_text_config()
+        whole = AutoConfig.from_pretrained(resolve(name), revision=revision, trust_remote_code=False, **hub)
+        if (stored := getattr(whole, "quantization_config", None)) is not None:
+            base.quantization_config = stored  # how its weights are stored is no choice of who loads them
+        own = whole.get_text_config()
         text = base.get_text_config()
         wanted, present = getattr(text, "vocab_size", None), getattr(own, "vocab_size", None)
         _check_sizes(text, own, name)
@@ -153,6 +155,21 @@ def load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[P
         "unless modules_to_save names the embeddings."
     )
     return backbone, absent
+
+
+def tell_settings(backbone: PreTrainedModel, config: PTuneConfig) -> None:
+    """Let a base that is in memory have the labels and special tokens that were saved with an adapter.
+
+    Args:
+        backbone: the base.
+        config: of the adapter.
+    """
+    said: dict[str, Any] = config.base.to_dict()
+    names = [n for n in said if n.endswith("_token_id")]
+    if config.num_labels == backbone.config.num_labels:
+        names += ["id2label", "label2id", "problem_type"]
+    for name in names:
+        tell(backbone.config, name, getattr(config.base, name), set())
 
 
 def read_generation(source: str, backbone: PreTrainedModel, own: dict[str, Any]) -> GenerationConfig:

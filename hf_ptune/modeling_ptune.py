@@ -11,7 +11,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
-from hf_ptune.backbone import TASKS, adapter_names, count_parameter, make_backbone
+from hf_ptune.backbone import TASKS, adapter_names, count_parameter, head_names, make_backbone
 from hf_ptune.backbone_dropout import BackboneDropout
 from hf_ptune.batch_share import count_labels, with_share
 from hf_ptune.configuration_ptune import PTuneConfig
@@ -40,6 +40,7 @@ from hf_ptune.sharding import in_parts, units_of, whole, write
 
 logger = hf_logging.get_logger(__name__)
 _OWNER = "_ptune_owner"
+CHANGED = "_ptune_changed"  # on a backbone: names of parameters that an adapter has trained and left in it
 
 
 class PTunePreTrainedModel(SavedAdapter):
@@ -72,6 +73,7 @@ class PTunePreTrainedModel(SavedAdapter):
         self._dropout = BackboneDropout(body_of(backbone), config.backbone_dropout or config.train_backbone)
         method = get_method(config.method)
         self._adopt(backbone)
+        self._biases = self._biases_of(backbone)
         if fresh := not config.geometry:
             config.geometry = find_geometry(backbone)
         config.prompt_tuning_init = choose_start(config)
@@ -106,7 +108,17 @@ class PTunePreTrainedModel(SavedAdapter):
                     stacklevel=4,
                 )
             previous._release()
+            previous._put_back()
         backbone.__dict__[_OWNER] = Owner(self)
+
+    def _biases_of(self, backbone: PreTrainedModel) -> dict[str, Tensor]:
+        """Copies of what BitFit will train, its head apart; whole ones alone."""
+        if self.config.method != "bitfit" or self.config.train_backbone:
+            return {}
+        names = adapter_names(backbone, "bitfit", self.task, None) - head_names(backbone, self.task)
+        return {
+            n: p.detach().clone() for n, p in backbone.named_parameters() if n in names and p.numel() and not p.is_meta
+        }
 
     def _build_prompt(self, kind: PromptKind) -> None:
         config = self.config
@@ -309,14 +321,34 @@ class PTunePreTrainedModel(SavedAdapter):
             injector.enabled = before
 
     def unwrap(self) -> PreTrainedModel:
-        """Give the backbone back as it was before it was wrapped, with the head that has been trained."""
+        """Give the backbone back as it was before it was wrapped, with the head that has been trained.
+
+        BitFit's biases are those of before, too; modules of `modules_to_save`, and a base that was trained along, stay
+        as they have been trained.
+        """
         self._release()
+        self._put_back()
         forget_captures(self.backbone)
         self.backbone.__dict__.pop(_OWNER, None)
         for name, parameter in self.backbone.named_parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(name in self._was_trainable)
         return self.backbone
+
+    def _put_back(self) -> None:
+        """Give the backbone its biases of before; note what else of it has been trained, its head apart."""
+        parameters = dict(self.backbone.named_parameters())
+        with torch.no_grad():
+            for name, value in self._biases.items():
+                if name in parameters and parameters[name].shape == value.shape:
+                    parameters[name].copy_(value)
+        config = self.config
+        if config.modules_to_save or config.train_backbone:
+            trained = adapter_names(
+                self.backbone, config.method, self.task, config.modules_to_save, whole=config.train_backbone
+            )
+            kept = trained - head_names(self.backbone, self.task) - set(self._biases)
+            self.backbone.__dict__[CHANGED] = {*kept, *self.backbone.__dict__.get(CHANGED, ())}
 
     def _release(self) -> None:
         """Take every hook off the backbone, and give it its dropout back."""

@@ -21,6 +21,7 @@ from hf_ptune.configuration_ptune import READINGS, PTuneConfig
 from hf_ptune.errors import PTuneError
 from hf_ptune.hub import adapter_files, commit_of, license_of, push_folder
 from hf_ptune.methods import get_method
+from hf_ptune.pinning import UNPINNED
 from hf_ptune.templates import name_virtual_tokens
 
 logger = logging.get_logger(__name__)
@@ -293,6 +294,15 @@ def publish(model: Any, repo_id: str, *, tokenizer: Any = None, keep_encoder: bo
         logger.warning(
             "the adapter's base is a folder of this machine, which nobody else has. Set "
             "model.config.base_model_name_or_path to its id on the Hub before pushing."
+        )
+    elif (
+        model.__dict__.get(UNPINNED)
+        and model.config.base_model_revision is None
+        and model.backbone.name_or_path == base
+    ):
+        logger.warning(
+            f"the adapter does not pin a commit of {base}: which one its base was loaded from is not known. Set "
+            "model.config.base_model_revision before pushing."
         )
     elif model.config.base_model_revision is None:
         model.config.base_model_revision = commit_of(base, token=push.get("token"))

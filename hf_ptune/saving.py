@@ -9,9 +9,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_ptune.adapter_file import check_tensors, digest_of, is_foreign, read_tensors, staged, write_tensors
+from hf_ptune.backbone import check_target
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError
-from hf_ptune.loading import HUB_KEYS, check_prompt, find_adapter, load_base, read_generation, settle_geometry
+from hf_ptune.loading import (
+    HUB_KEYS,
+    check_prompt,
+    find_adapter,
+    load_base,
+    read_generation,
+    settle_geometry,
+    tell_settings,
+)
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import check_base, choose_sites, settled_reading
@@ -25,7 +34,6 @@ _NOT_FOR_THE_BASE = (
     "weights_only",
     "_from_auto",
     "_commit_hash",
-    "state_dict",
     "adapter_kwargs",
 )
 
@@ -65,7 +73,11 @@ class SavedAdapter(PreTrainedModel):
             state_dict: a gathered state dict of the whole wrapper.
             push_to_hub: also upload the folder.
             flatten: fold the reparameterisation into the written prompt; it cannot be trained further then.
+
+        Raises:
+            AdapterFileError: the folder is that of the base, which would be lost.
         """
+        check_target(save_directory, self.config.base_model_name_or_path)
         tensors = self.adapter_state_dict(state_dict)
         config = self.config
         config.set_base(self.backbone.config)  # which may have changed since
@@ -166,6 +178,7 @@ class SavedAdapter(PreTrainedModel):
             ConfigError: the configuration describes no adapter, or one of another task.
         """
         source = os.fspath(pretrained_model_name_or_path)
+        given = kwargs.pop("state_dict", None)
         with_info = kwargs.pop("output_loading_info", False)
         for name in _NOT_FOR_THE_BASE:
             kwargs.pop(name, None)
@@ -190,6 +203,7 @@ class SavedAdapter(PreTrainedModel):
             backbone, absent = load_base(cls.task, config, hub | kwargs)
         else:
             check_base(backbone, config)
+            tell_settings(backbone, config)
             absent = set()
         with running(backbone):
             settle_geometry(config, backbone, structure.get("geometry"))
@@ -201,6 +215,9 @@ class SavedAdapter(PreTrainedModel):
             base = config.base_model_name_or_path
             raise BackboneError(f"the base {base!r} has no weights for {unknown[:5]}: it is not the adapter's own.")
         model.load_adapter_state_dict(prompt | read_tensors(path, set(found) - set(prompt)))
+        if given is not None:
+            model.load_adapter_state_dict(model.adapter_state_dict(given))
+        model.__dict__["_ptune_source"] = source, own
         model.eval()
         if model.can_generate():
             model.generation_config = backbone.generation_config = read_generation(source, backbone, own)

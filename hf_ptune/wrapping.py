@@ -7,12 +7,13 @@ from transformers.utils import logging
 
 from hf_ptune import prompt_start
 from hf_ptune.adapter_file import shorten
-from hf_ptune.backbone import cached_commit, task_of
+from hf_ptune.backbone import anchored, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError
 from hf_ptune.injection import complaint
 from hf_ptune.methods import PromptKind
-from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel
+from hf_ptune.modeling_ptune import CHANGED, CLASSES, PTunePreTrainedModel
+from hf_ptune.pinning import UNPINNED, find_commit
 from hf_ptune.position_tables import positions_of_prompt, token_room
 from hf_ptune.sharding import running
 from hf_ptune.templates import name_virtual_tokens
@@ -42,19 +43,32 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
         raise ConfigError("the model is wrapped already; pass its backbone, or continue training it as it is.")
     if not isinstance(backbone, PreTrainedModel):
         raise BackboneError(f"expected a transformers PreTrainedModel, found {type(backbone).__name__}.")
+    if getattr(backbone, "_hf_peft_config_loaded", False):
+        raise BackboneError(
+            f"{type(backbone).__name__} has an adapter of PEFT inside, which a prompt's folder would not keep. Merge "
+            "it, save the merged model, and load that."
+        )
+    if changed := backbone.__dict__.get(CHANGED):
+        logger.warning(
+            f"{', '.join(sorted(changed)[:5])} of the base were trained by an earlier adapter: what is trained now "
+            "answers otherwise on the base as it is loaded. Load the base anew."
+        )
     settings = {k: v for k, v in config.to_dict().items() if k not in ("base_config", "geometry", "model_type")}
     config = PTuneConfig.from_dict(settings)
     config.task = task_of(backbone)
     config.base_class = type(backbone).__name__
     config.set_base(backbone.config)
-    config.base_model_name_or_path = config.base_model_name_or_path or backbone.name_or_path or None
+    name = config.base_model_name_or_path or backbone.name_or_path or None
+    config.base_model_name_or_path = None if name is None else anchored(name)
     revision = config.base_model_revision
-    config.base_model_revision = cached_commit(config.base_model_name_or_path, revision) or revision
+    found = find_commit(backbone, name, revision)
+    config.base_model_revision = found or revision
     if config.places_tokens and (tokenizer is not None or config.virtual_token_ids is None):
         tokenizer = tokenizer if tokenizer is not None else prompt_start.base_tokenizer(config)
         name_virtual_tokens(config, tokenizer)
     with running(backbone):
         model = _wrap(backbone, config, tokenizer)
+    model.__dict__[UNPINNED] = found == ""
     if model.prompt is not None and config.geometry["skipped"]:
         logger.warning(f"layers without attention take no prefix: {', '.join(config.geometry['skipped'])}")
     return model

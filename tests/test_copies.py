@@ -1,6 +1,7 @@
 """A wrapper's life beside training: copies, pickles, threads, inference mode, other embeddings and other weights."""
 
 import copy
+import logging
 import pickle
 import sys
 import threading
@@ -92,6 +93,27 @@ def test_the_first_calls_may_come_from_several_threads(method: str, wrap: Wrap) 
         for thread in threads:
             thread.join()
     assert len(found) == 20 and all(torch.allclose(f, expected, atol=1e-9) for f in found)
+
+
+def test_a_base_has_its_biases_of_before_again() -> None:
+    base, inputs = build("gpt2"), batch("gpt2")
+    with torch.no_grad():
+        expected = base(**inputs).logits
+        model = get_ptune_model(base, PTuneConfig(method="bitfit"))
+        change(model)
+        assert not torch.allclose(model(**inputs).logits, expected, atol=1e-3)
+        assert torch.equal(model.unwrap()(**inputs).logits, expected)
+        change(get_ptune_model(base, PTuneConfig(method="bitfit")))
+        again = get_ptune_model(base, PTuneConfig(num_virtual_tokens=2))
+        assert torch.equal(again.unwrap()(**inputs).logits, expected)
+
+
+def test_a_base_that_an_adapter_has_changed_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
+    monkeypatch.setattr(logging.getLogger("hf_ptune.wrapping"), "propagate", True)
+    base = build("gpt2")
+    get_ptune_model(base, PTuneConfig(num_virtual_tokens=2, modules_to_save=["ln_f"])).unwrap()
+    get_ptune_model(base, PTuneConfig(num_virtual_tokens=2))
+    assert "ln_f" in caplog.text and "trained by an earlier adapter" in caplog.text
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Push and pull against a Hub that fails: one commit, nothing lost, nothing half-written, no wrong answer."""
 
 import json
+import logging
 import shlex
 import subprocess
 import sys
@@ -55,6 +56,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServe
         (base / "README.md").write_text("---\nlicense: bsd-3-clause\n---\n# A tiny base\n")
         hub.add_repo("alice/base", {p.name: p.read_bytes() for p in base.iterdir()})
         connect(monkeypatch, hub)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "default"))
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # both remember the Hub of their first call
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
         monkeypatch.setattr(pushing, "_wait", lambda *_: 0.0)
@@ -401,13 +403,36 @@ def test_a_warm_cache_serves_offline(
     assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
 
 
-def test_the_commit_of_a_base_is_read_from_the_cache(
-    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "default"))
+def test_the_commit_of_a_base_is_read_from_the_cache(server: HubServer, tmp_path: Path) -> None:
     backbone = AutoModelForCausalLM.from_pretrained("alice/base", cache_dir=tmp_path / "default", token=TOKEN)
     config = get_ptune_model(backbone, PTuneConfig(num_virtual_tokens=2)).config
     assert config.base_model_revision == server.repos["alice/base"].at().id
+
+
+def test_a_base_of_another_branch_is_pinned_to_its_commit(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether the main branch is in the cache as well or not; a base that has been trained since is of no commit."""
+    monkeypatch.setattr(logging.getLogger("hf_ptune.pinning"), "propagate", True)
+    first = server.repos["alice/base"].at().id
+    torch.manual_seed(5)
+    build("llama", initializer_range=0.1).float().save_pretrained(tmp_path / "newer")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "newer").iterdir()}
+    server.repos["alice/base"].commit(files, "New weights")
+    where = {"cache_dir": tmp_path / "default", "token": TOKEN}
+    for also_main in (False, True):
+        if also_main:
+            AutoModelForCausalLM.from_pretrained("alice/base", **where)
+        base = AutoModelForCausalLM.from_pretrained("alice/base", revision=first, **where)
+        assert get_ptune_model(base, PTuneConfig(num_virtual_tokens=2)).config.base_model_revision == first
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.1)
+    model = get_ptune_model(base, PTuneConfig(num_virtual_tokens=2))
+    assert model.config.base_model_revision is None and "pins none" in caplog.text
+    model.push_to_hub("alice/rev", token=TOKEN, tokenizer=words())
+    config = PTuneConfig.from_pretrained("alice/rev", token=TOKEN)
+    assert config.base_model_revision is None
 
 
 def test_the_base_is_taken_at_its_commit(server: HubServer, model: Any, cache: dict[str, Any], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ LAYERS = [
     {"config_checks"},
     {"configuration_ptune", "injection", "backbone"},
     {"cards", "placement", "loss_at_labels", "logits_at", "batch_share", "position_tables"},
-    {"hub", "loading", "prompt_transfer", "prompt_start"},
+    {"hub", "loading", "pinning", "prompt_transfer", "prompt_start"},
     {"publishing"},
     {"saving"},
     {"modeling_ptune"},

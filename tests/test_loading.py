@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5EncoderModel,
+    Trainer,
+    TrainingArguments,
 )
 
 from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
@@ -209,6 +211,59 @@ def test_a_base_of_another_shape_is_refused(adapter: Path, tmp_path: Path) -> No
         AutoModelForCausalLM.from_pretrained(adapter)
 
 
+def test_the_folder_of_the_base_is_not_overwritten(tmp_path: Path) -> None:
+    build("llama").float().save_pretrained(tmp_path / "base")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    model = get_ptune_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PTuneConfig(num_virtual_tokens=3))
+    with pytest.raises(AdapterFileError, match="is the folder of the base"):
+        model.save_pretrained(tmp_path / "base")
+    rows = [{k: v[0] for k, v in batch("llama").items()}]
+    arguments = TrainingArguments(tmp_path / "base", max_steps=1, report_to=[], use_cpu=True)
+    with pytest.raises(AdapterFileError, match="is the folder of the base"):
+        Trainer(model, arguments, train_dataset=rows).train()
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+
+
+def test_a_relative_base_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama").float().save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    model = get_ptune_model(AutoModelForCausalLM.from_pretrained("base"), PTuneConfig(num_virtual_tokens=3))
+    model.save_pretrained("adapter")
+    monkeypatch.chdir("/")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+def test_a_base_with_an_adapter_of_peft_inside_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    base = build("llama")
+    base.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(BackboneError, match="has an adapter of PEFT inside"):
+        get_ptune_model(base, PTuneConfig(num_virtual_tokens=3))
+
+
+def test_tensors_that_are_given_come_before_those_of_the_file(adapter: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(adapter)
+    state = {n: t + 1 for n, t in model.state_dict().items()}
+    loaded = AutoModelForCausalLM.from_pretrained(adapter, state_dict=state)
+    assert torch.equal(loaded.prompt.weight, state["prompt.weight"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bases_that_are_stored_quantised(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    build("llama", hidden_size=64, head_dim=16, intermediate_size=64).float().save_pretrained(tmp_path / "full")
+    how = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "full", quantization_config=how)
+    stored.save_pretrained(tmp_path / "base")
+    model = get_ptune_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PTuneConfig(num_virtual_tokens=3))
+    model.eval().save_pretrained(tmp_path / "adapter")
+    assert "quantization_config" not in (tmp_path / "adapter" / "config.json").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.allclose(loaded(**batch("llama")).logits, model(**batch("llama")).logits, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_backbones(bits: int, tmp_path: Path) -> None:
@@ -275,6 +330,21 @@ def test_an_adapter_loads_on_a_base_in_memory(family: str, task: str | None, wra
     assert loaded.backbone is backbone and not loaded.training
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, expected)
+
+
+def test_a_base_in_memory_takes_the_labels_and_pads_that_were_saved(wrap: Wrap, tmp_path: Path) -> None:
+    model = wrap("gpt2", "p_tuning_v2", "SEQ_CLS")
+    names = [f"topic {n}" for n in range(model.config.num_labels)]
+    model.config.id2label, model.config.pad_token_id = dict(enumerate(names)), 7
+    model.save_pretrained(tmp_path)
+    rows = torch.tensor([[5, 6, 9, 8], [5, 6, 7, 7]])
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, backbone=build("gpt2", "SEQ_CLS"))
+    assert loaded.config.pad_token_id == loaded.backbone.config.pad_token_id == 7
+    assert list(loaded.config.id2label.values()) == list(loaded.backbone.config.id2label.values()) == names
+    with torch.no_grad():
+        assert torch.allclose(loaded(rows).logits, model(rows).logits, atol=1e-6)
+    loaded.save_pretrained(tmp_path / "again")
+    assert list(AutoConfig.from_pretrained(tmp_path / "again").id2label.values()) == names
 
 
 def test_another_base_in_memory_is_refused(adapter: Path) -> None:
