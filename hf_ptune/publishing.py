@@ -295,17 +295,14 @@ def publish(model: Any, repo_id: str, *, tokenizer: Any = None, keep_encoder: bo
             "the adapter's base is a folder of this machine, which nobody else has. Set "
             "model.config.base_model_name_or_path to its id on the Hub before pushing."
         )
-    elif (
-        model.__dict__.get(UNPINNED)
-        and model.config.base_model_revision is None
-        and model.backbone.name_or_path == base
-    ):
-        logger.warning(
-            f"the adapter does not pin a commit of {base}: which one its base was loaded from is not known. Set "
-            "model.config.base_model_revision before pushing."
-        )
     elif model.config.base_model_revision is None:
-        model.config.base_model_revision = commit_of(base, token=push.get("token"))
+        if model.__dict__.get(UNPINNED) and model.backbone.name_or_path == base:
+            logger.warning(
+                f"the adapter does not pin a commit of {base}: which one its base was loaded from is not known. Set "
+                "model.config.base_model_revision before pushing."
+            )
+        else:
+            model.config.base_model_revision = commit_of(base, token=push.get("token"))
     folder = Path(tempfile.mkdtemp(prefix="hf_ptune-"))
     facts = inherit_license(facts_of(model, state_dict=tensors), push.get("token"))
     write_repository(
