@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import ENCODERS, METHODS, batch, takes_bitfit
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from hf_ptune import PTunePreTrainedModel
 
@@ -103,6 +104,19 @@ def test_passes_between_a_pass_and_its_backward_change_no_gradient(
 def test_each_pass_keeps_what_its_dropout_drew(family: str, method: str, reentrant: bool, wrap: Wrap) -> None:
     model, inputs = wrap(family, method, prefix_dropout=0.5).train(), batch(family)
     assert_checkpoints_change_nothing(model, reentrant, lambda: two_losses(model, inputs))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layers_that_an_engine_wraps_in_checkpoints(case: Callable[..., Tensor], wrap: Wrap) -> None:
+    """As FSDP's activation checkpointing does, once the model is made."""
+    model, inputs = wrap("llama", "p_tuning_v2", prefix_dropout=0.5).train(), batch("llama") | {"use_cache": False}
+    expected = dict(gradients(model, lambda: case(model, inputs)))
+    layers = model.backbone.model.layers
+    for number, layer in enumerate(layers):
+        layers[number] = checkpoint_wrapper(layer, preserve_rng_state=False)
+    found = [gradient for _, gradient in gradients(model, lambda: case(model, inputs))]
+    for gradient, wanted in zip(found, expected.values(), strict=True):
+        assert torch.allclose(gradient, wanted, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["p_tuning_v2", "prompt_tuning"])

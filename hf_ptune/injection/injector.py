@@ -178,7 +178,7 @@ class Injector:
                 module = self.body.get_submodule(site.name)
                 sites.place(module, site)
                 self.watch.add(module)
-            self.recomputations = recomputations(self.body, self.sites)
+            self.recomputations = recomputations(self.body)
             self.install()
             add(self.body.register_forward_pre_hook(self._before_body, with_kwargs=True, prepend=True))
             add(self.body.register_forward_hook(self._after_body, always_call=True))
@@ -298,6 +298,8 @@ class Injector:
         """Let what the pass that begins has checkpointed run again with its own prefixes."""
         self._free_checkpoints()  # those of a pass that went down
         if self.backbone.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if self.recomputations and not self.recomputations[-1].stands_in(self.body):
+                self.recomputations = recomputations(self.body)
             self.bound = [r for r in self.recomputations if r.begin()]
 
     def _free_checkpoints(self) -> None:

@@ -4,41 +4,54 @@ Sites hold the prefixes of the latest pass. Another one, of a second loss or wit
 pass and its backward.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_ptune.injection.sites import Site
+from hf_ptune.injection.sites import Site, site_of
 
-_FUNCTION = "_gradient_checkpointing_func"
+_OF_LAYERS = "_gradient_checkpointing_func"
+_OF_WRAPPERS = "checkpoint_fn"  # torch's modules around a layer, as FSDP's activation checkpointing puts them
 
 
 class Recomputation:
     """Stand for a layer's checkpoint function while a pass runs.
 
     Args:
+        name: path of the layer in its body.
         layer: what runs under the checkpoint.
         sites: those in it.
     """
 
-    def __init__(self, layer: nn.Module, sites: Sequence[Site]) -> None:
+    def __init__(self, name: str, layer: nn.Module, sites: list[Site]) -> None:
+        self.name = name
         self.layer = layer
         self.sites = sites
+        self.place = ""
         self.function: Callable[..., Any] | None = None  # the layer's own
 
+    def stands_in(self, body: nn.Module) -> bool:
+        """Whether the layer is still where it was, and not in a wrapper that an engine has put there."""
+        found: Any = body
+        for part in filter(None, self.name.split(".")):
+            found = getattr(found, part, None)
+        return found is self.layer
+
     def begin(self) -> bool:
-        """Take the place of the layer's function, if the layer runs under it; whether it does."""
-        function = self.layer.__dict__.get(_FUNCTION)
-        if function is None or not (self.layer.training and getattr(self.layer, "gradient_checkpointing", False)):
+        """Take the place of the layer's function, if the layer runs under one; whether it does."""
+        held = self.layer.__dict__
+        checkpoints = self.layer.training and getattr(self.layer, "gradient_checkpointing", False)
+        self.place = _OF_WRAPPERS if _OF_WRAPPERS in held else _OF_LAYERS if checkpoints else ""
+        if self.place not in held:
             return False
-        self.layer.__dict__[_FUNCTION], self.function = self, function
+        held[self.place], self.function = self, held[self.place]
         return True
 
     def end(self) -> None:
         """Give the layer its function back."""
-        self.layer.__dict__[_FUNCTION], self.function = self.function, None
+        self.layer.__dict__[self.place], self.function = self.function, None
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self.function is not None
@@ -57,11 +70,8 @@ class Recomputation:
         return self.function(again, *args, **kwargs)
 
 
-def recomputations(body: nn.Module, sites: Sequence[Site]) -> list[Recomputation]:
+def recomputations(body: nn.Module) -> list[Recomputation]:
     """One for every module of a body that can run under checkpoints and has sites inside."""
-    found = []
-    for name, module in body.named_modules():
-        inside = [s for s in sites if not name or f"{s.name}.".startswith(f"{name}.")]
-        if inside and hasattr(module, "gradient_checkpointing"):
-            found.append(Recomputation(module, inside))
-    return found
+    layers = ((n, m) for n, m in body.named_modules() if hasattr(m, "gradient_checkpointing"))
+    inside = ((n, m, [s for part in m.modules() if (s := site_of(part)) is not None]) for n, m in layers)
+    return [Recomputation(*found) for found in inside if found[2]]
