@@ -228,7 +228,7 @@ class FreezeBackboneCallback(TrainerCallback):
             raise PTuneError(
                 f"trainable are {len(trainable)} parameters, expected the adapter's {len(expected)}: "
                 f"not trained [{some(expected - trainable)}], trained also [{some(trainable - expected)}]. "
-                "Pass  FreezeBackboneCallback in Trainer(callbacks=[...]), which freezes in time, and leave "
+                "Pass FreezeBackboneCallback in Trainer(callbacks=[...]), which freezes in time, and leave "
                 "requires_grad alone afterwards."
             )
 
