@@ -125,6 +125,9 @@ def remake_card(folder: Path, seeds: list[Path], repo_id: str | None = None) -> 
         PTuneError: a folder without facts, or facts of another run.
     """
     facts = merge_seeds([RunFacts.load(f) for f in (folder, *seeds)])
+    for name in (CARD_NAME, CURVES_NAME):
+        if (folder / name).is_symlink():
+            (folder / name).unlink()  # into the Hub's cache, whose own file stays
     curves = draw_curves(facts, folder / CURVES_NAME)
     make_card(facts, repo_id or folder.resolve().name, curves).save(folder / CARD_NAME)
     return folder / CARD_NAME
@@ -338,8 +341,8 @@ def tokenizer_of(config: PTuneConfig, source: str | os.PathLike[str] | None = No
     if source is not None:
         try:
             return read_tokenizer(os.fspath(source), **{k: v for k, v in hub.items() if v is not None})
-        except (OSError, ValueError, KeyError):
-            pass  # the base's is as good
+        except Exception as error:  # whatever a damaged file raises, the base has one too
+            logger.info(f"{source} has no tokenizer of its own ({shorten(error)}); the base's is taken.")
     base = config.base_model_name_or_path
     if base is None:
         return None

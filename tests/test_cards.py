@@ -273,6 +273,14 @@ def test_a_card_is_made_again_from_its_facts(wrap: Wrap, tmp_path: Path) -> None
     assert str(make_card(RunFacts.load(tmp_path), "user/adapter")) == (tmp_path / "README.md").read_text()
 
 
+def test_a_card_made_again_leaves_what_its_old_one_was_a_link_to(tmp_path: Path) -> None:
+    RunFacts("p_tuning", "CAUSAL_LM").save(tmp_path)
+    (tmp_path / "blob").write_text("old")
+    (tmp_path / "README.md").symlink_to("blob")
+    assert main(["card", str(tmp_path)]) == 0
+    assert (tmp_path / "blob").read_text() == "old" and "P-Tuning" in (tmp_path / "README.md").read_text()
+
+
 def test_seeds_are_summarised() -> None:
     runs = [
         RunFacts("p_tuning_v2", "SEQ_CLS", base="user/base", seeds=[n], metrics=[{"accuracy": value}])

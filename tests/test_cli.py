@@ -190,6 +190,14 @@ def test_a_repository_gets_the_tokenizer_of_the_folder_that_was_loaded(tmp_path:
     assert "<user>" not in AutoTokenizer.from_pretrained(tmp_path / "other").get_vocab()
 
 
+def test_convert_takes_the_base_s_tokenizer_where_the_adapter_s_is_damaged(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "ours", tmp_path / "base")
+    tokenizer_of("wordpiece").save_pretrained(tmp_path / "base")
+    (tmp_path / "ours" / "tokenizer.json").write_text("{")
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "new")]) == 0
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "new")) == len(AutoTokenizer.from_pretrained(tmp_path / "base"))
+
+
 def test_a_failed_convert_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_adapter(tmp_path / "ours", tmp_path / "base", method="prompt_tuning", template="{text} [P2] [MASK]")
     for path in (tmp_path / "ours").glob("token*"):

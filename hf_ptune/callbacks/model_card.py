@@ -154,7 +154,8 @@ def _measured(args: TrainingArguments, state: TrainerState, history: list[dict[s
     step, afterwards = state.global_step, []
     if ends and args.load_best_model_at_end and state.best_model_checkpoint is not None:
         afterwards = [e for e in history[ends[-1] :] if _named(e, "eval_")]
-        step = int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
+        number = Path(state.best_model_checkpoint).name.rpartition("-")[2]
+        step = int(number) if number.isdigit() else state.best_global_step
     chosen = afterwards or [e for e in history if e.get("step") == step and _named(e, "eval_")]
     found = {k.removeprefix("eval_"): v for entry in chosen for k, v in _named(entry, "eval_").items()}
     for entry in history if found else []:
