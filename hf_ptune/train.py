@@ -63,6 +63,7 @@ from hf_ptune.wrapping import get_ptune_model
 logger = logging.get_logger(__name__)
 ADAPTER_FOLDER = "adapter"
 _QUESTIONS = 3
+_OF_PARTS = {"batch_eval_metrics": True, "prediction_loss_only": True, "eval_do_concat_batches": False}
 _MEASURING = ("reduce_lr_on_plateau", "greedy")  # schedules
 
 
@@ -193,9 +194,10 @@ def make_arguments(recipe: Recipe, pairs: bool = False, causal: bool = False) ->
     settings |= recipe.defaults(pairs, causal).training | recipe.training
     if settings.get("max_steps") == 0 or (settings.get("max_steps", -1) < 0 and settings.get("num_train_epochs") == 0):
         raise RecipeError("training.max_steps or num_train_epochs is 0; expected a step at least (max_steps: 1).")
-    for name in ("batch_eval_metrics", "prediction_loss_only"):
-        if settings.get(name):
-            raise RecipeError(f"training.{name} is true, but tasks measure all held-out rows at once; leave it out.")
+    for name, value in _OF_PARTS.items():
+        if settings.get(name) is value:
+            said = str(value).lower()
+            raise RecipeError(f"training.{name} is {said}, but tasks measure all held-out rows at once; leave it out.")
     if recipe.learning_rate_decay is not None and settings.get("lr_scheduler_type") in _MEASURING:
         raise RecipeError(
             f"training.lr_scheduler_type is {settings['lr_scheduler_type']}, which follows measurements, beside "

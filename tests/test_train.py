@@ -22,7 +22,7 @@ from hf_ptune.data import load_rows
 from hf_ptune.errors import BackboneError, RecipeError
 from hf_ptune.fresh_base import load_base, load_tokenizer
 from hf_ptune.recipe import make_recipe
-from hf_ptune.train import main, make_arguments, make_config, make_trainer, run, wrap_base
+from hf_ptune.train import evaluate, main, make_arguments, make_config, make_trainer, run, wrap_base
 
 ROOT = Path(__file__).parents[1]
 LETTERS = "abcdefgh"
@@ -235,10 +235,50 @@ def test_answers_end_where_positions_do(family: str, task: str, tmp_path: Path) 
     assert run(make_recipe(content, folder=tmp_path)).answers
 
 
+LENGTHS: dict[str, Any] = {  # rows of many lengths, and fewer of them than whole batches
+    "TOKEN_CLS": lambda n: {
+        "tokens": [LETTERS[(n + k) % 8] for k in range(1 + n % 7)],
+        "tags": ["B-L" if (n + k) % 8 < 4 else "O" for k in range(1 + n % 7)],
+    },
+    "QUESTION_ANS": lambda n: {
+        "context": " ".join(LETTERS[(n + k) % 8] for k in range(8 + n % 9)),
+        "question": "b",
+        "answers": {"text": ["b"], "answer_start": [2 * ((1 - n) % 8)]},
+    },
+    "SEQ_CLS": lambda n: {
+        "text": " ".join(LETTERS[(n + k) % 8] for k in range(1 + n % 7)),
+        "label": "early" if n % 3 else "late",
+    },
+}
+
+
+@pytest.mark.parametrize("task", list(LENGTHS))
+def test_held_out_rows_are_measured_whole_and_in_order(task: str, tmp_path: Path) -> None:
+    """However training draws its rows."""
+    base = write_base(tmp_path / "base", "bert", task)
+    content = write_recipe(tmp_path, task, base)
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(LENGTHS[task](n)) for n in range(44)))
+    tokenizer, found = load_tokenizer(base), []
+    for further in ({}, {"train_sampling_strategy": "group_by_length"}, {"dataloader_drop_last": True}):
+        recipe = make_recipe(content | {"training": content["training"] | further}, folder=tmp_path)
+        rows = load_rows(recipe)
+        torch.manual_seed(0)
+        model = wrap_base(recipe, rows, tokenizer)
+        trainer = make_trainer(recipe, make_arguments(recipe), model, tokenizer, rows)
+        found.append(evaluate(trainer))
+        assert len(trainer.get_train_dataloader()) == len(rows.train) // 8 + (not trainer.args.dataloader_drop_last)
+    assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
+
+
 def test_refused_arguments(tmp_path: Path) -> None:
-    content = write_recipe(tmp_path, "SEQ_CLS", "base", training={"eval_strategy": "sometimes"})
-    with pytest.raises(RecipeError, match="sometimes"):
-        run(make_recipe(content, folder=tmp_path))
+    for wrong, message in [
+        ({"eval_strategy": "sometimes"}, "sometimes"),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches is false, but tasks measure all"),
+        ({"batch_eval_metrics": True}, "batch_eval_metrics is true, but tasks measure all"),
+    ]:
+        content = write_recipe(tmp_path, "SEQ_CLS", "base", training=wrong)
+        with pytest.raises(RecipeError, match=message):
+            run(make_recipe(content, folder=tmp_path))
 
 
 def test_errors_are_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

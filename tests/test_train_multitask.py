@@ -13,7 +13,7 @@ import transformers
 from hub import HubServer, connect
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from test_train import ROWS, write_base
+from test_train import LENGTHS, ROWS, write_base
 from transformers import AutoTokenizer
 
 from hf_ptune import LearningCallback, PTuneConfig, train
@@ -192,6 +192,19 @@ def test_each_task_becomes_a_repository(
 def test_settings_of_the_trainer(settings: dict[str, Any], content: dict[str, Any], tmp_path: Path) -> None:
     content["training"] |= settings | {"eval_strategy": "epoch", "num_train_epochs": 2}
     assert set(run(make_multitask_recipe(content, folder=tmp_path))) == {"when", "letters"}
+
+
+def test_tasks_are_measured_whole_and_in_order(content: dict[str, Any], tmp_path: Path) -> None:
+    """However training draws its rows."""
+    rows = [LENGTHS["TOKEN_CLS"](n) for n in range(44)]
+    (tmp_path / "TOKEN_CLS.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer, found = load_tokenizer(content["base"]), []
+    for further in ({}, {"train_sampling_strategy": "group_by_length"}, {"dataloader_drop_last": True}):
+        recipe = make_multitask_recipe(content | {"training": content["training"] | further}, folder=tmp_path)
+        torch.manual_seed(0)
+        model, parts = build(recipe, tokenizer)
+        found.append(MultiTaskTrainer(model, make_arguments(recipe.shared), parts, tokenizer).evaluate())
+    assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
 
 
 def test_a_run_that_does_not_learn_is_warned_and_finished(
