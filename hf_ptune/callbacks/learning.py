@@ -25,7 +25,9 @@ _FEWEST_STEPS = 5  # after which a short run may be judged at its end
 # 1e-3, which learnt slowly; 0.11 at 2e-2, which learnt well
 _LEAST_CHANGE = 3e-3
 _RISE, _CERTAIN_RISE, _GAIN, _CLEAR_GAIN = 0.2, 0.5, 0.02, 0.1  # of the first losses
-_LOST = 10.0  # a prompt so many times its own length from its start makes the noise of the losses itself
+# a prompt so many times its own length from its start makes the noise of the losses itself; with a rate far above the
+# usual one sooner: on MiniLM at 50 times, after losses of .69, .82 and 3.76, it was 8 lengths away
+_LOST, _ASTRAY = 10.0, 1.0
 _SMALL_CHANGE = 0.05  # below it, a flat loss is the learning rate's fault: prompts that learnt changed by more
 _FAR = 10.0  # a rate so many times the usual one is not too low, however little a loss falls
 _ERRORS, _RISE_ERRORS = 3.0, 4.0  # standard errors that a fall and a rise of losses have to be beyond
@@ -44,14 +46,15 @@ class LearningCallback(NumbersCallback):
     Found are, each once, as a warning on the first rank with what was measured and the cure:
     `too_high`: loss or prompt is not finite; or, after a quarter of the run and where the prompt has moved, the latest
     quarter of the losses lies above those until the second log by a fifth, or above the first step's by half, either
-    by four standard errors; or by half alone where the prompt has gone ten times its own length, which is noise of its
-    own. `too_low`: after a quarter of the run, and 20 steps after warm-up, the prompt has changed by less than 0.3 %.
-    `flat`: after half of the run, the latest quarter of the losses lies neither below the first step's nor below the
-    first quarter's, by 2 % and three standard errors, nor by 10 % whatever the error. Runs of fewer steps are judged
-    at their end, where they are clear: a loss that rose by half, a prompt that changed by less than 0.03 %. A run that
-    goes on from a checkpoint beyond its first tenth is judged by `too_high` alone: what had been learnt before is not
-    known. So is one whose prompt is no fresh start: it comes from a saved adapter, or has been trained for 20 steps
-    before in this process, unless it was found not to learn there.
+    by four standard errors; or by half alone where the prompt has gone ten times its own length, or its own length at
+    ten times the usual rate, which is noise of its own. `too_low`: after a quarter of the run, and 20 steps after
+    warm-up, the prompt has changed by less than 0.3 %. `flat`: after half of the run, the latest quarter of the losses
+    lies neither below the first step's nor below the first quarter's, by 2 % and three standard errors, nor by 10 %
+    whatever the error; losses of classes that have come down to chance have not fallen by that. Runs of fewer steps
+    are judged at their end, where they are clear: a loss that rose by half, a prompt that changed by less than 0.03 %.
+    A run that goes on from a checkpoint beyond its first tenth is judged by `too_high` alone: what had been learnt
+    before is not known. So is one whose prompt is no fresh start: it comes from a saved adapter, or has been trained
+    for 20 steps before in this process, unless it was found not to learn there.
 
     Losses of several tasks are judged by the mean of what each is beside its own first ones: `loss_<task>` in the logs,
     as `MultiTaskTrainer` writes them. Without those, a model of several tasks is judged by its prompt alone. Steps
@@ -117,7 +120,7 @@ class LearningCallback(NumbersCallback):
         if not last:
             self._latest = float(logs["loss"])
             for task, loss in _losses_by_task(logs, model).items():
-                self._losses.setdefault(task, Losses()).add(loss, state.global_step)
+                self._losses.setdefault(task, Losses(_chance(model, task))).add(loss, state.global_step)
             self._rate = max(self._rate, float(logs["learning_rate"]))
         self._judge(args, state, model, numbers.get("prompt_change"), last)
         if last:
@@ -155,12 +158,16 @@ class LearningCallback(NumbersCallback):
             if not self._late:
                 measured = f"the prompt has changed by {100 * change:.2g} % of its start, expected more than "
                 self._report(state, "too_low", f"{measured}{100 * least:g} %. {self._raise(model, change)}")
-        elif self._has_risen(short, change is not None and change > _LOST) and "too_low" not in self.found:
+        elif self._has_risen(short, self._is_lost(model, change)) and "too_low" not in self.found:
             self._report(state, "too_high", f"{self._tell_rise()}. {self._lower(model)}")
         if short or self._late or self.found or state.global_step < state.max_steps / 2:
             return
         if self._is_flat():
             self._report(state, "flat", f"{self._tell_flat()}. {self._unstick(model, change)}")
+
+    def _is_lost(self, model: PTunePreTrainedModel, change: float | None) -> bool:
+        usual = self._usual(model)
+        return change is not None and change > (_LOST if usual is None or self._rate < _FAR * usual else _ASTRAY)
 
     def _comparable(self) -> dict[str, Losses]:
         return {task: losses for task, losses in self._losses.items() if losses.comparable}
@@ -258,8 +265,8 @@ def _goes_on(model: Any) -> bool:
 
 
 def _falls(trend: Trend) -> bool:
-    clear = any(-fall > max(-math.log1p(-_GAIN), _ERRORS * error) for fall, error in (trend.first, trend.early))
-    return clear or trend.early[0] <= math.log1p(-_CLEAR_GAIN)
+    clear = any(-fall > max(-math.log1p(-_GAIN), _ERRORS * error) for fall, error in trend.falls)
+    return clear or trend.falls[1][0] <= math.log1p(-_CLEAR_GAIN)
 
 
 def _of(task: str) -> str:
@@ -272,6 +279,17 @@ def _losses_by_task(logs: dict[str, Any], model: Any) -> dict[str, float]:
         return {"": float(logs["loss"])}
     named = {task: logs.get(f"{TASK_LOSS}{task}") for task in model.tasks}
     return {task: float(loss) for task, loss in named.items() if loss is not None}
+
+
+def _chance(model: Any, task: str) -> float:
+    """The loss of a head that takes all classes for equally likely; infinite where a loss is of something else."""
+    one = model.model_of(task) if hasattr(model, "model_of") else model
+    if getattr(one, "task", None) not in ("SEQ_CLS", "TOKEN_CLS"):
+        return math.inf
+    kind, count = one.config.problem_type, len(one.config.id2label or {})
+    if kind == "regression" or count < 2:
+        return math.inf
+    return math.log(2 if kind == "multi_label_classification" else count)
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _LEAST_POINTS = 4
+# logarithms of ratios: so little above chance, or below it, losses have come down to what knows nothing
+_AT_CHANCE, _LITTLE = 0.05, 0.01
 
 
 @dataclass(frozen=True)
@@ -16,12 +18,13 @@ class Trend:
     Args:
         first: the latest beside the first loss, and the standard error of that.
         start: beside the first and those of the next log.
-        early: beside the first quarter, without the first.
+        falls: beside the first, and beside the first quarter without it; where the latest are at chance, beside that
+            if it is less.
     """
 
     first: tuple[float, float]
     start: tuple[float, float]
-    early: tuple[float, float]
+    falls: tuple[tuple[float, float], tuple[float, float]]
 
 
 @dataclass
@@ -30,8 +33,14 @@ class Losses:
 
     A loss of 0 comes from a batch without labels, and does not count. Compared are logarithms: a low loss among noisy
     ones would else pass for a low start, and noise grows with the loss.
+
+    Args:
+        chance: the loss of whoever knows nothing of the rows, where that is known.
+        values: as logged.
+        steps: at which.
     """
 
+    chance: float = math.inf
     values: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
 
@@ -64,8 +73,16 @@ class Losses:
         def beside(other: float, logs: float) -> tuple[float, float]:
             return math.log(self.latest) - math.log(other), noise * math.sqrt(1 / logs + 1 / quarter)
 
+        def below(other: float, logs: float) -> tuple[float, float]:
+            return beside(self.chance, math.inf) if at_chance and self.chance < other else beside(other, logs)
+
+        # for two quarters, and no longer on the way down
+        ends = [statistics.fmean(self.values[-2 * quarter : -quarter]), self.latest]
+        above = [math.log(end / self.chance) for end in ends] if self.chance < math.inf else [math.inf]
+        at_chance = min(above) > -_LITTLE and max(above) < _AT_CHANCE and above[0] - above[-1] < _LITTLE
         early = statistics.fmean(self.values[1 : 1 + quarter])
-        return Trend(beside(one, 1 / span), beside(start, first_steps / span), beside(early, quarter))
+        falls = below(one, 1 / span), below(early, quarter)
+        return Trend(beside(one, 1 / span), beside(start, first_steps / span), falls)
 
     def _quarter(self) -> int:
         return max(2, len(self.values) // 4)
@@ -81,4 +98,5 @@ def common_trend(trends: Sequence[Trend]) -> Trend:
     def mean(pairs: list[tuple[float, float]]) -> tuple[float, float]:
         return statistics.fmean(p[0] for p in pairs), math.hypot(*(p[1] for p in pairs)) / len(pairs)
 
-    return Trend(mean([t.first for t in trends]), mean([t.start for t in trends]), mean([t.early for t in trends]))
+    first, early = ([t.falls[k] for t in trends] for k in (0, 1))
+    return Trend(mean([t.first for t in trends]), mean([t.start for t in trends]), (mean(first), mean(early)))

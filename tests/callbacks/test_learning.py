@@ -1,8 +1,10 @@
 """The watch on learning: runs that do not learn are told so once, with the cure; runs that learn are left alone."""
 
 import copy
+import itertools
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from setup_runs import Rows, bert, llama, trainer, wrap
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as hf_logging
 
 from hf_ptune import FreezeBackboneCallback, LearningCallback, MemoryCallback, PTunePreTrainedModel
@@ -128,6 +130,65 @@ def test_noise_is_no_rise() -> None:
             risen.append(end > 100 and callback._has_risen(short=False, lost=False))
         found += any(risen)
     assert found <= 5
+
+
+def replayed(losses: list[float], every: int, change: float, rate: float, usual: float) -> LearningCallback:
+    """The callback that has seen losses logged, the first of them at the first step, of a prompt that has moved so."""
+    callback, model = LearningCallback(usual), wrap(bert())
+    total = every * (len(losses) - 1)
+    arguments = TrainingArguments("out", max_steps=total, report_to=[], use_cpu=True)
+    state = TrainerState(max_steps=total)
+    callback.on_train_begin(arguments, state, TrainerControl(), model=model)
+    with torch.no_grad():
+        model.prompt.weight.mul_(1 + change)
+    for number, loss in enumerate(losses):
+        state.global_step = every * number or 1
+        logs = {"loss": loss, "learning_rate": rate}
+        callback.on_log(arguments, state, TrainerControl(), logs=logs, model=model)
+    return callback
+
+
+# MiniLM on SST-2 and a tiny BERT, at 50 and 75 times the usual rate
+BLOWN_UP = [
+    [0.69, 0.82, 3.76, 1.55, 3.31, 1.42, 1.33, 1.73, 1.6, 1.15, 1.67, 0.89, 1.28, 0.98, 0.96, 0.8, 0.72, 0.81, 0.84],
+    [1.24, 6.41, 8.78, 6.75, 14.96, 6.14, 1.28, 6.9, 4.44, 1.24, 1.63, 1.81, 0.88, 2.55, 5.19, 4.13, 2.32, 0.93, 0.85],
+]
+
+
+@pytest.mark.parametrize("losses", BLOWN_UP)
+def test_noise_that_a_far_rate_makes_hides_no_rise(losses: list[float]) -> None:
+    assert list(replayed(losses, 6, 8.0, rate=2.0, usual=0.04).found) == ["too_high"]
+    assert not replayed(losses, 6, 0.5, rate=2.0, usual=0.04).found  # what has hardly moved has blown nothing up
+
+
+# a tiny BERT on labels without a rule: a first step worse than chance, and then chance
+STUCK = [0.997, 0.86, 0.74, 0.73, 0.716, 0.707, 0.703, 0.7, 0.706, 0.695, 0.702, 0.692, 0.698, 0.693, 0.69, 0.689]
+
+
+@pytest.mark.parametrize(("of_chance", "found"), [(1.0, ["flat"]), (0.9, []), (1.1, [])])
+def test_coming_down_to_chance_is_no_learning(of_chance: float, found: list[str]) -> None:
+    scale = of_chance * math.log(3) / math.log(2)  # a head of three classes
+    assert list(replayed([scale * loss for loss in STUCK], 20, 0.5, rate=0.04, usual=0.04).found) == found
+
+
+def test_runs_that_learn_are_not_flat_beside_chance() -> None:
+    """Noisy losses of classes, from above chance to half of it, or to nine tenths: knowing chance adds few alarms."""
+    alarms = {0.5: [0, 0], 0.9: [0, 0]}
+    for seed, end in itertools.product(range(200), alarms):
+        made = torch.Generator().manual_seed(seed)
+        noise = 0.1 * (1 + seed % 3)
+        steps = torch.arange(400) / (20, 60, 100)[seed % 3]
+        losses = math.log(2) * (end + (1.3 - end) * (-steps).exp())
+        losses = losses * (torch.randn(400, generator=made) * noise - noise**2 / 2).exp()
+        for known in (False, True):
+            callback = LearningCallback()
+            callback._losses[""] = seen = Losses(math.log(2) if known else math.inf)
+            flat = []
+            for start, stop in zip((0, *range(1, 400, 20)), range(1, 400, 20), strict=False):
+                seen.add(losses[start:stop].mean().item(), stop)
+                flat.append(stop > 200 and callback._is_flat())
+            alarms[end][known] += any(flat)
+    assert alarms[0.5] == [0, 0] and alarms[0.9][1] <= alarms[0.9][0] + 10, alarms
 
 
 @pytest.mark.parametrize("settings", [{"per_device_train_batch_size": 1}, {"warmup_steps": 0.06}])
