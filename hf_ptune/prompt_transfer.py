@@ -126,6 +126,12 @@ def _start(prompt: PromptEncoder, source: PromptEncoder) -> None:
 
 
 def _copy_head(model: Any, source: PTuneConfig, head: dict[str, Tensor], where: str) -> None:
+    labels = [list((c.id2label or {}).values()) for c in (source, model.config)]
+    if labels[0] != labels[1]:
+        raise ConfigError(
+            f"the head of {where} has labels {labels[0][:10]}, this one {labels[1][:10]}. Leave "
+            "prompt_tuning_init_head out, or load the base with the same labels."
+        )
     reads = settled_reading(source)["head_states"], settled_reading(model.config)["head_states"]
     if reads[0] != reads[1]:
         raise ConfigError(
@@ -134,10 +140,9 @@ def _copy_head(model: Any, source: PTuneConfig, head: dict[str, Tensor], where: 
         )
     ours = {n: t for n, t in model.adapter_state_dict().items() if not n.startswith(_PROMPT)}
     shapes = [{n: tuple(t.shape) for n, t in part.items()} for part in (head, ours)]
-    labels = [list((c.id2label or {}).values()) for c in (source, model.config)]
-    if shapes[0] != shapes[1] or labels[0] != labels[1]:
+    if shapes[0] != shapes[1]:
         raise ConfigError(
-            f"the head of {where} has labels {labels[0][:10]} and tensors {shapes[0]}, this one {labels[1][:10]} and "
-            f"{shapes[1]}. Leave prompt_tuning_init_head out, or load the base with the same labels."
+            f"the head of {where} has tensors {shapes[0]}, this one {shapes[1]}. Leave prompt_tuning_init_head out, or "
+            "load a base with the same head."
         )
     model.load_adapter_state_dict(model.adapter_state_dict() | head)

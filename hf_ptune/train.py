@@ -159,7 +159,10 @@ def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None, pairs:
         further: options of its task, which come first.
         pairs: whether its rows have two texts.
     """
-    options = recipe.defaults(pairs).options | recipe.options | dict(further or {})
+    usual = recipe.defaults(pairs).options
+    if recipe.options.get("prompt_tuning_init") == "ADAPTER" and recipe.options.get("prompt_tuning_init_head"):
+        usual = usual | {"pooling": "auto", "head_states": "auto"}  # a head that comes along reads what it did there
+    options = usual | recipe.options | dict(further or {})
     named = {
         "base_model_name_or_path": anchored(recipe.base),
         "base_model_revision": recipe.base_options.get("revision"),

@@ -78,6 +78,28 @@ def test_from_recipe_to_adapters_to_one_task(
     assert PTuneConfig.from_pretrained(outcome.folder).prompt_tuning_init == "ADAPTER"
 
 
+@pytest.mark.parametrize("epochs", [1, 6])
+def test_a_head_that_comes_along_reads_what_it_did(epochs: int, content: dict[str, Any], tmp_path: Path) -> None:
+    """However many epochs either run has."""
+    content["training"] |= {"num_train_epochs": 1}
+    run(make_multitask_recipe(content, folder=tmp_path))
+    folder = tmp_path / "out/adapter/letters"
+    assert PTuneConfig.from_pretrained(folder).head_states == "mix"
+    one = {k: v for k, v in content.items() if k != "tasks"} | content["tasks"][1]
+    one["options"] = content["options"] | {
+        "prompt_tuning_init": "ADAPTER",
+        "prompt_tuning_init_adapter": str(folder),
+        "prompt_tuning_init_head": True,
+    }
+    one["training"] = content["training"] | {"num_train_epochs": epochs}
+    del one["name"]
+    outcome = train.run(make_recipe(one | {"output_dir": str(tmp_path / "one")}, folder=tmp_path))
+    assert PTuneConfig.from_pretrained(outcome.folder).head_states == "mix"
+    one["data"] = {"source": "TOKEN_CLS.jsonl", "labels": ["O", "B-L"]}
+    with pytest.raises(ConfigError, match="labels"):
+        train.run(make_recipe(one | {"options": one["options"] | {"head_states": "last"}}, folder=tmp_path))
+
+
 def test_both_tasks_learn(content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content["tasks"][0]["data"]["test_source"] = "SEQ_CLS.jsonl"
     found = run(make_multitask_recipe(content, folder=tmp_path))
