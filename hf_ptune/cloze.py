@@ -51,16 +51,20 @@ class Scorer:
         """Scores `[B, C]` of logits `[B, V]` at the mask."""
         raise NotImplementedError
 
-    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def loss(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None, smoothing: float = 0.0
+    ) -> Tensor:
         """Cross entropy over the classes; a Trainer's `compute_loss_func`.
 
         Args:
             outputs: of a model that was called with `logits_at`.
             labels: numbers of classes, the last of each row of `[B, N]`, or `[B]`.
             num_items_in_batch: what to divide the sum by; B when unset.
+            smoothing: the part of a label that all classes share.
         """
         scores = self.scores(outputs["logits"][:, 0].float())
-        total = F.cross_entropy(scores, last_labels(labels).to(scores.device), reduction="sum")
+        wanted = last_labels(labels).to(scores.device)
+        total = F.cross_entropy(scores, wanted, reduction="sum", label_smoothing=smoothing)
         count = len(labels) if num_items_in_batch is None else num_items_in_batch
         return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 

@@ -201,6 +201,11 @@ def make_arguments(recipe: Recipe, pairs: bool = False, causal: bool = False) ->
         if settings.get(name) is value:
             said = str(value).lower()
             raise RecipeError(f"training.{name} is {said}, but tasks measure all held-out rows at once; leave it out.")
+    if settings.get("label_smoothing_factor") and recipe.build_task().model_task == "QUESTION_ANS":
+        raise RecipeError(
+            f"training.label_smoothing_factor is {settings['label_smoothing_factor']}, but the loss of {recipe.task} "
+            "is its model's own, which smooths nothing; leave it out."
+        )
     if recipe.learning_rate_decay is not None and settings.get("lr_scheduler_type") in _MEASURING:
         raise RecipeError(
             f"training.lr_scheduler_type is {settings['lr_scheduler_type']}, which follows measurements, beside "

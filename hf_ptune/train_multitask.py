@@ -60,6 +60,7 @@ from hf_ptune.train import (
 
 _OWN = ("task", "data", "task_options", "card")  # what each task says by itself
 _GUARDED_ROWS = 8
+_SMOOTHED = ("SEQ_CLS", "TOKEN_CLS", "MULTIPLE_CHOICE", "MASKED_LM")  # labels stand where their logits do
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ class MultiTaskTrainer(Trainer):
         kwargs: what a Trainer takes besides.
 
     Raises:
-        PTuneError: the engine splits models over ranks (FSDP2, ZeRO).
+        PTuneError: the engine splits models over ranks (FSDP2, ZeRO); or labels are to be smoothed of tasks for which
+            a Trainer that sees several models cannot do so.
     """
 
     control: Any
@@ -159,6 +161,13 @@ class MultiTaskTrainer(Trainer):
         temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        for name, part in parts.items():
+            if args.label_smoothing_factor and part.task.model_task not in _SMOOTHED:
+                raise RecipeError(
+                    f"training.label_smoothing_factor is {args.label_smoothing_factor}, but beside other tasks only "
+                    f"those for {', '.join(_SMOOTHED)} take it, and {name} is {part.task.name}; leave it out, or train "
+                    f"{name} by itself."
+                )
         args.remove_unused_columns = False
         if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss"):
             args.metric_for_best_model, args.greater_is_better = "mean", True

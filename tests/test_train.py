@@ -270,13 +270,39 @@ def test_held_out_rows_are_measured_whole_and_in_order(task: str, tmp_path: Path
     assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
 
 
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("bart", "SEQ_2_SEQ_LM"), ("t5", "SEQ_2_SEQ_LM"), ("gpt2", "CAUSAL_LM"), ("bert", "CLOZE"), ("bert", "SEQ_CLS")],
+)
+def test_labels_are_smoothed(family: str, task: str, tmp_path: Path) -> None:
+    """Smoothed by all but nothing the loss is the plain one, and by more it is another."""
+    kind = "MASKED_LM" if task == "CLOZE" else task
+    base = write_base(tmp_path / "base", family, kind)
+    content = write_recipe(tmp_path, "SEQ_CLS" if task == "CLOZE" else task, base)
+    if task == "CLOZE":
+        words = {"template": "{text} [MASK]", "verbalizer": {"early": "a", "late": "h"}}
+        content |= {"task": "CLOZE_MASKED_LM", "task_options": words}
+    tokenizer, found = load_tokenizer(base), []
+    for factor in (0.0, 1e-6, 0.3):
+        training = content["training"] | {"label_smoothing_factor": factor}
+        recipe = make_recipe(content | {"training": training}, folder=tmp_path)
+        rows = load_rows(recipe)
+        torch.manual_seed(0)
+        model = wrap_base(recipe, rows, tokenizer)
+        found.append(evaluate(make_trainer(recipe, make_arguments(recipe), model, tokenizer, rows)))
+    plain, least, smoothed = (one.pop("loss") for one in found)
+    assert least == pytest.approx(plain, rel=1e-4) and abs(smoothed - plain) > 1e-3 * plain
+    assert found[0] == pytest.approx(found[2])
+
+
 def test_refused_arguments(tmp_path: Path) -> None:
     for wrong, message in [
         ({"eval_strategy": "sometimes"}, "sometimes"),
         ({"eval_do_concat_batches": False}, "eval_do_concat_batches is false, but tasks measure all"),
         ({"batch_eval_metrics": True}, "batch_eval_metrics is true, but tasks measure all"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, but the loss of QUESTION_ANS"),
     ]:
-        content = write_recipe(tmp_path, "SEQ_CLS", "base", training=wrong)
+        content = write_recipe(tmp_path, "QUESTION_ANS", "base", training=wrong)
         with pytest.raises(RecipeError, match=message):
             run(make_recipe(content, folder=tmp_path))
 

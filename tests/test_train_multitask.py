@@ -216,6 +216,18 @@ def test_settings_of_the_trainer(settings: dict[str, Any], content: dict[str, An
     assert set(run(make_multitask_recipe(content, folder=tmp_path))) == {"when", "letters"}
 
 
+def test_labels_of_causal_language_models_are_not_smoothed_beside_other_tasks(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    """The Trainer would compare each token with the logits of its own place."""
+    content["base"] = write_base(tmp_path / "gpt2", "gpt2", "CAUSAL_LM")
+    (tmp_path / "second.jsonl").write_text("\n".join(json.dumps(ROWS["CAUSAL_LM"](n)) for n in range(8)))
+    content["tasks"][1] = {"name": "second", "task": "CAUSAL_LM", "data": {"source": "second.jsonl"}}
+    content["training"] |= {"label_smoothing_factor": 0.1}
+    with pytest.raises(RecipeError, match=r"label_smoothing_factor is 0\.1.*second is CAUSAL_LM"):
+        run(make_multitask_recipe(content, folder=tmp_path))
+
+
 def test_tasks_are_measured_whole_and_in_order(content: dict[str, Any], tmp_path: Path) -> None:
     """However training draws its rows."""
     rows = [LENGTHS["TOKEN_CLS"](n) for n in range(44)]

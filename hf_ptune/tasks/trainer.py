@@ -1,6 +1,7 @@
 """The Trainer that shows a task the features behind its predictions."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, SequentialSampler
@@ -24,11 +25,12 @@ class TaskTrainer(Trainer):
         self, *, task: Task, labels: Sequence[str], processing_class: PreTrainedTokenizerBase, **kwargs: Any
     ) -> None:
         scorer = task.scorer(processing_class, labels)
+        smoothing = getattr(kwargs.get("args"), "label_smoothing_factor", 0.0)
         super().__init__(
             processing_class=processing_class,
             data_collator=task.collator(processing_class),
             compute_metrics=self._measure,
-            compute_loss_func=None if scorer is None else scorer.loss,
+            compute_loss_func=None if scorer is None else partial(scorer.loss, smoothing=smoothing),
             preprocess_logits_for_metrics=task.preprocess_logits if scorer is None else scorer.choose,
             **kwargs,
         )
@@ -38,6 +40,13 @@ class TaskTrainer(Trainer):
 
     def _measure(self, prediction: EvalPrediction) -> dict[str, float]:
         return self.task.compute_metrics(prediction, self.features, self.labels)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """What any Trainer computes; smoothed labels do not reach a model, whose decoder has its inputs of them."""
+        if self.label_smoother is not None and self.task.model_task == "SEQ_2_SEQ_LM":
+            backbone = self.accelerator.unwrap_model(model).backbone
+            inputs["decoder_input_ids"] = backbone.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:
         return SequentialSampler(eval_dataset)  # predictions are measured by their place
