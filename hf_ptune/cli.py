@@ -1,6 +1,7 @@
 """The command line: `hf-ptune init`, `run`, `train`, `sweep`, `presets`, `push`, `card`, `convert` and `info`."""
 
 import argparse
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -20,10 +21,11 @@ from hf_ptune.info import describe_adapter
 from hf_ptune.methods import method_names
 from hf_ptune.presets import list_presets
 from hf_ptune.publishing import push_finished, remake_card
-from hf_ptune.recipe import read_recipe
+from hf_ptune.recipe import read_recipe, split_overrides
 from hf_ptune.sweep import command_of, report, sweep
 from hf_ptune.wrapping import get_ptune_model
 
+_GRID = ("--learning-rates", "--lengths", "--seeds", "--folder")  # options of sweep that take values
 _OVERRIDES = (
     "Further options change the recipe: --key=value or --section.key=value sets any of its keys, as --seed=1 or "
     "--training.learning_rate=1e-2, and --variant=name takes the changes that it has under variants, before all others."
@@ -174,10 +176,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the process when unset.
 
     Returns:
-        The exit code: 0, or 2 after an error that has been printed.
+        The exit code: 0, 2 after an error that has been printed, or 130 after an interruption.
     """
     parser = make_parser()
+    arguments, overrides = list(sys.argv[1:] if arguments is None else arguments), []
+    if arguments[:1] in (["train"], ["sweep"]):
+        arguments, overrides = split_overrides(arguments, _GRID)
     given, further = parser.parse_known_args(arguments)
+    further += overrides
     if further and given.command not in ("train", "sweep"):  # those take overrides
         parser.error(f"unrecognized arguments: {' '.join(further)}")
     try:
@@ -189,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given.command == "run":
             run_script(given.script, given.arguments)
         elif given.command == "presets":
-            print(list_presets())
+            print(list_presets(), flush=True)
         elif given.command == "push":
             names = ("private", "revision", "create_pr", "commit_message", "commit_description")
             print(push_finished(given.folder, given.repo_id, **{k: getattr(given, k) for k in names}))
@@ -203,6 +209,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             own = (given.num_virtual_tokens, given.num_labels, given.revision)
             init(given.base, given.method, given.folder, given.task, *own)
+    except KeyboardInterrupt:
+        if given.command != "sweep":
+            raise
+        print("interrupted; the same command goes on with the runs that are left.", file=sys.stderr)
+        return train.INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read has gone; the end writes no more
+        return 0
     except (PTuneError, OSError) as error:  # OSError: files, and the Hub's answers by way of transformers
         print(f"error: {error}", file=sys.stderr)
         return 2

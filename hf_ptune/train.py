@@ -52,7 +52,7 @@ from hf_ptune.lengths import check_lengths
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.publishing import finish_folder
-from hf_ptune.recipe import Recipe, read_recipe
+from hf_ptune.recipe import Recipe, read_content, read_recipe, split_overrides
 from hf_ptune.resuming import check_checkpoint
 from hf_ptune.sharding import loading_alone
 from hf_ptune.sources import HUB
@@ -62,6 +62,7 @@ from hf_ptune.wrapping import get_ptune_model
 
 logger = logging.get_logger(__name__)
 ADAPTER_FOLDER = "adapter"
+INTERRUPTED = 130  # the exit code, as shells have it
 _QUESTIONS = 3
 _OF_PARTS = {"batch_eval_metrics": True, "prediction_loss_only": True, "eval_do_concat_batches": False}
 _MEASURING = ("reduce_lr_on_plateau", "greedy")  # schedules
@@ -420,16 +421,27 @@ def command(
         arguments: see `main`.
 
     Returns:
-        The exit code.
+        The exit code: 0, 2 after an error that has been printed, or 130 after an interruption.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=purpose)
     parser.add_argument("recipe", help="a YAML file")
-    known, overrides = parser.parse_known_args(arguments)
+    others, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+    known, further = parser.parse_known_args(others)
+    overrides = [*further, *overrides]
     try:
         train(known.recipe, overrides)
     except PTuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        checkpoint = last_checkpoint(str(read_content(known.recipe, overrides).get("output_dir")))
+        print(
+            "interrupted before a checkpoint was written; the same command starts anew."
+            if checkpoint is None
+            else f"interrupted; --training.resume_from_checkpoint=true goes on from {checkpoint}.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
     return 0
 
 

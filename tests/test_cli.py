@@ -1,6 +1,8 @@
 """The command line: init, run, train, convert; push, card and info are tried with the Hub."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,15 @@ from transformers import (
 )
 
 import hf_ptune
-from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
+from hf_ptune import (
+    PTuneConfig,
+    PTuneForCausalLM,
+    PTunePreTrainedModel,
+    cli,
+    get_ptune_model,
+    train,
+    train_multitask,
+)
 from hf_ptune.cli import main
 from hf_ptune.errors import PTuneError
 from hf_ptune.fresh_base import load_tokenizer
@@ -95,13 +105,67 @@ def test_errors_are_messages(tmp_path: Path, argv: None, capsys: pytest.CaptureF
 def test_train_takes_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr("hf_ptune.train.run", seen.append)
-    import json
-
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps(write_recipe(tmp_path, "SEQ_CLS", "base")))
     assert main(["train", str(path), "--seed=5", "--training.max_steps=3"]) == 0
     assert main(["train", "--seed=5", str(path), "--training.max_steps=3"]) == 0
     assert [(r.seed, r.training["max_steps"]) for r in seen] == [(5, 3)] * 2
+
+
+@pytest.mark.parametrize("module", [train, train_multitask])
+def test_overrides_may_hold_spaces(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(module, "run", seen.append)
+    path, labels = tmp_path / "r.yaml", "--data.labels=[early, late]"
+    content = write_recipe(tmp_path, "SEQ_CLS", "base")
+    if module is train_multitask:
+        labels = labels.replace("data.labels", "card.limits")
+        content["tasks"] = [{"name": "one", "task": content.pop("task"), "data": content.pop("data")}]
+    path.write_text(json.dumps(content))
+    for arguments in ([labels, str(path)], [str(path), labels]):
+        assert main(["train", *arguments]) == module.main(arguments) == 0
+    recipes = [next(iter(r.tasks.values())) if module is train_multitask else r for r in seen]
+    assert [r.data.labels or r.card.limits for r in recipes] == [["early", "late"]] * 4
+
+
+def test_a_sweep_takes_overrides_with_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(cli, "run_sweep", lambda *given: seen.append(given))
+    rates = ["--learning-rates", "1e-2", "3e-2"]
+    assert main(["sweep", "r.yaml", *rates, "--data.labels=[early, late]", "--folder=a b", "--seeds=1"]) == 0
+    given, overrides = seen[0]
+    assert (given.recipe, given.learning_rates, given.folder, given.seeds) == ("r.yaml", [1e-2, 3e-2], "a b", [1])
+    assert overrides == ["--data.labels=[early, late]"]
+
+
+def test_an_interruption_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_ptune.train.run", interrupted)
+    monkeypatch.setattr(cli, "run_sweep", interrupted)
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps(write_recipe(tmp_path, "SEQ_CLS", "base")))
+    assert main(["train", str(path)]) == 130 and "the same command starts anew" in capsys.readouterr().err
+    (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    assert main(["train", str(path), f"--output_dir={tmp_path / 'other'}"]) == 130
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "resume_from_checkpoint=true" in said and "checkpoint-3" in said
+    assert main(["sweep", str(path)]) == 130 and "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    code = "import sys; from hf_ptune.cli import main; sys.exit(main(['presets']))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writing)
+    assert done.returncode == 0 and "pipe" not in done.stderr.lower(), done.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "sweep"])
