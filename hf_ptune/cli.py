@@ -179,7 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 after an error that has been printed, or 130 after an interruption.
     """
     parser = make_parser()
-    arguments, overrides = list(sys.argv[1:] if arguments is None else arguments), []
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    overrides: list[str] = []
     if arguments[:1] in (["train"], ["sweep"]):
         arguments, overrides = split_overrides(arguments, _GRID)
     given, further = parser.parse_known_args(arguments)

@@ -38,6 +38,7 @@ _BASE_OPTIONS = {
     "attn_implementation": str | None,
     "quantization_config": dict[str, Any] | None,
 }
+_LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
 # keys of the recipe's own
 _NOT_TRAINING = ("output_dir", "seed")
 
@@ -64,8 +65,9 @@ class DataRecipe:
         columns: role to column, where they differ. A column is a name, `a.b` for a value inside column a, a text
             with `{names}` of columns, or a list of columns. The roles are those of the task.
         labels: names of the labels in order of their numbers, or a .json file that holds them (a list, or lists
-            by column); unset, a labels.json beside the file, the names that a dataset of the Hub has, or the
-            values in all rows of `source`, sorted. Whole numbers among the labels are names where all of them are.
+            by column); unset, a labels.json beside the file, the names that a dataset of the Hub has, or a Parquet
+            file that `datasets` wrote, or the values in all rows of `source`, sorted. Whole numbers among the labels
+            are names where all of them are.
         max_length: tokens that a row is cut to.
     """
 
@@ -287,6 +289,13 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
     card = _section(given.get("card", {}), typing.get_type_hints(CardRecipe), where, "card.")
     own = {"data": DataRecipe(**data), "card": CardRecipe(**card), "folder": folder}
     recipe = Recipe(**(given | sections | own))
+    if not 0 <= recipe.seed < 2**32:
+        raise RecipeError(f"{where}: seed is {recipe.seed}; expected a whole number from 0 to {2**32 - 1}.")
+    for key, least in _LEAST.items():
+        if isinstance(value := recipe.training.get(key), (int, float)) and value < least:
+            raise RecipeError(f"{where}: training.{key} is {value}; expected {least} or more.")
+    if (value := recipe.training.get("learning_rate")) is not None and value <= 0:
+        raise RecipeError(f"{where}: training.learning_rate is {value}; expected more than 0.")
     rate = recipe.backbone_learning_rate
     if rate is not None and (rate <= 0 or not recipe.options.get("train_backbone")):
         raise RecipeError(

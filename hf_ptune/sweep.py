@@ -266,6 +266,8 @@ def _grid(
 ) -> list[tuple[float, int | None, int]]:
     if wrong := [r for r in rates if not (math.isfinite(r) and r > 0)] + [n for n in tokens if n is not None and n < 1]:
         raise RecipeError(f"the grid has {wrong[0]}; expected learning rates above 0 and lengths of at least 1.")
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise RecipeError(f"the grid has the seed {wrong[0]}; expected whole numbers from 0 to {2**32 - 1}.")
     return list(product(dict.fromkeys(rates), dict.fromkeys(tokens), dict.fromkeys(seeds)))
 
 

@@ -22,8 +22,10 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import WEIGHTS_NAME
@@ -221,9 +223,38 @@ def make_arguments(recipe: Recipe, pairs: bool = False, causal: bool = False) ->
         if settings.get("metric_for_best_model") is None:
             settings["metric_for_best_model"] = "loss"
     try:
-        return TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **settings)
+        arguments = TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **settings)
     except (ValueError, ImportError) as error:
         raise RecipeError(f"training: {error}") from error
+    _try_arguments(arguments)
+    return arguments
+
+
+def _try_arguments(arguments: TrainingArguments) -> None:
+    """Refuse what a Trainer would find wrong only when base and data have been loaded."""
+    if wrong := [part for part in filter(None, (arguments.optim_args or "").split(",")) if part.count("=") != 1]:
+        raise RecipeError(
+            f"training.optim_args is {arguments.optim_args!r}, of which {wrong[0]!r} names no value; expected "
+            "name=value, with commas between several."
+        )
+    rate, steps = arguments.learning_rate, arguments.max_steps if arguments.max_steps > 0 else 100
+    schedule, options = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
+        get_scheduler(schedule, optimizer, arguments.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(
+            f"training.lr_scheduler_type is {schedule.value} with lr_scheduler_kwargs {options}: {error}. Give "
+            "lr_scheduler_kwargs what that schedule takes, or take another one, such as linear."
+        ) from error
+    for name in arguments.report_to:
+        try:
+            for tracker in get_reporting_integration_callbacks([name]):
+                tracker()
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise RecipeError(
+                f"training.report_to names {name}: {error} Install it, or set training.report_to: none."
+            ) from error
 
 
 def settle_arguments(arguments: TrainingArguments, recipe: Recipe, pairs: bool, causal: bool) -> TrainingArguments:

@@ -158,6 +158,8 @@ def test_what_a_grid_may_hold(recipe: Recipe, tmp_path: Path, monkeypatch: pytes
     for rates, lengths in (([0.0], [2]), ([float("nan")], [2]), ([1.0], [0])):
         with pytest.raises(RecipeError, match="expected learning rates above 0"):
             sweep(recipe, tmp_path / "grid", rates, lengths)
+    with pytest.raises(RecipeError, match="the grid has the seed -1; expected whole numbers from 0"):
+        sweep(recipe, tmp_path / "grid", [1.0], [2], [0, -1])
     bitfit = make_recipe_with(recipe, method="bitfit", options={})
     with pytest.raises(RecipeError, match="no lengths to try"):
         sweep(bitfit, tmp_path / "grid", [1.0], [2])

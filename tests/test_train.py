@@ -13,7 +13,8 @@ import pytest
 import torch
 from families import build
 from test_data import words_tokenizer
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainerCallback
+from transformers.integrations import integration_utils
 
 from hf_ptune import PTuneConfig, cli, train_multitask
 from hf_ptune.backbone import TASKS
@@ -295,11 +296,29 @@ def test_labels_are_smoothed(family: str, task: str, tmp_path: Path) -> None:
     assert found[0] == pytest.approx(found[2])
 
 
-def test_refused_arguments(tmp_path: Path) -> None:
+def test_refused_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before data and base are read."""
+
+    class Missing(TrainerCallback):
+        def __init__(self) -> None:
+            raise RuntimeError("Missing requires missing. Run `pip install missing`.")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "missing", Missing)
+    with pytest.raises(RecipeError, match="seed is -1; expected a whole number from 0"):
+        make_recipe(write_recipe(tmp_path, "SEQ_CLS", "base", seed=-1))
     for wrong, message in [
         ({"eval_strategy": "sometimes"}, "sometimes"),
         ({"eval_do_concat_batches": False}, "eval_do_concat_batches is false, but tasks measure all"),
         ({"batch_eval_metrics": True}, "batch_eval_metrics is true, but tasks measure all"),
+        ({"per_device_train_batch_size": 0}, "training.per_device_train_batch_size is 0; expected 1 or more"),
+        ({"gradient_accumulation_steps": 0}, "training.gradient_accumulation_steps is 0; expected 1 or more"),
+        ({"learning_rate": -0.1}, "training.learning_rate is -0.1; expected more than 0"),
+        ({"learning_rate": 0.0}, "training.learning_rate is 0.0; expected more than 0"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "training.lr_scheduler_type is cosine_with_min_lr with lr_sch"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"no": 1}}, "cosine with lr_scheduler_kwargs {'no'"),
+        ({"optim_args": "foo"}, "training.optim_args is 'foo', of which 'foo' names no value"),
+        ({"report_to": "nobody"}, "training.report_to names nobody"),
+        ({"report_to": ["missing"]}, "training.report_to names missing: .*pip install missing"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, but the loss of QUESTION_ANS"),
     ]:
         content = write_recipe(tmp_path, "QUESTION_ANS", "base", training=wrong)
