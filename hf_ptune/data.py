@@ -13,7 +13,7 @@ from hf_ptune.cells import read_cell
 from hf_ptune.errors import RecipeError
 from hf_ptune.labels import Part, name_labels
 from hf_ptune.recipe import Column, Recipe
-from hf_ptune.sources import HUB, chatterbot_rows, read_file, read_hub, read_label_names
+from hf_ptune.sources import HUB, chatterbot_rows, read_class_names, read_file, read_hub, read_label_names
 from hf_ptune.tasks import Row, Task
 from hf_ptune.tasks.base import missing
 
@@ -121,7 +121,8 @@ def _read(recipe: Recipe, task: Task, source: str, split: str) -> Part:
         place = str(recipe.folder / source)
         found = read_file(recipe.folder / source)
         beside = (recipe.folder / source).with_name(_LABELS_FILE)
-        named = read_label_names(beside) if beside.is_file() else {}
+        classes = read_class_names(recipe.folder / source)
+        named = read_label_names(beside) if beside.is_file() else classes
     if isinstance(recipe.data.labels, str):
         named = read_label_names(recipe.folder / recipe.data.labels)
     elif recipe.data.labels is not None:

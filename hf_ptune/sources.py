@@ -162,6 +162,22 @@ def _class_names(feature: Any) -> list[str]:
     return list(getattr(inner, "names", None) or [])
 
 
+def read_class_names(path: Path) -> dict[str, list[str]]:
+    """The names of classes by column that `datasets` has written into a .parquet file; none of other files."""
+    if path.suffix != ".parquet":
+        return {}
+    import pyarrow.parquet
+
+    told = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"huggingface")
+    features = json.loads(told).get("info", {}).get("features", {}) if told else {}
+    names = {}
+    for column, feature in features.items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+            names[column] = list(inner["names"])
+    return names
+
+
 def read_label_names(path: Path) -> list[str] | dict[str, list[str]]:
     """Read a file of label names: a list in order of their numbers, or such a list by column.
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -283,6 +284,33 @@ def test_rows_are_asked_by_columns_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no row has {'seldom': 2}, as data.where asks"):
         load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, where={"seldom": 2}))
     assert len(all_of(load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, where={"in.kind": "k"})))) == 8
+
+
+@pytest.mark.parametrize("of_old", [False, True])
+def test_classes_of_a_parquet_file_have_their_names(of_old: bool, tmp_path: Path) -> None:
+    """As `datasets` writes them, one or a list, now and as it did before."""
+    classes = datasets.ClassLabel(names=["O", "B-X"])
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "tokens": datasets.List(datasets.Value("string")),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            "tags": datasets.List(classes),
+        }
+    )
+    rows = [{"text": f"a {n}", "tokens": ["a", "b"], "label": n % 2, "tags": [n % 2, 0]} for n in range(8)]
+    path = tmp_path / "r.parquet"
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    if of_old:
+        table = pyarrow.parquet.read_table(path)
+        told = table.schema.metadata[b"huggingface"].replace(b'"_type": "List"', b'"length": -1, "_type": "Sequence"')
+        pyarrow.parquet.write_table(table.replace_schema_metadata({b"huggingface": told}), path)
+    found = load_rows(recipe_for(tmp_path, "SEQ_CLS", source=path.name))
+    assert found.labels == ["no", "yes"] and {r["label"] for r in all_of(found)} == {"no", "yes"}
+    found = load_rows(recipe_for(tmp_path, "TOKEN_CLS", source=path.name))
+    assert found.labels == ["O", "B-X"] and {tuple(r["tags"]) for r in all_of(found)} == {("O", "O"), ("B-X", "O")}
+    (tmp_path / "labels.json").write_text(json.dumps({"label": ["false", "true"]}))  # comes first, as ever
+    assert load_rows(recipe_for(tmp_path, "SEQ_CLS", source=path.name)).labels == ["false", "true"]
 
 
 WORDS = [(["a", "b"], ["B-X", "O"]), (["c d", "e"], ["O", "B-X"]), (["[", "f"], ["O", "O"]), (["g"], ["B-X"])]
