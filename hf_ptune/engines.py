@@ -61,9 +61,6 @@ def engine_name() -> str:
     return "DDP"
 
 
-# what a checkpoint is ------------------------------------------------------------------------------------------------
-
-
 def is_whole(checkpoint: str | os.PathLike[str]) -> bool:
     """Whether a checkpoint was written to its end: the Trainer's state, which is written last, can be read."""
     try:
@@ -93,9 +90,6 @@ def at_end(trainer: Trainer) -> bool:
     finished: bool = trainer.state.global_step >= trainer.state.max_steps
     trainer.control.should_training_stop |= finished
     return finished
-
-
-# optimizer state -----------------------------------------------------------------------------------------------------
 
 
 def gather_optimizer(trainer: Trainer) -> dict[str, Any]:
@@ -212,9 +206,6 @@ def _state_of(trainer: Trainer, parameter: Any) -> dict[str, Any]:
     """What the optimizer keeps, of any of its parts: keys and counts are the same for all."""
     states = _zero(trainer).optimizer.state
     return next((states[f] for f in _flats(trainer) if f.numel() and states.get(f)), {})
-
-
-# where the Trainer comes here ----------------------------------------------------------------------------------------
 
 
 def replaces(where: Any, name: str, only_split: bool = True) -> Callable[[Any], Any]:

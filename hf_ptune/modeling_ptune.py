@@ -96,8 +96,6 @@ class PTunePreTrainedModel(SavedAdapter):
     def init_weights(self) -> None:
         """Leave the loaded backbone alone: transformers would initialise layers that it did not load itself."""
 
-    # construction ------------------------------------------------------------------------------------------
-
     def _adopt(self, backbone: PreTrainedModel) -> None:
         owner = backbone.__dict__.get(_OWNER)
         previous = owner() if owner is not None else None
@@ -191,8 +189,6 @@ class PTunePreTrainedModel(SavedAdapter):
         self.backbone.__dict__[_OWNER] = Owner(self)
         self.config.follow(self.backbone)
 
-    # what is adapter ---------------------------------------------------------------------------------------
-
     def adapter_parameter_names(self) -> set[str]:
         """Names, as in `named_parameters()`, of all that is trained, counted and saved."""
         config = self.config
@@ -262,8 +258,6 @@ class PTunePreTrainedModel(SavedAdapter):
             self._injector.cached = None  # engines write parameters unseen by torch's count of changes
         self._dropout.follow(mode)
         return super().train(mode)
-
-    # the backbone answers ----------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "_is_replica", False):

@@ -199,9 +199,6 @@ def test_guard_takes_the_trainer_s_loss() -> None:
         check_batch(model, batch)
 
 
-# joint tuning ----------------------------------------------------------------------------------------------
-
-
 def joint(family: str = "bert", task: str = "MASKED_LM") -> tuple[Any, Any]:
     model, tokenizer = make(family, task, train_backbone=True)
     return model, tokenizer
@@ -291,9 +288,6 @@ def test_a_kept_prompt_goes_when_the_backbone_has_moved() -> None:
         moved = model(input_ids=ids).logits
         model._injector.cached = None
         assert torch.equal(model(input_ids=ids).logits, moved)
-
-
-# recipes ---------------------------------------------------------------------------------------------------
 
 
 def write_recipe(folder: Path, task: str, **changes: Any) -> dict[str, Any]:

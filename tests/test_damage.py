@@ -53,9 +53,6 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-# damage of the weights -----------------------------------------------------------------------------------------
-
-
 def weights(change: Callable[[bytes], bytes]) -> Damage:
     def damage(folder: Path) -> None:
         path = folder / "model.safetensors"
@@ -193,9 +190,6 @@ WEIGHTS: dict[str, tuple[Damage, type, str]] = {
     "a pipe": (in_its_place(os.mkfifo), AdapterFileError, "has no model.safetensors"),
     "renamed": (in_its_place(lambda p: (p.parent / "x.safetensors").touch()), AdapterFileError, "model.safetensors"),
 }
-
-
-# damage of the configuration -----------------------------------------------------------------------------------
 
 
 def text(content: bytes) -> Damage:
@@ -458,9 +452,6 @@ def test_what_a_configuration_may_not_choose_is_ignored(damage: Damage, good: Pa
     damage(tmp_path / "adapter")
     for loader in LOADERS:
         assert torch.equal(logits(loader.from_pretrained(tmp_path / "adapter")), expected)
-
-
-# saves that are killed -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -98,9 +98,6 @@ def check_pushed(server: HubServer, folder: Path) -> None:
     assert commits(server) == 1
 
 
-# push ------------------------------------------------------------------------------------------------------
-
-
 def test_a_stranger_loads_what_was_pushed(server: HubServer, model: Any, tmp_path: Path) -> None:
     url = model.push_to_hub(ADAPTER, token=TOKEN, tokenizer=words())
     assert url == f"{server.url}/{ADAPTER}" and commits(server) == 1
@@ -349,9 +346,6 @@ def test_the_trainer_pushes_a_finished_adapter(server: HubServer, model: Any, tm
     assert len(server.requests("POST", "/api/repos/create")) == 1
 
 
-# pull ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("storage", ["lfs", "regular"])
 @pytest.mark.parametrize("at", [0, 9, 100, None])
 def test_a_flipped_byte_is_an_error_and_the_cache_stays_usable(
@@ -467,9 +461,6 @@ def test_without_the_import_it_takes_trust(server: HubServer, finished: Path, tm
     trusted = run("{'trust_remote_code': True}")
     assert trusted.stdout.strip().splitlines()[-1:] == ["PTuneForCausalLM"], trusted.stderr[-2000:]
     assert {p.suffix for p in (tmp_path / "again").iterdir()} == {".json", ".safetensors"}  # no copy of our source
-
-
-# the command line ------------------------------------------------------------------------------------------
 
 
 def test_a_card_names_the_repository_that_it_is_pushed_to(

@@ -47,9 +47,6 @@ def warned(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
     return caplog
 
 
-# numbers and names -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("names", "values", "expected"),
     [
@@ -123,9 +120,6 @@ def test_tags_that_are_numbers_want_names(tmp_path: Path) -> None:
     assert "the tags are numbers (0, 3)" in said(tmp_path, "TOKEN_CLS", source=source)
     source = write(tmp_path, "o.jsonl", [{"tokens": ["a", "b"], "tags": ["O", "O"]}] * 4)
     assert "no tag but 'O'" in said(tmp_path, "TOKEN_CLS", source=source)
-
-
-# empty cells -----------------------------------------------------------------------------------------------
 
 
 def test_an_empty_cell_is_no_data(tmp_path: Path) -> None:
@@ -225,9 +219,6 @@ def test_each_label_is_named_once(tmp_path: Path) -> None:
     assert "'n' is there more than once" in said(tmp_path, "SEQ_CLS", source=source)
 
 
-# files -----------------------------------------------------------------------------------------------------
-
-
 def test_lists_in_cells(tmp_path: Path) -> None:
     rows = (
         '"[""EU"", ""rejects""]","[""B-ORG"", ""O""]"\n'
@@ -288,9 +279,6 @@ def test_an_unknown_tokenizer_of_bleu() -> None:
     pytest.importorskip("sacrebleu")
     with pytest.raises(RecipeError, match="bleu_tokenize is 'chinese'; expected one of"):
         CausalLM(bleu_tokenize="chinese")
-
-
-# tokens ----------------------------------------------------------------------------------------------------
 
 
 def test_words_keep_their_spaces() -> None:
@@ -457,9 +445,6 @@ def test_left_padded_rows_are_answered_like_others() -> None:
         both = model(**task.collator(tokenizer)(features)).logits
         alone = torch.cat([model(**task.collator(tokenizer)([f])).logits for f in features])
     assert torch.allclose(both, alone, atol=1e-12)
-
-
-# rows that the model could not read ------------------------------------------------------------------------
 
 
 def test_the_longest_row_is_looked_at_before_training() -> None:

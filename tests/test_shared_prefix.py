@@ -220,9 +220,6 @@ def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.kernel_for("cpu", torch.float32, 8) is None
 
 
-# one sweep -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", DECODERS)
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning"])
 def test_one_sweep_equals_two_passes(family: str, method: str) -> None:
@@ -275,9 +272,6 @@ def test_one_sweep_with_hidden_dropout_keeps_modes(wrap: Wrap) -> None:
     model(**batch("gpt2"))
     assert model._injector.joins
     assert {n: m.training for n, m in model.named_modules()} == before
-
-
-# CUDA's operators, where there is no such device ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

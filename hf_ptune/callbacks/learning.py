@@ -83,8 +83,6 @@ class LearningCallback(NumbersCallback):
         self._start: Tensor | None = None
         self._late = False
 
-    # events ------------------------------------------------------------------------------------------------
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -134,8 +132,6 @@ class LearningCallback(NumbersCallback):
         """Let a prompt that did not learn count as a fresh start still."""
         if not self.found.keys().isdisjoint(("too_low", "flat")):
             vars(_unwrap(kwargs["model"])).pop(TRAINED, None)
-
-    # judgement ---------------------------------------------------------------------------------------------
 
     def _judge(
         self,

@@ -137,8 +137,6 @@ class MemoryCallback(NumbersCallback):
         self._total = _Interval({}, 0, 0.0, 0)
         self._peaks: list[dict[str, float]] = []
 
-    # events ------------------------------------------------------------------------------------------------
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -196,8 +194,6 @@ class MemoryCallback(NumbersCallback):
         self._unhook()
         if self.summary and state.is_world_process_zero:
             tqdm.write(self.table())
-
-    # what is measured --------------------------------------------------------------------------------------
 
     def table(self) -> str:
         """The summary as aligned plain text; empty before training."""

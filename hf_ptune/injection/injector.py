@@ -144,8 +144,6 @@ class Injector:
         shape = SiteShape(found["heads"], found["key_dim"], found["value_dim"])
         return Site(found["name"], found["where"], found["layer"], shape, found["product"], self.body.config)
 
-    # attaching ---------------------------------------------------------------------------------------------
-
     @property
     def in_attention(self) -> bool:
         return self.inputs is None and self.placeholders is None
@@ -224,8 +222,6 @@ class Injector:
             self.watch.stop()
             for site in self.sites:
                 sites.remove(self.body.get_submodule(site.name))
-
-    # prefixes ----------------------------------------------------------------------------------------------
 
     def _before_body(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.busy:
@@ -479,8 +475,6 @@ class Injector:
         if given is None:
             given = positions.own_positions(named, self.table)
         return positions.moved(given, self.num_virtual_tokens, self.table) if self.shift else given
-
-    # input prompts -----------------------------------------------------------------------------------------
 
     def _before_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._active():

@@ -167,8 +167,6 @@ class ScoreShadow(TorchFunctionMode):
         self.shadows[id(own)] = shadow
         return own
 
-    # scores ------------------------------------------------------------------------------------------------
-
     def _find_scores(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         scores = func(*args, **kwargs)
         axes: _Einsum | None = None
@@ -209,8 +207,6 @@ class ScoreShadow(TorchFunctionMode):
         if shadow.dim() == 3:
             return (shadow.unflatten(0, (-1, bias.shape[1])) + bias).flatten(0, 1)
         return shadow + bias
-
-    # between the products ----------------------------------------------------------------------------------
 
     def _follow(self, func: Any, own: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shadow, number = self.shadows[id(own)], self.products[id(own)]
@@ -273,8 +269,6 @@ class ScoreShadow(TorchFunctionMode):
             return self._add_bias(shadow) if func in _ADDITIONS else shadow
         swapped = [shadow if a is own else a for a in args]
         return func(*swapped, **{k: shadow if v is own else v for k, v in kwargs.items()})
-
-    # outputs -----------------------------------------------------------------------------------------------
 
     def _values(self, output: Tensor, shadow: Tensor, value: Tensor, axes: "_Einsum | None", number: int) -> Tensor:
         self.done = True

@@ -148,9 +148,6 @@ class Subject:
             raise NotApplicable(f"the base does not {what}")
 
 
-# checks: each returns None where all is well, or says what is wrong --------------------------------------------
-
-
 def moves(subject: Subject) -> str | None:
     found = subject.run(subject.model, tokens(2, 7))
     if found.shape != subject.expected.shape:

@@ -250,9 +250,6 @@ def _encode_answer(row: Row, task: Task, tokenizer: Any) -> Row:
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "truth": truth}
 
 
-# scores ------------------------------------------------------------------------------------------------------
-
-
 def score(task: Task, rows: Sequence[Row], predictions: Sequence[Any], labels: Sequence[str]) -> float:
     """The task's own figure, higher is better, 0 to 1 (the negative loss of language models aside).
 
