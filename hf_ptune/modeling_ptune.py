@@ -11,12 +11,13 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
 
-from hf_ptune.backbone import TASKS, adapter_names, count_parameter, head_names, make_backbone
+from hf_ptune.backbone import TASKS, adapter_names, count_parameter, make_backbone
 from hf_ptune.backbone_dropout import BackboneDropout
 from hf_ptune.batch_share import count_labels, with_share
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import AdapterFileError, ConfigError, InjectionError, PTuneError
+from hf_ptune.generation_checks import NOT_PAGED, check_generation
 from hf_ptune.identity import Owner, blank, specialised
 from hf_ptune.injection import (
     Injector,
@@ -34,13 +35,13 @@ from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import choose_head_states, choose_pooling, choose_sites, choose_start, shifts_positions
-from hf_ptune.position_tables import positions_of_prompt, token_room
+from hf_ptune.position_tables import telling_of_positions
+from hf_ptune.restoring import Before
 from hf_ptune.saving import SavedAdapter
 from hf_ptune.sharding import in_parts, units_of, whole, write
 
 logger = hf_logging.get_logger(__name__)
 _OWNER = "_ptune_owner"
-CHANGED = "_ptune_changed"  # on a backbone: names of parameters that an adapter has trained and left in it
 
 
 class PTunePreTrainedModel(SavedAdapter):
@@ -73,7 +74,7 @@ class PTunePreTrainedModel(SavedAdapter):
         self._dropout = BackboneDropout(body_of(backbone), config.backbone_dropout or config.train_backbone)
         method = get_method(config.method)
         self._adopt(backbone)
-        self._biases = self._biases_of(backbone)
+        self._before = Before(backbone, config, self.task)
         if fresh := not config.geometry:
             config.geometry = find_geometry(backbone)
         config.prompt_tuning_init = choose_start(config)
@@ -106,17 +107,8 @@ class PTunePreTrainedModel(SavedAdapter):
                     stacklevel=4,
                 )
             previous._release()
-            previous._put_back()
+            previous._before.put_back(backbone)
         backbone.__dict__[_OWNER] = Owner(self)
-
-    def _biases_of(self, backbone: PreTrainedModel) -> dict[str, Tensor]:
-        """Copies of what BitFit will train, its head apart; whole ones alone."""
-        if self.config.method != "bitfit" or self.config.train_backbone:
-            return {}
-        names = adapter_names(backbone, "bitfit", self.task, None) - head_names(backbone, self.task)
-        return {
-            n: p.detach().clone() for n, p in backbone.named_parameters() if n in names and p.numel() and not p.is_meta
-        }
 
     def _build_prompt(self, kind: PromptKind) -> None:
         config = self.config
@@ -268,7 +260,7 @@ class PTunePreTrainedModel(SavedAdapter):
         count = None if items is None else count_labels(kwargs, self.task == "CAUSAL_LM")
         if isinstance(labels := kwargs.get("labels"), Tensor):
             kwargs["labels"] = self.labels_of_words(labels)
-        with self._telling_of_positions():
+        with telling_of_positions(self):
             if count is None or items is None:
                 return self._answer(args, kwargs)
             del kwargs["num_items_in_batch"]
@@ -280,19 +272,6 @@ class PTunePreTrainedModel(SavedAdapter):
         if self._loss_at_labels is not None and (output := self._loss_at_labels(args, kwargs)) is not None:
             return output
         return self.backbone(*args, **kwargs)
-
-    @contextmanager
-    def _telling_of_positions(self) -> Iterator[None]:
-        """Say of an index out of range that the prompt takes positions too, where the base has a table of them."""
-        try:
-            yield
-        except IndexError as error:
-            if not (taken := positions_of_prompt(self)) or (room := token_room(self)) is None:
-                raise
-            raise InjectionError(
-                f"{error}: the base has positions for {room + taken} tokens, of which the prompt takes {taken}, so "
-                f"that rows of up to {room} fit, new tokens included. Shorten the rows, or take fewer virtual tokens."
-            ) from error
 
     def labels_of_words(self, labels: Tensor) -> Tensor:
         """Labels without the virtual tokens that a causal model's template placed: they are no words to be told."""
@@ -321,28 +300,13 @@ class PTunePreTrainedModel(SavedAdapter):
         as they have been trained.
         """
         self._release()
-        self._put_back()
+        self._before.put_back(self.backbone)
         forget_captures(self.backbone)
         self.backbone.__dict__.pop(_OWNER, None)
         for name, parameter in self.backbone.named_parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(name in self._was_trainable)
         return self.backbone
-
-    def _put_back(self) -> None:
-        """Give the backbone its biases of before; note what else of it has been trained, its head apart."""
-        parameters = dict(self.backbone.named_parameters())
-        with torch.no_grad():
-            for name, value in self._biases.items():
-                if name in parameters and parameters[name].shape == value.shape:
-                    parameters[name].copy_(value)
-        config = self.config
-        if config.modules_to_save or config.train_backbone:
-            trained = adapter_names(
-                self.backbone, config.method, self.task, config.modules_to_save, whole=config.train_backbone
-            )
-            kept = trained - head_names(self.backbone, self.task) - set(self._biases)
-            self.backbone.__dict__[CHANGED] = {*kept, *self.backbone.__dict__.get(CHANGED, ())}
 
     def _release(self) -> None:
         """Take every hook off the backbone, and give it its dropout back."""
@@ -425,43 +389,21 @@ class PTunePreTrainedModel(SavedAdapter):
             self._injector.install()
 
 
-# what looks the text's tokens up in the logits, or in the vocabulary
-_OF_ENCODERS = ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
-_LOOKING_UP = ("repetition_penalty", "no_repeat_ngram_size", *_OF_ENCODERS, "prompt_lookup_num_tokens")
-_NOT_PAGED = "paged caches of continuous batching have no place for a prompt; use generate()"
-
-
 class _Generating(PTunePreTrainedModel, GenerationMixin):
     """Tasks that generate: the backbone does, with its own cache and inputs."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.backbone.generation_config = self.generation_config
-        # its first two parameters may come by their places
-        settings = kwargs.get("generation_config") or (args[1:2] or (None,))[0] or self.generation_config
-        cache = kwargs.get("cache_implementation", getattr(settings, "cache_implementation", None))
-        if cache == "paged" and self.prompt is not None:
-            raise InjectionError(f"{_NOT_PAGED} with another cache_implementation.")
-        if self.config.places_tokens:
-            if kwargs.get("assistant_model") is not None and not self.config.is_encoder_decoder:
-                raise InjectionError(
-                    "an assistant_model reads the text as it stands, and knows no virtual tokens; leave it out with a "
-                    "template that places some."
-                )
-            for name in _OF_ENCODERS if self.config.is_encoder_decoder else _LOOKING_UP:
-                if (value := kwargs.get(name, getattr(settings, name, None))) not in (None, 0, 1):
-                    raise InjectionError(
-                        f"{name}={value} looks the text's tokens up in the logits, which know no virtual tokens; leave "
-                        "it unset with a template that places some."
-                    )
+        check_generation(self, args, kwargs)
         if in_parts(self.backbone.parameters()):
             kwargs["synced_gpus"] = True  # transformers sees ZeRO-3 and its own FSDP2, not accelerate's
-        with self._telling_of_positions():
+        with telling_of_positions(self):
             return self.backbone.generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         if self.prompt is None:
             return self.backbone.init_continuous_batching(*args, **kwargs)
-        raise InjectionError(f"{_NOT_PAGED}.")
+        raise InjectionError(f"{NOT_PAGED}.")
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         return self.backbone.prepare_inputs_for_generation(*args, **kwargs)

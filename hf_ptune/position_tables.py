@@ -1,10 +1,13 @@
 """How many tokens a backbone's tables of absolute positions have room for."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from hf_ptune.errors import InjectionError
 
 _NAMES = ("wpe", "position_embeddings", "position_embedding", "embed_positions", "pos_emb")
 
@@ -63,3 +66,24 @@ def writing_room(model: Any, tokens: int) -> int | None:
         return min((t.rows for t in position_tables(model) if t.in_decoder), default=None)
     room = token_room(model)
     return None if room is None else room - tokens + 1  # the last one that is written is not read
+
+
+@contextmanager
+def telling_of_positions(model: Any) -> Iterator[None]:
+    """Say of an index out of range that the prompt takes positions too, where the base has a table of them.
+
+    Args:
+        model: a wrapped model.
+
+    Raises:
+        InjectionError: an index was out of range; says how long rows may be.
+    """
+    try:
+        yield
+    except IndexError as error:
+        if not (taken := positions_of_prompt(model)) or (room := token_room(model)) is None:
+            raise
+        raise InjectionError(
+            f"{error}: the base has positions for {room + taken} tokens, of which the prompt takes {taken}, so that "
+            f"rows of up to {room} fit, new tokens included. Shorten the rows, or take fewer virtual tokens."
+        ) from error

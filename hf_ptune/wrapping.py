@@ -10,11 +10,12 @@ from hf_ptune.adapter_file import shorten
 from hf_ptune.backbone import anchored, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError
-from hf_ptune.injection import complaint
+from hf_ptune.injection import complaint, prompts_agree
 from hf_ptune.methods import PromptKind
-from hf_ptune.modeling_ptune import CHANGED, CLASSES, PTunePreTrainedModel
+from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel
 from hf_ptune.pinning import UNPINNED, find_commit
 from hf_ptune.position_tables import positions_of_prompt, token_room
+from hf_ptune.restoring import CHANGED
 from hf_ptune.sharding import running
 from hf_ptune.templates import name_virtual_tokens
 
@@ -102,7 +103,7 @@ def _try_prompt(model: PTunePreTrainedModel) -> None:
             "tokens there. A template of words and fields alone works, with any method."
         )
     shared = injector.kind is PromptKind.EMBEDDINGS and injector.in_attention
-    if shared and not injector.prompts_agree():
+    if shared and not prompts_agree(injector):
         raise BackboneError(
             f"{name} carries more from token to token than keys and values, counts positions that cannot be moved, or "
             f"reads token ids beside embeddings, so that {config.method} cannot share its prompt over a batch there. "

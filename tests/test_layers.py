@@ -25,7 +25,7 @@ LAYERS = [
     {"config_checks"},
     {"configuration_ptune", "injection", "backbone"},
     {"cards", "placement", "loss_at_labels", "logits_at", "batch_share", "position_tables"},
-    {"hub", "loading", "pinning", "prompt_transfer", "prompt_start"},
+    {"generation_checks", "hub", "loading", "pinning", "prompt_transfer", "prompt_start", "restoring"},
     {"publishing"},
     {"saving"},
     {"modeling_ptune"},

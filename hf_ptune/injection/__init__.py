@@ -15,6 +15,7 @@ from hf_ptune.injection.probe import (
     probing,
     text_of,
 )
+from hf_ptune.injection.trials import prompts_agree
 
 __all__ = [
     "PROBE_TOKENS",
@@ -33,6 +34,7 @@ __all__ = [
     "normalises_embeddings",
     "parameters_of",
     "probing",
+    "prompts_agree",
     "reads_first_token",
     "text_of",
     "this_thread",

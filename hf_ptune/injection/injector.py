@@ -12,18 +12,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_ptune.errors import DEVICE_FAILURES, BackboneError, InjectionError
+from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection import attention, embeddings, joint, own_attention, positions, sites
 from hf_ptune.injection.bridge import bridge, checkpoint_layers, reentrant_layers
 from hf_ptune.injection.calls import bind, parameters_of, this_thread, version_of
 from hf_ptune.injection.embeddings import InputPrompt
+from hf_ptune.injection.input_route import InputRoute
 from hf_ptune.injection.layer_mix import LayerMix, ScalarMix
 from hf_ptune.injection.merge import keep_masks
 from hf_ptune.injection.placeholders import Placeholders
 from hf_ptune.injection.pooling import MeanPooling
-from hf_ptune.injection.probe import body_of, close, probing, text_of, vocabulary_of
+from hf_ptune.injection.probe import body_of, text_of
 from hf_ptune.injection.recomputation import Recomputation, recomputations
 from hf_ptune.injection.sites import Site
+from hf_ptune.injection.trials import joining_agrees
 from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_prefix
 from hf_ptune.sharding import whole_for_backward
 
@@ -102,7 +104,6 @@ class Injector:
         self.joins: bool | None = None  # whether they may; tried when the first batch trains
         self.cached: Encoded | None = None
         self.crossing: Callable[[Tensor], Tensor] | None = None
-        self.as_tuple: set[int] = set()  # threads whose encoder-decoder was asked for a tuple
         self.handles: list[Any] = []
         self.watch = own_attention.Watch()
         self.sites = [] if virtual_token_ids is not None else [self._site(c) for c in chosen]
@@ -192,14 +193,8 @@ class Injector:
                 add(encoder.register_forward_hook(self._after_part, always_call=True))
             return
         assert self.inputs is not None
-        add(self.inputs.encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True, prepend=True))
-        if self.backbone.config.is_encoder_decoder:
-            decoder = self.body.get_decoder()
-            add(decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True, prepend=True))
-            add(self.backbone.register_forward_pre_hook(self._before_seq2seq, with_kwargs=True))
-            add(self.backbone.register_forward_hook(self._after_seq2seq, with_kwargs=True))
-        else:
-            add(self.inputs.encoder.register_forward_hook(self._after_encoder, with_kwargs=True))
+        route = InputRoute(self.backbone, self.inputs, self.num_virtual_tokens, self._current_rows, self._active)
+        self.handles += route.handles
 
     def install(self) -> None:
         """Make the attention functions that the backbone uses now see the prefixes."""
@@ -388,68 +383,14 @@ class Injector:
             for site in self.sites:
                 site.recording, site.recorded = False, None
 
-    def prompts_agree(self) -> bool:
-        """Whether a prompt given as a prefix answers as the same embeddings before the tokens would.
-
-        It does not where a layer carries more from token to token than keys and values: a recurrent or
-        convolutional state, sinks of its own, positions that cannot be moved.
-        """
-        words = self.words()
-        ids = torch.tensor([[11, 18, 25]], device=next(words.parameters()).device) % vocabulary_of(self.body)
-        kept = self.encode, self.num_virtual_tokens
-        try:
-            with probing(self.body), torch.no_grad():
-                embeds = words(ids)
-                embeds = torch.cat([embeds[:, :1] / 2, embeds[:, 1:]], 1)  # as a prompt, no token's embedding
-                self.fill(None)
-                self.busy = True
-                expected = self.body(inputs_embeds=embeds)[0][:, 1:].float()
-                self.busy = False
-                self.encode, self.num_virtual_tokens, self.cached = lambda: embeds[0, :1], 1, None
-                found = self.body(inputs_embeds=embeds[:, 1:])[0].float()
-        except DEVICE_FAILURES:
-            raise
-        except (ValueError, NotImplementedError, TypeError, RuntimeError):
-            return False  # families that need input_ids say so by one of these
-        finally:
-            self.busy, self.cached = False, None
-            self.encode, self.num_virtual_tokens = kept
-        return close(found, expected, self.backbone.dtype)
-
     def _may_join(self, named: dict[str, Any]) -> bool:
         if self.kind is not PromptKind.EMBEDDINGS or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         if not self.backbone.training:  # who measures may want the cache that is given back
             return False
         if self.joins is None:
-            self.joins = self._joining_agrees()
+            self.joins = joining_agrees(self)
         return self.joins and joint.can_join(named)
-
-    def _joining_agrees(self) -> bool:
-        """Whether prompt and rows in one sequence answer as the prompt shared as a prefix does."""
-        if not self.shift or self.text is not self.body or self.backbone.config._attn_implementation != "sdpa":
-            return False
-        ids = torch.tensor([[11, 18, 25, 7], [3, 12, 9, 5]], device=next(self.words().parameters()).device)
-        inputs = {
-            "input_ids": ids % vocabulary_of(self.body),
-            "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=ids.device),
-        }
-        with probing(self.prompt):
-            encode, encoded = self.encode, self.encode().detach()
-        self.encode = lambda: encoded
-        answers = []
-        try:
-            with probing(self.body):
-                for self.joins in (False, True):
-                    output = self.body(**inputs)
-                    answers.append(output[0].detach().float()[inputs["attention_mask"].bool()])
-        except DEVICE_FAILURES:
-            raise
-        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, InjectionError):
-            return False  # layers that look into their mask, or that mix tokens by themselves
-        finally:
-            self.encode, self.inside, self.joins = encode, True, False
-        return close(answers[0], answers[1], self.backbone.dtype)
 
     def _reentrant(self) -> bool:
         if not self.backbone.training:
@@ -475,61 +416,6 @@ class Injector:
         if given is None:
             given = positions.own_positions(named, self.table)
         return positions.moved(given, self.num_virtual_tokens, self.table) if self.shift else given
-
-    def _before_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._active():
-            return None
-        assert self.inputs is not None
-        rows = self._current_rows()
-        assert rows is not None
-        return (), self.inputs.insert(rows, bind(module, args, kwargs))
-
-    def _after_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if not self._active():
-            return None
-        assert self.inputs is not None
-        return self.inputs.cut(output, self.num_virtual_tokens, kwargs.get("attention_mask"))
-
-    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.enabled:
-            return None
-        named = bind(module, args, kwargs)
-        states, mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
-        if states is None or mask is None or mask.dim() != 2:
-            return (), named
-        if mask.shape == states.shape[:2]:
-            raise InjectionError(
-                "the encoder's states that were given have no virtual positions: outputs report them without. Give "
-                "what model.get_encoder()(...) returns as encoder_outputs."
-            )
-        if mask.shape[1] == states.shape[1] - self.num_virtual_tokens:
-            assert self.inputs is not None
-            ones = mask.new_ones(mask.shape[0], self.num_virtual_tokens)
-            at = self.inputs.places(mask, mask.shape[0], mask.device)
-            named["encoder_attention_mask"] = embeddings.splice(mask, ones, at)
-        return (), named
-
-    def _before_seq2seq(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        named = bind(module, args, kwargs)
-        given = named.get("return_dict")
-        if not self.enabled or (module.config.return_dict if given is None else given):
-            return None
-        self.as_tuple.add(this_thread())  # of a tuple nobody knows what is the encoder's
-        return (), named | {"return_dict": True}
-
-    def _after_seq2seq(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        states = getattr(output, "encoder_last_hidden_state", None)
-        if not self.enabled or states is None:
-            return None
-        assert self.inputs is not None
-        mask = bind(module, args, kwargs).get("attention_mask")
-        at = self.inputs.places(mask, states.shape[0], states.device)
-        own = states.shape[1] - self.num_virtual_tokens
-        cut = embeddings.cut_encoder_fields(output, at, self.num_virtual_tokens, own)
-        if this_thread() not in self.as_tuple:
-            return cut
-        self.as_tuple.discard(this_thread())
-        return cut.to_tuple()
 
 
 def _with_states(output: Any, states: Tensor) -> Any:

@@ -1,0 +1,99 @@
+"""Route 3: a prompt among the inputs of an encoder, behind each row's first real token; outputs have none of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_ptune.errors import InjectionError
+from hf_ptune.injection import embeddings
+from hf_ptune.injection.calls import bind, this_thread
+from hf_ptune.injection.embeddings import InputPrompt
+
+
+class InputRoute:
+    """Put a prompt among the inputs of an encoder, and take it out of what comes back.
+
+    Args:
+        backbone: the task model.
+        inputs: knows the encoder.
+        virtual: P.
+        rows: gives the prompt `[P, H]`; `None` while it is turned off.
+        active: whether the prompt is at work.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        inputs: InputPrompt,
+        virtual: int,
+        rows: Callable[[], Tensor | None],
+        active: Callable[[], bool],
+    ) -> None:
+        self.inputs = inputs
+        self.virtual = virtual
+        self.rows = rows
+        self.active = active
+        self.as_tuple: set[int] = set()  # threads whose encoder-decoder was asked for a tuple
+        encoder = inputs.encoder
+        self.handles = [encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True, prepend=True)]
+        if not backbone.config.is_encoder_decoder:
+            self.handles.append(encoder.register_forward_hook(self._after_encoder, with_kwargs=True))
+            return
+        decoder = backbone.base_model.get_decoder()
+        self.handles += [
+            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True, prepend=True),
+            backbone.register_forward_pre_hook(self._before_seq2seq, with_kwargs=True),
+            backbone.register_forward_hook(self._after_seq2seq, with_kwargs=True),
+        ]
+
+    def _before_encoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rows = self.rows() if self.active() else None
+        if rows is None:
+            return None
+        return (), self.inputs.insert(rows, bind(module, args, kwargs))
+
+    def _after_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.active():
+            return None
+        return self.inputs.cut(output, self.virtual, kwargs.get("attention_mask"))
+
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.active():
+            return None
+        named = bind(module, args, kwargs)
+        states, mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
+        if states is None or mask is None or mask.dim() != 2:
+            return (), named
+        if mask.shape == states.shape[:2]:
+            raise InjectionError(
+                "the encoder's states that were given have no virtual positions: outputs report them without. Give "
+                "what model.get_encoder()(...) returns as encoder_outputs."
+            )
+        if mask.shape[1] == states.shape[1] - self.virtual:
+            ones = mask.new_ones(mask.shape[0], self.virtual)
+            at = self.inputs.places(mask, mask.shape[0], mask.device)
+            named["encoder_attention_mask"] = embeddings.splice(mask, ones, at)
+        return (), named
+
+    def _before_seq2seq(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = bind(module, args, kwargs)
+        given = named.get("return_dict")
+        if not self.active() or (module.config.return_dict if given is None else given):
+            return None
+        self.as_tuple.add(this_thread())  # of a tuple nobody knows what is the encoder's
+        return (), named | {"return_dict": True}
+
+    def _after_seq2seq(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        states = getattr(output, "encoder_last_hidden_state", None)
+        if not self.active() or states is None:
+            return None
+        mask = bind(module, args, kwargs).get("attention_mask")
+        at = self.inputs.places(mask, states.shape[0], states.device)
+        own = states.shape[1] - self.virtual
+        cut = embeddings.cut_encoder_fields(output, at, self.virtual, own)
+        if this_thread() not in self.as_tuple:
+            return cut
+        self.as_tuple.discard(this_thread())
+        return cut.to_tuple()

@@ -1,0 +1,68 @@
+"""Passes over a few tokens that try whether a backbone takes a prompt as the same embeddings before a text."""
+
+from typing import Any
+
+import torch
+
+from hf_ptune.errors import DEVICE_FAILURES, InjectionError
+from hf_ptune.injection.probe import close, probing, vocabulary_of
+
+
+def prompts_agree(injector: Any) -> bool:
+    """Whether a prompt given as a prefix answers as the same embeddings before the tokens would.
+
+    It does not where a layer carries more from token to token than keys and values: a recurrent or
+    convolutional state, sinks of its own, positions that cannot be moved.
+    """
+    words = injector.words()
+    ids = torch.tensor([[11, 18, 25]], device=next(words.parameters()).device) % vocabulary_of(injector.body)
+    kept = injector.encode, injector.num_virtual_tokens
+    try:
+        with probing(injector.body), torch.no_grad():
+            embeds = words(ids)
+            embeds = torch.cat([embeds[:, :1] / 2, embeds[:, 1:]], 1)  # as a prompt, no token's embedding
+            injector.fill(None)
+            injector.busy = True
+            expected = injector.body(inputs_embeds=embeds)[0][:, 1:].float()
+            injector.busy = False
+            injector.encode, injector.num_virtual_tokens, injector.cached = lambda: embeds[0, :1], 1, None
+            found = injector.body(inputs_embeds=embeds[:, 1:])[0].float()
+    except DEVICE_FAILURES:
+        raise
+    except (ValueError, NotImplementedError, TypeError, RuntimeError):
+        return False  # families that need input_ids say so by one of these
+    finally:
+        injector.busy, injector.cached = False, None
+        injector.encode, injector.num_virtual_tokens = kept
+    return close(found, expected, injector.backbone.dtype)
+
+
+def joining_agrees(injector: Any) -> bool:
+    """Whether prompt and rows in one sequence answer as the prompt shared as a prefix does."""
+    if (
+        not injector.shift
+        or injector.text is not injector.body
+        or injector.backbone.config._attn_implementation != "sdpa"
+    ):
+        return False
+    ids = torch.tensor([[11, 18, 25, 7], [3, 12, 9, 5]], device=next(injector.words().parameters()).device)
+    inputs = {
+        "input_ids": ids % vocabulary_of(injector.body),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=ids.device),
+    }
+    with probing(injector.prompt):
+        encode, encoded = injector.encode, injector.encode().detach()
+    injector.encode = lambda: encoded
+    answers = []
+    try:
+        with probing(injector.body):
+            for injector.joins in (False, True):
+                output = injector.body(**inputs)
+                answers.append(output[0].detach().float()[inputs["attention_mask"].bool()])
+    except DEVICE_FAILURES:
+        raise
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, InjectionError):
+        return False  # layers that look into their mask, or that mix tokens by themselves
+    finally:
+        injector.encode, injector.inside, injector.joins = encode, True, False
+    return close(answers[0], answers[1], injector.backbone.dtype)

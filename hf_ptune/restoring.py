@@ -1,0 +1,48 @@
+"""What a backbone was before an adapter trained parts of it: put back, or noted."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_ptune.backbone import adapter_names, head_names
+from hf_ptune.configuration_ptune import PTuneConfig
+
+CHANGED = "_ptune_changed"  # on a backbone: names of parameters that an adapter has trained and left in it
+
+
+class Before:
+    """Keep the biases that BitFit will train; what else an adapter trains of a base may be large, and is noted alone.
+
+    Args:
+        backbone: about to be wrapped.
+        config: of the adapter.
+        task: a key of `backbone.TASKS`.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, config: PTuneConfig, task: str) -> None:
+        self.config = config
+        self.task = task
+        names: set[str] = set()
+        if config.method == "bitfit" and not config.train_backbone:
+            names = adapter_names(backbone, "bitfit", task, None) - head_names(backbone, task)
+        self.biases: dict[str, Tensor] = {
+            n: p.detach().clone() for n, p in backbone.named_parameters() if n in names and p.numel() and not p.is_meta
+        }
+
+    def put_back(self, backbone: PreTrainedModel) -> None:
+        """Give a backbone its biases of before; note what else of it has been trained, its head apart.
+
+        Args:
+            backbone: the same, as it is now.
+        """
+        parameters, config = dict(backbone.named_parameters()), self.config
+        with torch.no_grad():
+            for name, value in self.biases.items():
+                if name in parameters and parameters[name].shape == value.shape:
+                    parameters[name].copy_(value)
+        if config.modules_to_save or config.train_backbone:
+            trained = adapter_names(
+                backbone, config.method, self.task, config.modules_to_save, whole=config.train_backbone
+            )
+            kept = trained - head_names(backbone, self.task) - set(self.biases)
+            backbone.__dict__[CHANGED] = {*kept, *backbone.__dict__.get(CHANGED, ())}
