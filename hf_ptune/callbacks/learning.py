@@ -46,15 +46,15 @@ class LearningCallback(NumbersCallback):
     Found are, each once, as a warning on the first rank with what was measured and the cure:
     `too_high`: loss or prompt is not finite; or, after a quarter of the run and where the prompt has moved, the latest
     quarter of the losses lies above those until the second log by a fifth, or above the first step's by half, either
-    by four standard errors; or by half alone where the prompt has gone ten times its own length, or its own length at
-    ten times the usual rate, which is noise of its own. `too_low`: after a quarter of the run, and 20 steps after
-    warm-up, the prompt has changed by less than 0.3 %. `flat`: after half of the run, the latest quarter of the losses
-    lies neither below the first step's nor below the first quarter's, by 2 % and three standard errors, nor by 10 %
-    whatever the error; losses of classes that have come down to chance have not fallen by that. Runs of fewer steps
-    are judged at their end, where they are clear: a loss that rose by half, a prompt that changed by less than 0.03 %.
-    A run that goes on from a checkpoint beyond its first tenth is judged by `too_high` alone: what had been learnt
-    before is not known. So is one whose prompt is no fresh start: it comes from a saved adapter, or has been trained
-    for 20 steps before in this process, unless it was found not to learn there.
+    by four standard errors; or by half alone, where the prompt has gone ten times its own length, which is noise of its
+    own, or once at ten times the usual rate and the losses lie above chance by half too. `too_low`: after a quarter of
+    the run, and 20 steps after warm-up, the prompt has changed by less than 0.3 %. `flat`: after half of the run, the
+    latest quarter of the losses lies neither below the first step's nor below the first quarter's, by 2 % and three
+    standard errors, nor by 10 % whatever the error; losses of classes that have come down to chance have not fallen by
+    that. Runs of fewer steps are judged at their end, where they are clear: a loss that rose by half, a prompt that
+    changed by less than 0.03 %. A run that goes on from a checkpoint beyond its first tenth is judged by `too_high`
+    alone: what had been learnt before is not known. So is one whose prompt is no fresh start: it comes from a saved
+    adapter, or has been trained for 20 steps before in this process, unless it was found not to learn there.
 
     Losses of several tasks are judged by the mean of what each is beside its own first ones: `loss_<task>` in the logs,
     as `MultiTaskTrainer` writes them. Without those, a model of several tasks is judged by its prompt alone. Steps
@@ -154,16 +154,17 @@ class LearningCallback(NumbersCallback):
             if not self._late:
                 measured = f"the prompt has changed by {100 * change:.2g} % of its start, expected more than "
                 self._report(state, "too_low", f"{measured}{100 * least:g} %. {self._raise(model, change)}")
-        elif self._has_risen(short, self._is_lost(model, change)) and "too_low" not in self.found:
+        elif self._has_risen(short, *self._is_lost(model, change)) and "too_low" not in self.found:
             self._report(state, "too_high", f"{self._tell_rise()}. {self._lower(model)}")
         if short or self._late or self.found or state.global_step < state.max_steps / 2:
             return
         if self._is_flat():
             self._report(state, "flat", f"{self._tell_flat()}. {self._unstick(model, change)}")
 
-    def _is_lost(self, model: PTunePreTrainedModel, change: float | None) -> bool:
-        usual = self._usual(model)
-        return change is not None and change > (_LOST if usual is None or self._rate < _FAR * usual else _ASTRAY)
+    def _is_lost(self, model: PTunePreTrainedModel, change: float | None) -> tuple[bool, bool]:
+        """Whether the prompt has gone far at any rate, and whether it has at one that is far above the usual."""
+        usual, gone = self._usual(model), change or 0.0
+        return gone > _LOST, gone > _ASTRAY and usual is not None and self._rate >= _FAR * usual
 
     def _comparable(self) -> dict[str, Losses]:
         return {task: losses for task, losses in self._losses.items() if losses.comparable}
@@ -171,12 +172,14 @@ class LearningCallback(NumbersCallback):
     def _trends(self) -> list[Trend]:
         return [losses.trend() for losses in self._comparable().values()]
 
-    def _has_risen(self, short: bool, lost: bool) -> bool:
+    def _has_risen(self, short: bool, lost: bool, astray: bool = False) -> bool:
         if not (trends := self._trends()):
             return False
         trend = common_trend(trends)
         (first, error), (start, error_of_start) = trend.first, trend.start
         if first > math.log1p(_CERTAIN_RISE) and (lost or first > _RISE_ERRORS * error):
+            return True
+        if astray and trend.beyond > math.log1p(_CERTAIN_RISE):
             return True
         return not short and min(first, start) > math.log1p(_RISE) and start > _RISE_ERRORS * error_of_start
 

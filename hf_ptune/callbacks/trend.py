@@ -17,12 +17,14 @@ class Trend:
 
     Args:
         first: the latest beside the first loss, and the standard error of that.
+        beyond: beside the first or chance, whichever is more.
         start: beside the first and those of the next log.
         falls: beside the first, and beside the first quarter without it; where the latest are at chance, beside that
             if it is less.
     """
 
     first: tuple[float, float]
+    beyond: float
     start: tuple[float, float]
     falls: tuple[tuple[float, float], tuple[float, float]]
 
@@ -82,7 +84,8 @@ class Losses:
         at_chance = min(above) > -_LITTLE and max(above) < _AT_CHANCE and above[0] - above[-1] < _LITTLE
         early = statistics.fmean(self.values[1 : 1 + quarter])
         falls = below(one, 1 / span), below(early, quarter)
-        return Trend(beside(one, 1 / span), beside(start, first_steps / span), falls)
+        beyond = math.log(self.latest / (max(one, self.chance) if self.chance < math.inf else one))
+        return Trend(beside(one, 1 / span), beyond, beside(start, first_steps / span), falls)
 
     def _quarter(self) -> int:
         return max(2, len(self.values) // 4)
@@ -99,4 +102,5 @@ def common_trend(trends: Sequence[Trend]) -> Trend:
         return statistics.fmean(p[0] for p in pairs), math.hypot(*(p[1] for p in pairs)) / len(pairs)
 
     first, early = ([t.falls[k] for t in trends] for k in (0, 1))
-    return Trend(mean([t.first for t in trends]), mean([t.start for t in trends]), (mean(first), mean(early)))
+    beyond = statistics.fmean(t.beyond for t in trends)
+    return Trend(mean([t.first for t in trends]), beyond, mean([t.start for t in trends]), (mean(first), mean(early)))
