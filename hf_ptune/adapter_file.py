@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import cached_file
 
-from hf_ptune.errors import AdapterFileError
+from hf_ptune.errors import AdapterFileError, shorten
 
 WEIGHTS_NAME = "model.safetensors"
 _ASIDE = ".ptune-"
@@ -32,12 +32,6 @@ _STRUCTURE = "ptune"
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _MOST_HEADER = 2**23  # bytes; some eighty thousand tensors
 _DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
-
-
-def shorten(said: object, most: int = 300) -> str:
-    """What somebody else said, on one line of a message."""
-    line = " ".join(str(said).split()) or type(said).__name__
-    return line if len(line) <= most else line[:most] + "…"
 
 
 @contextmanager

@@ -28,8 +28,7 @@ from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from hf_ptune.adapter_file import shorten
-from hf_ptune.errors import DEVICE_FAILURES, AdapterFileError, BackboneError, PTuneError
+from hf_ptune.errors import DEVICE_FAILURES, AdapterFileError, BackboneError, PTuneError, shorten
 from hf_ptune.methods.bitfit import bias_names
 
 # task -> Auto class that loads the base, names of the classes that do the task, whether a fresh head comes with it

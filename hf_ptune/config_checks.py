@@ -5,8 +5,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from hf_ptune.adapter_file import shorten
-from hf_ptune.errors import ConfigError
+from hf_ptune.errors import ConfigError, shorten
 
 SITES = ("encoder", "decoder", "cross")
 _MOST_LAYERS, _MOST_LABELS = 4096, 2**20

@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from hf_ptune.adapter_file import shorten
 from hf_ptune.base_settings import Live, tell
 from hf_ptune.config_checks import SITES, check_counts, check_geometry, without
-from hf_ptune.errors import AdapterFileError, ConfigError, PTuneError
+from hf_ptune.errors import AdapterFileError, ConfigError, PTuneError, shorten
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import EncoderSpec, PromptEncoder, SiteShape, direct_prompt
 from hf_ptune.templates import Template

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any
 
-from hf_ptune.adapter_file import shorten
 from hf_ptune.cells import read_cell
-from hf_ptune.errors import RecipeError
+from hf_ptune.errors import RecipeError, shorten
 from hf_ptune.labels import Part, name_labels
 from hf_ptune.recipe import Column, Recipe
 from hf_ptune.sources import HUB, chatterbot_rows, read_class_names, read_file, read_hub, read_label_names

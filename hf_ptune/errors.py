@@ -41,3 +41,9 @@ class InjectionError(PTuneError):
 
 class TemplateError(PTuneError, ValueError):
     """Raised when a row and a template, or a word and a tokenizer, do not fit together."""
+
+
+def shorten(said: object, most: int = 300) -> str:
+    """What somebody else said, on one line of a message."""
+    line = " ".join(str(said).split()) or type(said).__name__
+    return line if len(line) <= most else line[:most] + "…"

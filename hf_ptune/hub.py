@@ -21,9 +21,9 @@ from huggingface_hub.hf_api import RepoFile
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from hf_ptune.adapter_file import WEIGHTS_NAME, blob_id_of, sha256_of, shorten
+from hf_ptune.adapter_file import WEIGHTS_NAME, blob_id_of, sha256_of
 from hf_ptune.cards import CARD_NAME
-from hf_ptune.errors import AdapterFileError, HubError
+from hf_ptune.errors import AdapterFileError, HubError, shorten
 
 logger = logging.get_logger(__name__)
 ATTEMPTS = 6

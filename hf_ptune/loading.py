@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hf_ptune.adapter_file import check_tensors, digest_of, find_weights, read_header, shorten
+from hf_ptune.adapter_file import check_tensors, digest_of, find_weights, read_header
 from hf_ptune.backbone import blaming, load_backbone, resolve
 from hf_ptune.base_settings import tell
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import BackboneError, ConfigError
+from hf_ptune.errors import BackboneError, ConfigError, shorten
 from hf_ptune.injection import body_of, find_geometry
 from hf_ptune.methods import get_method
 from hf_ptune.placement import choose_sites

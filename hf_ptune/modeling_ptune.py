@@ -367,7 +367,7 @@ class PTunePreTrainedModel(SavedAdapter):
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> None:
         base: Any = self.backbone
-        # its older name alone in transformers 5.20
+        # transformers 5.21 has its older name alone
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable(activation_checkpointing_kwargs, *args, **kwargs)
         reentrant = bool((activation_checkpointing_kwargs or {}).get("use_reentrant", False))

@@ -16,6 +16,7 @@ from hf_ptune.methods.initializers import fit_length, random_like, sample_vocabu
 from hf_ptune.prompt_transfer import transfer
 
 logger = logging.get_logger(__name__)
+_SAMPLED = 4096  # tokens whose embeddings tell the deviation of all
 _SAMPLE = 64  # tokens whose keys and values say how those of a random prefix are distributed
 
 
@@ -129,11 +130,11 @@ def base_tokenizer(config: Any) -> Any:
         ) from error
 
 
-def embedding_sample(injector: Injector, count: int = 4096) -> Tensor:
+def embedding_sample(injector: Injector) -> Tensor:
     """Input embeddings `[M, H]` of the first tokens of the vocabulary."""
     embed = injector.words()
     size = vocabulary_size(injector.backbone)
-    ids = torch.arange(min(size, count), device=next(embed.parameters()).device)
+    ids = torch.arange(min(size, _SAMPLED), device=next(embed.parameters()).device)
     with torch.no_grad():
         embedded: Tensor = embed(ids[None])[0]
     return embedded.float()

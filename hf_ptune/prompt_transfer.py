@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_ptune.adapter_file import is_foreign, read_tensors, shorten
+from hf_ptune.adapter_file import is_foreign, read_tensors
 from hf_ptune.backbone import place_of
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import BackboneError, ConfigError
+from hf_ptune.errors import BackboneError, ConfigError, shorten
 from hf_ptune.loading import check_prompt, find_adapter
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import PromptEncoder

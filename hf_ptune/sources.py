@@ -11,8 +11,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from hf_ptune.adapter_file import shorten
-from hf_ptune.errors import RecipeError
+from hf_ptune.errors import RecipeError, shorten
 from hf_ptune.tasks.base import Row
 
 HUB = "hub:"

@@ -20,10 +20,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
-from hf_ptune.adapter_file import digest_of, shorten, staged
+from hf_ptune.adapter_file import digest_of, staged
 from hf_ptune.callbacks import LearningCallback, MemoryCallback, ModelCardCallback
 from hf_ptune.data import Rows, load_rows, split_rows
-from hf_ptune.errors import RecipeError
+from hf_ptune.errors import RecipeError, shorten
 from hf_ptune.fresh_base import load_tokenizer
 from hf_ptune.methods import get_method
 from hf_ptune.recipe import Recipe

@@ -6,10 +6,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_ptune import prompt_start
-from hf_ptune.adapter_file import shorten
 from hf_ptune.backbone import anchored, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import BackboneError, ConfigError
+from hf_ptune.errors import BackboneError, ConfigError, shorten
 from hf_ptune.injection import complaint, prompts_agree
 from hf_ptune.methods import PromptKind
 from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel

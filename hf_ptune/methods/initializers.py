@@ -13,7 +13,7 @@ def random_like(sample: Tensor, num_virtual_tokens: int) -> Tensor:
 
     The paper's uniform range fits T5 alone: a deviation of 1 against embeddings of 0.02 does not converge.
     """
-    spread = sample.float().std().to(sample.device)
+    spread = sample.float().std()
     return torch.randn(num_virtual_tokens, sample.shape[1], device=sample.device) * spread
 
 

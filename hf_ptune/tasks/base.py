@@ -159,7 +159,7 @@ class Task:
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         """What pads features to a batch `[B, T]`."""
-        raise NotImplementedError
+        return make_collator(tokenizer, pad_behind(tokenizer))
 
     def scorer(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Scorer | None:
         """What makes loss and classes of the logits, where it is not the model itself.

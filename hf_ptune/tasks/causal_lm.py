@@ -8,9 +8,8 @@ import numpy as np
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_ptune.adapter_file import shorten
 from hf_ptune.cross_entropy import IGNORED
-from hf_ptune.errors import RecipeError
+from hf_ptune.errors import RecipeError, shorten
 from hf_ptune.metrics import Accuracy
 from hf_ptune.tasks.base import Answer, Collator, Feature, Row, kept_pairs, make_collator
 from hf_ptune.tasks.chats import Message, asked, check_messages, question_and_answer, spoken, tokens_of

@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_ptune.adapter_file import shorten
-from hf_ptune.errors import RecipeError
+from hf_ptune.errors import RecipeError, shorten
 
 Message = dict[str, Any]
 Part = tuple[str, bool]

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from hf_ptune.tasks.base import Answer, Collator, Feature, Row, kept_pairs, make_collator, pad_behind
+from hf_ptune.tasks.base import Answer, Feature, Row, kept_pairs
 from hf_ptune.tasks.causal_lm import one_line, token_metrics
 from hf_ptune.tasks.generation import GenerationTask
 from hf_ptune.tasks.registry import register_task
@@ -46,9 +46,6 @@ class Seq2SeqLM(GenerationTask):
             known = {"labels": wanted, "source_ids": encoded["input_ids"], "references": row["references"]}
             features.append(encoded | known)
         return features
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        return make_collator(tokenizer, pad_behind(tokenizer))
 
     def compute_metrics(
         self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]

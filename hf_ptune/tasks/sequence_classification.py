@@ -9,7 +9,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, pipeline
 
 from hf_ptune.errors import RecipeError
 from hf_ptune.metrics import Accuracy, MacroF1
-from hf_ptune.tasks.base import Answer, Collator, Feature, Row, Task, make_collator, pad_behind
+from hf_ptune.tasks.base import Answer, Feature, Row, Task
 from hf_ptune.tasks.registry import register_task
 
 
@@ -51,9 +51,6 @@ class SequenceClassification(Task):
             | {"labels": number[str(row["label"])]}
             for row in rows
         ]
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        return make_collator(tokenizer, pad_behind(tokenizer))
 
     def compute_metrics(
         self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]

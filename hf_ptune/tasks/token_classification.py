@@ -9,23 +9,19 @@ from typing import Any, Literal
 import numpy as np
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from hf_ptune.adapter_file import shorten
 from hf_ptune.cells import read_cell
 from hf_ptune.cross_entropy import IGNORED
-from hf_ptune.errors import RecipeError
+from hf_ptune.errors import RecipeError, shorten
 from hf_ptune.metrics import Seqeval
 from hf_ptune.metrics.inputs import EAST_ASIAN
 from hf_ptune.metrics.tags import spell_tags
 from hf_ptune.tasks.base import (
     Answer,
-    Collator,
     Feature,
     Row,
     Task,
-    make_collator,
     missing,
     need_fast,
-    pad_behind,
     run_model,
     whole,
 )
@@ -187,9 +183,6 @@ class TokenClassification(Task):
             own = zip(encoded.word_ids(n), encoded.sequence_ids(n), strict=True)
             places = [numbers[word] if segment == 0 else None for word, segment in own]
             yield {name: list(encoded[name][n]) for name in tokenizer.model_input_names if name in encoded}, places
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        return make_collator(tokenizer, pad_behind(tokenizer))
 
     def compute_metrics(
         self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]
