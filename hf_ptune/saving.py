@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_ptune.adapter_file import check_tensors, digest_of, is_foreign, read_tensors, staged, write_tensors
-from hf_ptune.backbone import check_target
+from hf_ptune.backbone import anchored, check_target
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError
 from hf_ptune.loading import (
@@ -217,7 +217,8 @@ class SavedAdapter(PreTrainedModel):
         model.load_adapter_state_dict(prompt | read_tensors(path, set(found) - set(prompt)))
         if given is not None:
             model.load_adapter_state_dict(model.adapter_state_dict(given))
-        model.__dict__["_ptune_source"] = source, own
+        # a token is no business of copies and pickles
+        model.__dict__["_ptune_source"] = anchored(source), {k: v for k, v in own.items() if k != "token"}
         model.eval()
         if model.can_generate():
             model.generation_config = backbone.generation_config = read_generation(source, backbone, own)

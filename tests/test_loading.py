@@ -1,6 +1,7 @@
 """Loading and saving: every trap of wrapping a base, each with its test."""
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,7 +30,9 @@ from transformers import (
 )
 
 from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.cards import RunFacts
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
+from hf_ptune.publishing import facts_of
 
 Wrap = Callable[..., PTunePreTrainedModel]
 
@@ -209,6 +212,19 @@ def test_a_base_of_another_shape_is_refused(adapter: Path, tmp_path: Path) -> No
     (adapter / "config.json").write_text(json.dumps(settings))
     with pytest.raises((BackboneError, RuntimeError)):
         AutoModelForCausalLM.from_pretrained(adapter)
+
+
+def test_a_model_knows_where_it_came_from_and_no_token(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizer and facts of a run are taken from there when it is pushed."""
+    monkeypatch.chdir(adapter.parent)
+    loaded = AutoModelForCausalLM.from_pretrained(adapter.name, token="secret")
+    assert facts_of(loaded).metrics == [] and loaded.__dict__["_ptune_source"][0] == str(adapter)
+    RunFacts("p_tuning_v2", "CAUSAL_LM", metrics=[{"loss": 1.5}]).save(adapter)
+    assert facts_of(loaded).metrics == [{"loss": 1.5}]
+    with torch.no_grad():
+        loaded.prompt.weight.add_(1)
+    assert facts_of(loaded).metrics == []
+    assert b"secret" not in pickle.dumps(loaded)
 
 
 def test_the_folder_of_the_base_is_not_overwritten(tmp_path: Path) -> None:
