@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_ptune.errors import InjectionError
 
@@ -29,8 +30,11 @@ class PositionTable:
 
 def position_tables(model: Any) -> Iterator[PositionTable]:
     """The tables of absolute positions of a wrapped model's backbone; none where positions are rotary or relative."""
+    others: tuple[str, ...] = ()  # what reads images or sounds has tables of its own
     for name, module in model.backbone.named_modules():
-        if not isinstance(module, nn.Embedding) or name.rpartition(".")[2] not in _NAMES:
+        if name and isinstance(module, PreTrainedModel) and module.main_input_name != "input_ids":
+            others = (*others, f"{name}.")
+        if not isinstance(module, nn.Embedding) or name.rpartition(".")[2] not in _NAMES or name.startswith(others):
             continue
         offset = getattr(module, "offset", None)  # BART, OPT: rows before position 0
         if not isinstance(offset, int):
