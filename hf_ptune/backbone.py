@@ -57,11 +57,16 @@ def task_of(backbone: PreTrainedModel) -> str:
         BackboneError: the class does none of the known tasks.
     """
     name = type(backbone).__name__
+    found = []
     for task, (_, mapping, _) in _TABLE.items():
         names = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {})
-        known = {n for value in names.values() for n in (value if isinstance(value, (list, tuple)) else [value])}
-        if name in known:
-            return task
+        if name in {n for value in names.values() for n in (value if isinstance(value, (list, tuple)) else [value])}:
+            found.append(task)
+    # some classes are listed as both
+    other = "CAUSAL_LM" if backbone.config.is_encoder_decoder else "SEQ_2_SEQ_LM"
+    found = [task for task in found if task != other] or found
+    if found:
+        return found[0]
     suffixes = {
         "ForSequenceClassification": "SEQ_CLS",
         "ForTokenClassification": "TOKEN_CLS",

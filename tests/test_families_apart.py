@@ -18,8 +18,10 @@ from transformers import (
     EsmConfig,
 )
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.auto import modeling_auto
 
 from hf_ptune import PTuneConfig, get_ptune_model
+from hf_ptune.backbone import task_of
 from hf_ptune.callbacks import check_batch
 from hf_ptune.errors import BackboneError, ConfigError, InjectionError
 from hf_ptune.methods.base import join_prefix
@@ -121,6 +123,19 @@ def test_a_device_that_fails_is_no_fault_of_the_family(family: str, method: str)
     base.base_model.register_forward_pre_hook(full)
     with pytest.raises(torch.OutOfMemoryError):
         get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=4))
+
+
+@pytest.mark.parametrize(
+    ("family", "listed", "task"), [("gpt2", "SEQ_TO_SEQ", "CAUSAL_LM"), ("t5", "", "SEQ_2_SEQ_LM")]
+)
+def test_a_class_that_is_listed_under_two_tasks(
+    family: str, listed: str, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = build(family)
+    mapping = f"MODEL_FOR_{listed}_CAUSAL_LM_MAPPING_NAMES".replace("__", "_")
+    names = dict(getattr(modeling_auto, mapping)) | {family: type(base).__name__}
+    monkeypatch.setattr(modeling_auto, mapping, names)
+    assert task_of(base) == task
 
 
 def test_a_base_without_word_embeddings_is_guarded_too() -> None:
