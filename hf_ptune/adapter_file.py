@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 from hf_ptune.errors import AdapterFileError, shorten
 
 WEIGHTS_NAME = "model.safetensors"
+MODEL_TYPE = "ptune"  # in config.json
 _ASIDE = ".ptune-"
 _writing: set[Path] = set()  # by this process, now
 _ABANDONED = 3600.0  # seconds after which what another machine has left aside is nobody's

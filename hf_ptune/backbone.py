@@ -1,6 +1,7 @@
 """The base under an adapter: what it is, how it is loaded, and what of it belongs to the adapter."""
 
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
+from hf_ptune.adapter_file import MODEL_TYPE
 from hf_ptune.errors import DEVICE_FAILURES, AdapterFileError, BackboneError, PTuneError, shorten
 from hf_ptune.methods.bitfit import bias_names
 
@@ -179,7 +181,13 @@ def check_target(folder: str | os.PathLike[str], base: str | None) -> None:
     Raises:
         AdapterFileError: it is the base's folder.
     """
-    if base is not None and place_of(base) == str(Path(folder).resolve()):
+    if base is None or place_of(base) != str(Path(folder).resolve()):
+        return
+    try:  # an output folder may be spelt like a base on the Hub
+        found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return
+    if found != MODEL_TYPE:
         raise AdapterFileError(
             f"{os.fspath(folder)} is the folder of the base, whose configuration and weights an adapter would "
             "replace. Name another folder."

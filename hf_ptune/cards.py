@@ -275,7 +275,8 @@ def summarise(metrics: list[dict[str, float]]) -> dict[str, tuple[float, float |
 
 def public_name(name: str) -> str:
     """What to call a base or a dataset before others: of a file or folder of this machine its own name alone."""
-    parts = re.split(r"[\\/]", name.rstrip("\\/"))
+    name = name.removeprefix("file://").rstrip("\\/")
+    parts = re.split(r"[\\/]", name)
     local = name.startswith(("/", ".", "~")) or "\\" in name or name[1:2] == ":" or name.endswith(_DATA_ENDS)
     return parts[-1] if local else name
 

@@ -215,10 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("interrupted; the same command goes on with the runs that are left.", file=sys.stderr)
         return train.INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read has gone; the end writes no more
-        return 0
     except (PTuneError, OSError) as error:  # OSError: files, and the Hub's answers by way of transformers
+        if isinstance(error, BrokenPipeError) and given.command in ("presets", "info"):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read has gone; the end writes no more
+            return 0
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

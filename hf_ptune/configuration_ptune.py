@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from hf_ptune.adapter_file import MODEL_TYPE
 from hf_ptune.base_settings import Live, tell
 from hf_ptune.config_checks import SITES, check_counts, check_geometry, without
 from hf_ptune.errors import AdapterFileError, ConfigError, PTuneError, shorten
@@ -118,7 +119,7 @@ class PTuneConfig(PreTrainedConfig):
         virtual_token_ids: ids of the template's virtual tokens in the tokenizer; `get_ptune_model` sets them.
     """
 
-    model_type: ClassVar[str] = "ptune"
+    model_type: ClassVar[str] = MODEL_TYPE
     sub_configs: ClassVar[dict[str, Any]] = {}
 
     method: str = "p_tuning_v2"

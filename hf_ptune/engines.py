@@ -29,6 +29,7 @@ from hf_ptune.backbone import check_target
 from hf_ptune.errors import PTuneError
 from hf_ptune.methods import get_method
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
+from hf_ptune.publishing import RUN
 from hf_ptune.sharding import read_master, scatter, write_master
 
 logger = logging.get_logger(__name__)
@@ -224,7 +225,7 @@ def replaces(where: Any, name: str, only_split: bool = True) -> Callable[[Any], 
 
         @functools.wraps(original)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if ours(self.model) is None or (only_split and not splits(self)):
+            if ours(getattr(self, "model", None)) is None or (only_split and not splits(self)):
                 return original(self, *args, **kwargs)
             return function(self, functools.partial(original, self), *args, **kwargs)
 
@@ -276,6 +277,7 @@ def _train(trainer: Any, original: Any, resume_from_checkpoint: Any = None, *arg
     """
     config, handler = trainer.model.config, trainer.accelerator.ddp_handler
     check_target(trainer.args.output_dir, config.base_model_name_or_path)
+    vars(ours(trainer.model)).pop(RUN, None)  # those of a training before
     prompt_alone = get_method(config.method).kind is not None and not (config.modules_to_save or config.train_backbone)
     if handler is not None and trainer.args.ddp_find_unused_parameters is None and prompt_alone:
         handler.find_unused_parameters = False

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
 # HTTPError is that of the client which the installed huggingface_hub is built on
@@ -209,7 +210,10 @@ class _Push:
             path = self.api.hf_hub_download(self.repo_id, CARD_NAME, revision=parent)
         except LocalEntryNotFoundError as error:  # what the client makes of every fault
             raise ConnectionError(str(error)) from error
-        card = ModelCard.load(path, ignore_metadata_errors=True)
+        try:
+            card = ModelCard.load(path, ignore_metadata_errors=True)
+        except (yaml.YAMLError, ValueError):
+            return True  # metadata that cannot be read are none of ours
         return "hf_ptune" not in (card.data.get("tags") or []) and bool(card.text.strip())
 
     def _arrived(self, revision: str | None) -> bool:

@@ -26,6 +26,7 @@ from hf_ptune.templates import name_virtual_tokens
 
 logger = logging.get_logger(__name__)
 SHIM = "modeling_hf_ptune"
+RUN = "_ptune_facts"  # on a wrapped model: what is known of the training that it comes from
 _NAMED = re.compile(r'(?:model=|from_pretrained\()"([^"]+)"')  # in a card's snippet
 
 
@@ -55,8 +56,7 @@ def write_repository(
     """
     folder = Path(folder)
     if tokenizer is None:
-        source, hub = model.__dict__.get("_ptune_source") or (None, {})
-        tokenizer = tokenizer_of(model.config, source, **hub)
+        tokenizer = _tokenizer_of_model(model)
     if tokenizer is not None:
         name_virtual_tokens(model.config, tokenizer)
         tokenizer.save_pretrained(folder)
@@ -186,7 +186,10 @@ def _made_for(repo_id: str, folder: Path, aside: Path, token: str | bool | None)
 
 
 def facts_of(
-    model: Any, folder: str | os.PathLike[str] | None = None, state_dict: dict[str, Tensor] | None = None
+    model: Any,
+    folder: str | os.PathLike[str] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+    token: str | bool | None = None,
 ) -> RunFacts:
     """What is known of the run that a model comes from, and what the model tells of itself.
 
@@ -194,11 +197,12 @@ def facts_of(
         model: a wrapped model; `ModelCardCallback` leaves the facts of its training there.
         folder: may hold the facts of a run.
         state_dict: see `finish_folder`.
+        token: for where the model was loaded from.
     """
     if folder is not None and (Path(folder) / FACTS_NAME).is_file():
         return RunFacts.load(Path(folder))
     own = model_facts(model)
-    run = model.__dict__.get("_ptune_facts") or _facts_of_source(model, state_dict)
+    run = model.__dict__.get(RUN) or _facts_of_source(model, state_dict, token)
     if run is None:
         return own
     names = ("method", "task", "options", "parameters", "all_parameters", "base_bytes", "base_parameters")
@@ -231,12 +235,12 @@ def model_facts(model: Any) -> RunFacts:
     )
 
 
-def _facts_of_source(model: Any, state_dict: dict[str, Tensor] | None) -> RunFacts | None:
+def _facts_of_source(model: Any, state_dict: dict[str, Tensor] | None, token: str | bool | None) -> RunFacts | None:
     """The facts kept where a model was loaded from, as long as it is still that model."""
     source, hub = model.__dict__.get("_ptune_source") or (None, {})
     if source is None:
         return None
-    hub = {k: v for k, v in hub.items() if v is not None}
+    hub = {k: v for k, v in (hub | {"token": token}).items() if v is not None}
     try:
         path = cached_file(source, FACTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
         if path is None:
@@ -307,13 +311,21 @@ def publish(model: Any, repo_id: str, *, tokenizer: Any = None, keep_encoder: bo
         else:
             model.config.base_model_revision = commit_of(base, token=push.get("token"))
     folder = Path(tempfile.mkdtemp(prefix="hf_ptune-"))
-    facts = inherit_license(facts_of(model, state_dict=tensors), push.get("token"))
+    facts = inherit_license(facts_of(model, state_dict=tensors, token=push.get("token")), push.get("token"))
+    if tokenizer is None:
+        tokenizer = _tokenizer_of_model(model, push.get("token"))
     write_repository(
         model, folder, repo_id, tokenizer=tokenizer, keep_encoder=keep_encoder, facts=facts, state_dict=tensors
     )
     url = push_folder(folder, repo_id, **push)
     shutil.rmtree(folder)
     return url
+
+
+def _tokenizer_of_model(model: Any, token: str | bool | None = None) -> Any:
+    """The tokenizer beside what a model was loaded from, or its base's."""
+    source, hub = model.__dict__.get("_ptune_source") or (None, {})
+    return tokenizer_of(model.config, source, **hub, token=token)
 
 
 def inherit_license(facts: RunFacts, token: str | bool | None = None) -> RunFacts:

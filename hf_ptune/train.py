@@ -232,7 +232,7 @@ def make_arguments(recipe: Recipe, pairs: bool = False, causal: bool = False) ->
 
 def _try_arguments(arguments: TrainingArguments) -> None:
     """Refuse what a Trainer would find wrong only when base and data have been loaded."""
-    if wrong := [part for part in filter(None, (arguments.optim_args or "").split(",")) if part.count("=") != 1]:
+    if wrong := [p for p in (arguments.optim_args or "a=b").split(",") if p.count("=") != 1]:
         raise RecipeError(
             f"training.optim_args is {arguments.optim_args!r}, of which {wrong[0]!r} names no value; expected "
             "name=value, with commas between several."

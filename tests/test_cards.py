@@ -213,6 +213,14 @@ def test_a_trained_model_knows_its_run(wrap: Wrap, tmp_path: Path) -> None:
     assert "| data | user/topics |" in text and "| `learning_rate` | 0.25 |" in text
 
 
+def test_facts_of_a_training_before_are_none_of_the_next(wrap: Wrap, tmp_path: Path) -> None:
+    run = trained(wrap, tmp_path / "out", ModelCardCallback())
+    assert facts_of(run.model).metrics
+    run.remove_callback(ModelCardCallback)
+    run.train()
+    assert not facts_of(run.model).metrics and not facts_of(run.model).history
+
+
 def test_a_model_that_is_loaded_and_pushed_again_keeps_the_facts_of_its_run(wrap: Wrap, tmp_path: Path) -> None:
     run = trained(wrap, tmp_path / "out", ModelCardCallback(license="mit"), scores=(0.1, 0.2))
     write_repository(run.model, tmp_path / "pushed", "user/adapter", tokenizer=NoTokenizer(), keep_encoder=True)

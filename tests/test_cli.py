@@ -168,6 +168,16 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     assert done.returncode == 0 and "pipe" not in done.stderr.lower(), done.stderr
 
 
+def test_a_pipe_that_breaks_while_work_is_done_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli, "convert", broken)
+    assert main(["convert", "a", str(tmp_path / "b")]) == 2 and "Broken pipe" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["train", "sweep"])
 def test_help_tells_of_overrides(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):

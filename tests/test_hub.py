@@ -289,6 +289,28 @@ def test_a_card_that_somebody_wrote_is_kept(
     assert b"# Mine" in server.repos[ADAPTER].at().files["README.md"].content
 
 
+@pytest.mark.parametrize("card", [b"---\ntags: [a\nb: ]: c\n---\n# Mine\n", b"---\njust words\n---\n# Mine\n"])
+def test_a_card_whose_metadata_cannot_be_read_is_kept(server: HubServer, finished: Path, card: bytes) -> None:
+    server.add_repo(ADAPTER, {"README.md": card})
+    push_folder(finished, ADAPTER, token=TOKEN)
+    files = server.repos[ADAPTER].at().files
+    assert files["README.md"].content == card and "model.safetensors" in files
+
+
+def test_a_private_adapter_that_was_loaded_with_a_token_is_pushed_with_its_facts_and_tokenizer(
+    server: HubServer, model: Any, finished: Path, cache: dict[str, Any]
+) -> None:
+    facts = facts_of(model)
+    facts.metrics = [{"accuracy": 0.9}]
+    facts.save(finished)
+    push_folder(finished, ADAPTER, token=TOKEN, private=True)
+    loaded = AutoModelForCausalLM.from_pretrained(ADAPTER, **cache)
+    loaded.push_to_hub("alice/again", token=TOKEN, private=True)
+    files = server.repos["alice/again"].at().files
+    assert json.loads(files["run_facts.json"].content)["metrics"] == [{"accuracy": 0.9}]
+    assert files["tokenizer.json"].content == (finished / "tokenizer.json").read_bytes()
+
+
 @pytest.mark.parametrize("card", [b"---\nlicense: mit\n---\n", b"---\ntags: [hf_ptune]\n---\n# Ours\n"])
 def test_a_card_that_says_nothing_or_is_ours_gives_way(server: HubServer, finished: Path, card: bytes) -> None:
     server.add_repo(ADAPTER, {"README.md": card})

@@ -240,6 +240,15 @@ def test_the_folder_of_the_base_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
 
 
+def test_an_output_folder_may_be_spelt_like_a_base_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = get_ptune_model(build("llama"), PTuneConfig(num_virtual_tokens=3, base_model_name_or_path="org/tiny"))
+    rows = [{k: v[0] for k, v in batch("llama").items()}]
+    Trainer(model, TrainingArguments("org/tiny", max_steps=1, report_to=[], use_cpu=True), train_dataset=rows).train()
+    model.save_pretrained("org/tiny")
+    model.save_pretrained("org/tiny")
+
+
 def test_a_relative_base_is_found_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build("llama").float().save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)

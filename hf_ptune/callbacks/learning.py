@@ -1,18 +1,21 @@
 """Watch whether a run learns, and say once what is wrong and what to change."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from hf_ptune.backbone import head_names
 from hf_ptune.callbacks.freeze import SHARDING, unwrap_ptune_model
 from hf_ptune.callbacks.numbers import NumbersCallback
 from hf_ptune.callbacks.trend import Losses, Trend, common_trend
+from hf_ptune.cards import FACTS_NAME
 from hf_ptune.defaults import defaults_of
 from hf_ptune.engines import TRAINED
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
@@ -32,6 +35,7 @@ _SMALL_CHANGE = 0.05  # below it, a flat loss is the learning rate's fault: prom
 _FAR = 10.0  # a rate so many times the usual one is not too low, however little a loss falls
 _ERRORS, _RISE_ERRORS = 3.0, 4.0  # standard errors that a fall and a rise of losses have to be beyond
 _SOURCE = "_ptune_source"  # where a saved adapter was loaded from
+_OF_A_RUN = (FACTS_NAME, TRAINER_STATE_NAME, "training_args.bin")  # beside an adapter that has been trained
 TASK_LOSS = "loss_"  # and a task's name: mean over its own steps since the last log
 
 
@@ -259,8 +263,16 @@ def _unwrap(model: Any) -> Any:
 def _goes_on(model: Any) -> bool:
     """Whether a prompt has been trained before: in this process, in a saved adapter, or in the one it starts from."""
     parts = [model.model_of(task) for task in model.tasks] if hasattr(model, "model_of") else [model]
-    known = any(_SOURCE in vars(part) or vars(part).get(TRAINED, 0) >= _LEAST_STEPS for part in parts)
+    known = any(_is_trained(part) or vars(part).get(TRAINED, 0) >= _LEAST_STEPS for part in parts)
     return known or model.config.prompt_tuning_init == "ADAPTER"
+
+
+def _is_trained(model: Any) -> bool:
+    """Whether a model was loaded from an adapter that has been trained; `hf-ptune init` writes fresh ones."""
+    source = vars(model).get(_SOURCE, ("",))[0]
+    if not source or not Path(source).is_dir():
+        return bool(source)  # on the Hub
+    return model.config.flattened or any((Path(source) / name).exists() for name in _OF_A_RUN)
 
 
 def _falls(trend: Trend) -> bool:

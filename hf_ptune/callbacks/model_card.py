@@ -18,7 +18,7 @@ from hf_ptune.adapter_file import WEIGHTS_NAME, read_tensors
 from hf_ptune.cards import TIMES, RunFacts, public_name
 from hf_ptune.engines import engine_name, splits
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
-from hf_ptune.publishing import finish_folder, inherit_license, model_facts
+from hf_ptune.publishing import RUN, finish_folder, inherit_license, model_facts
 
 _HYPERPARAMETERS = (
     "learning_rate",
@@ -94,7 +94,7 @@ class ModelCardCallback(TrainerCallback):
         model = extract_model_from_parallel(model, keep_torch_compile=False)
         if not state.is_world_process_zero or not isinstance(model, PTunePreTrainedModel):
             return
-        self.facts = model.__dict__["_ptune_facts"] = gather_facts(args, state, model, self.given)
+        self.facts = model.__dict__[RUN] = gather_facts(args, state, model, self.given)
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         self.facts.save(args.output_dir)
 
@@ -215,7 +215,7 @@ def _give_way(original: Any) -> Any:
             told.pop("dataset_ids", None)
         facts = gather_facts(self.args, self.state, model, told | given)
         inherit_license(facts, self.args.hub_token)
-        model.__dict__["_ptune_facts"] = facts
+        model.__dict__[RUN] = facts
         finish_folder(model, Path(self.args.output_dir), repo_id, facts=facts, state_dict=tensors)
 
     vars(create_model_card)["_ptune"] = True

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Trainer
+from transformers.models.bart.modeling_bart import shift_tokens_right
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_ptune.tasks.base import Task
@@ -45,7 +46,12 @@ class TaskTrainer(Trainer):
         """What any Trainer computes; smoothed labels do not reach a model, whose decoder has its inputs of them."""
         if self.label_smoother is not None and self.task.model_task == "SEQ_2_SEQ_LM":
             backbone = self.accelerator.unwrap_model(model).backbone
-            inputs["decoder_input_ids"] = backbone.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+            prepare = getattr(backbone, "prepare_decoder_input_ids_from_labels", None)
+            if prepare is None:  # M2M100 and Blenderbot shift by themselves
+                config = backbone.config
+                first = {"pad_token_id": config.pad_token_id, "decoder_start_token_id": config.decoder_start_token_id}
+                prepare = partial(shift_tokens_right, **first)
+            inputs["decoder_input_ids"] = prepare(inputs["labels"])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> SequentialSampler:

@@ -302,7 +302,9 @@ def from_folder(model: PTunePreTrainedModel, folder: Path) -> PTunePreTrainedMod
     """As a loaded adapter says where it is from."""
     fresh = wrap(bert())
     fresh.load_adapter_state_dict(model.adapter_state_dict())
-    vars(fresh)["_ptune_source"] = str(folder)
+    model.save_pretrained(folder)
+    (folder / "run_facts.json").write_text("{}")
+    vars(fresh)["_ptune_source"] = str(folder), {}
     return fresh
 
 
@@ -319,6 +321,15 @@ def test_a_trained_prompt_that_goes_on_is_no_fresh_start(
     model = go_on(converged(tmp_path), tmp_path / "adapter")
     callback, _ = watched(tmp_path, model=model, rows=Noise(64), learning_rate=rate)
     assert not callback.found and not warnings
+
+
+def test_a_fresh_adapter_that_was_loaded_is_a_fresh_start(tmp_path: Path) -> None:
+    """As `hf-ptune init` writes it."""
+    model = wrap(bert())
+    model.save_pretrained(tmp_path / "fresh")
+    vars(model)["_ptune_source"] = str(tmp_path / "fresh"), {}
+    callback, _ = watched(tmp_path, model=model, learning_rate=1e-9)
+    assert list(callback.found) == ["too_low"]
 
 
 def test_a_prompt_that_did_not_learn_is_judged_anew(tmp_path: Path) -> None:
