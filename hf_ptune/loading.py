@@ -21,6 +21,7 @@ from hf_ptune.placement import choose_sites
 logger = logging.get_logger(__name__)
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 _SIZES = re.compile("size|dim|layer|head|expert|embd|width|depth|inner|rank|state|kernel|proj|ff|position")
+_DRAWN = re.compile("LABEL_[0-9]+")  # what transformers calls labels without a name
 _NO_SIZES = ("id2label", "label2id", "task_specific_params", "vocab_size")
 
 
@@ -166,10 +167,12 @@ def tell_settings(backbone: PreTrainedModel, config: PTuneConfig) -> None:
     """
     said: dict[str, Any] = config.base.to_dict()
     names = [n for n in said if n.endswith("_token_id")]
-    if config.num_labels == backbone.config.num_labels:
-        names += ["id2label", "label2id", "problem_type"]
-    for name in names:
-        tell(backbone.config, name, getattr(config.base, name), set())
+    named = [n for n in (config.id2label or {}).values() if not _DRAWN.fullmatch(str(n))]
+    if config.num_labels == backbone.config.num_labels and named:
+        names += ["id2label", "label2id"]
+    for name in [*names, "problem_type"]:
+        if (value := getattr(config.base, name)) is not None:
+            tell(backbone.config, name, value, set())
 
 
 def read_generation(source: str, backbone: PreTrainedModel, own: dict[str, Any]) -> GenerationConfig:

@@ -166,9 +166,16 @@ class _LogitsOnDemand:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # accelerate makes the output of a pass in half precision anew, of its items
-        if (source := getattr(_made, "last", lambda: None)()) is not None:
+        source, _made.last = getattr(_made, "last", lambda: None)(), lambda: None
+        loss: Any = super().__getitem__("loss") if source is not None else None  # type: ignore[misc]
+        if source is not None and (loss is source.loss or loss.dtype != source.loss.dtype):
             compute = source.__dict__["_compute"]
-            self.__dict__["_compute"] = lambda: compute().to(source.loss.dtype)
+            self.__dict__["_compute"] = lambda: compute().to(loss.dtype)
+
+    def __repr__(self) -> str:
+        kept = self.__dict__.get("_logits")
+        shown = {**dict(self.items()), "logits": "computed on demand" if kept is None else kept}  # type: ignore[attr-defined]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @property
     def logits(self) -> Tensor | None:

@@ -17,7 +17,7 @@ from hf_ptune.batch_share import count_labels, with_share
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import AdapterFileError, ConfigError, InjectionError, PTuneError
-from hf_ptune.generation_checks import NOT_PAGED, check_generation
+from hf_ptune.generation_checks import NOT_PAGED, check_generation, tokens_at_end
 from hf_ptune.identity import Owner, blank, specialised
 from hf_ptune.injection import (
     Injector,
@@ -35,7 +35,7 @@ from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import choose_head_states, choose_pooling, choose_sites, choose_start, shifts_positions
-from hf_ptune.position_tables import telling_of_positions
+from hf_ptune.position_tables import row_length, telling_of_positions
 from hf_ptune.restoring import Before
 from hf_ptune.saving import SavedAdapter
 from hf_ptune.sharding import in_parts, units_of, whole, write
@@ -260,7 +260,7 @@ class PTunePreTrainedModel(SavedAdapter):
         count = None if items is None else count_labels(kwargs, self.task == "CAUSAL_LM")
         if isinstance(labels := kwargs.get("labels"), Tensor):
             kwargs["labels"] = self.labels_of_words(labels)
-        with telling_of_positions(self):
+        with telling_of_positions(self, lambda: row_length(args, kwargs)):
             if count is None or items is None:
                 return self._answer(args, kwargs)
             del kwargs["num_items_in_batch"]
@@ -395,9 +395,9 @@ class _Generating(PTunePreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.backbone.generation_config = self.generation_config
         check_generation(self, args, kwargs)
-        if in_parts(self.backbone.parameters()):
+        if in_parts(self):
             kwargs["synced_gpus"] = True  # transformers sees ZeRO-3 and its own FSDP2, not accelerate's
-        with telling_of_positions(self):
+        with telling_of_positions(self, lambda: tokens_at_end(self, args, kwargs)):
             return self.backbone.generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

@@ -65,7 +65,9 @@ def _snapshots(base: str) -> Iterator[Path]:
 
 def _holds(snapshot: Path, backbone: PreTrainedModel) -> bool | None:
     """Whether a commit's files have a backbone's weights; `None` where that cannot be told."""
-    named = backbone.named_parameters()
+    if getattr(backbone.config, "quantization_config", None) is not None:
+        return None
+    named = ((n, p) for n, p in backbone.named_parameters() if type(p.data) is Tensor)
     ours = {n: p for n, p in named if p.is_floating_point() and p.numel() and p.dim() and not p.is_meta}
     prefix = f"{backbone.base_model_prefix}."
     compared = 0

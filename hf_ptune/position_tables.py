@@ -1,14 +1,15 @@
 """How many tokens a backbone's tables of absolute positions have room for."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_ptune.errors import InjectionError
+from hf_ptune.injection import cache_of
 
 _NAMES = ("wpe", "position_embeddings", "position_embedding", "embed_positions", "pos_emb")
 
@@ -72,12 +73,26 @@ def writing_room(model: Any, tokens: int) -> int | None:
     return None if room is None else room - tokens + 1  # the last one that is written is not read
 
 
+def row_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens of a row of a call, those in its cache included; 0 where it names none.
+
+    Args:
+        args: of a model's forward, or of `generate`.
+        kwargs: of the same.
+    """
+    given = (*(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "inputs")), *args[:1])
+    rows, cache = next((t for t in given if isinstance(t, Tensor)), None), cache_of(kwargs)
+    before = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    return 0 if rows is None else rows.shape[1] + before
+
+
 @contextmanager
-def telling_of_positions(model: Any) -> Iterator[None]:
-    """Say of an index out of range that the prompt takes positions too, where the base has a table of them.
+def telling_of_positions(model: Any, tokens: Callable[[], int]) -> Iterator[None]:
+    """Say of an index out of range that the prompt takes positions too, where that leaves too few for a row.
 
     Args:
         model: a wrapped model.
+        tokens: counts those that a row has in all; asked only where something was out of range.
 
     Raises:
         InjectionError: an index was out of range; says how long rows may be.
@@ -85,7 +100,8 @@ def telling_of_positions(model: Any) -> Iterator[None]:
     try:
         yield
     except IndexError as error:
-        if not (taken := positions_of_prompt(model)) or (room := token_room(model)) is None:
+        room, taken = token_room(model), positions_of_prompt(model)
+        if not taken or room is None or tokens() <= room:
             raise
         raise InjectionError(
             f"{error}: the base has positions for {room + taken} tokens, of which the prompt takes {taken}, so that "

@@ -1,11 +1,11 @@
 """What a backbone was before an adapter trained parts of it: put back, or noted."""
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_ptune.backbone import adapter_names, head_names
 from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.sharding import write
 
 CHANGED = "_ptune_changed"  # on a backbone: names of parameters that an adapter has trained and left in it
 
@@ -36,10 +36,9 @@ class Before:
             backbone: the same, as it is now.
         """
         parameters, config = dict(backbone.named_parameters()), self.config
-        with torch.no_grad():
-            for name, value in self.biases.items():
-                if name in parameters and parameters[name].shape == value.shape:
-                    parameters[name].copy_(value)
+        for name, value in self.biases.items():
+            if name in parameters and parameters[name].shape == value.shape:
+                write(parameters[name], value)
         if config.modules_to_save or config.train_backbone:
             trained = adapter_names(
                 backbone, config.method, self.task, config.modules_to_save, whole=config.train_backbone

@@ -17,11 +17,11 @@ def _in_zero3(tensor: Any) -> bool:
     return hasattr(tensor, "ds_id")
 
 
-def in_parts(tensors: Iterable[Tensor]) -> bool:
-    """Whether ranks hold parts of any of them, so that all of them have to run the model as often."""
+def in_parts(model: nn.Module) -> bool:
+    """Whether FSDP2 or ZeRO-3 has split a model over ranks, so that all of them have to run it as often."""
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return False
-    return any(isinstance(t, DTensor) or _in_zero3(t) for t in tensors)
+    return any(isinstance(m, FSDPModule) for m in model.modules()) or any(map(_in_zero3, model.parameters()))
 
 
 def whole(tensor: Tensor) -> Tensor:

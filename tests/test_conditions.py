@@ -332,6 +332,29 @@ def test_an_offloaded_cache_gives_the_same_tokens(wrap: Wrap) -> None:
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("compiled", ["layers", "all but an attention"])
+def test_code_that_is_compiled_in_part(compiled: str, training: bool, method: str, wrap: Wrap) -> None:
+    model, inputs = wrap("llama", method).train(training), batch("llama")
+    with torch.no_grad():
+        expected = model.eval()(**inputs).loss
+    model.train(training)
+    layers = model.backbone.model.layers
+    run = model
+    if compiled == "layers":
+        for layer in layers:
+            layer.compile(backend="eager")
+    else:
+        layers[0].self_attn.forward = torch._dynamo.disable(layers[0].self_attn.forward)
+        run = torch.compile(model, backend="eager")
+    loss = run(**inputs).loss
+    assert torch.allclose(loss, expected, atol=1e-9)
+    loss.backward()
+    assert model.prompt.weight.grad.abs().sum() > 0
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_cache_comes_in_eval_mode_with_gradients_too(family: str, method: str, wrap: Wrap) -> None:
     model, ids = wrap(family, method), batch(family)["input_ids"]

@@ -221,6 +221,15 @@ def test_tuples_of_an_encoder_decoder_have_no_virtual_positions(family: str) -> 
     assert given[-1][0].shape == plain[-1][0].shape and torch.equal(given[-1][0], named.encoder_hidden_states[0])
 
 
+def test_a_call_for_a_tuple_that_went_down_leaves_nothing() -> None:
+    model = get_ptune_model(build("t5"), PTuneConfig(method="prompt_tuning", num_virtual_tokens=4)).eval()
+    ids = batch("t5")["input_ids"]
+    with torch.no_grad():
+        with pytest.raises(IndexError):
+            model(input_ids=ids, decoder_input_ids=ids + 1000, return_dict=False)
+        assert not isinstance(model(input_ids=ids, decoder_input_ids=ids), tuple)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_rows_without_a_position_left_are_answered_with_the_room_there_is(family: str) -> None:
     model = get_ptune_model(build(family), PTuneConfig(method="prompt_tuning", num_virtual_tokens=4)).eval()
@@ -234,6 +243,8 @@ def test_rows_without_a_position_left_are_answered_with_the_room_there_is(family
         if family == "gpt2":
             with pytest.raises(InjectionError, match=f"rows of up to {room} fit"):
                 model.generate(ids, max_new_tokens=4)
+    with torch.no_grad(), pytest.raises(IndexError):  # ids that are no words are no matter of positions
+        model(input_ids=torch.full((1, 3), 1000))
     with pytest.raises(ConfigError, match="leaves none for a text"):
         get_ptune_model(model.unwrap(), PTuneConfig(method="prompt_tuning", num_virtual_tokens=room + 4))
 

@@ -372,6 +372,17 @@ def test_a_base_in_memory_takes_the_labels_and_pads_that_were_saved(wrap: Wrap, 
     assert list(AutoConfig.from_pretrained(tmp_path / "again").id2label.values()) == names
 
 
+def test_a_base_in_memory_keeps_what_an_adapter_does_not_say(wrap: Wrap, tmp_path: Path) -> None:
+    model = wrap("gpt2", "p_tuning_v2", "SEQ_CLS")
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path)
+    base = build("gpt2", "SEQ_CLS")
+    names = {n: f"topic {n}" for n in range(base.config.num_labels)}
+    base.config.pad_token_id, base.config.id2label = 5, names
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, backbone=base)
+    assert loaded.backbone.config.pad_token_id == 5 and loaded.backbone.config.id2label == names
+
+
 def test_another_base_in_memory_is_refused(adapter: Path) -> None:
     with pytest.raises(BackboneError, match="hidden_size 64 instead of 32"):
         PTuneForCausalLM.from_pretrained(adapter, backbone=build("llama", hidden_size=64, num_attention_heads=8))

@@ -96,8 +96,16 @@ def test_logits_of_weights_that_have_changed_are_refused(wrap: Wrap) -> None:
     output = model(**labelled("llama"))
     with torch.no_grad():
         model.prompt.weight.add_(1)
+    assert "logits='computed on demand'" in repr(output)
     with pytest.raises(PTuneError, match="after the weights had changed"):
         output.logits  # noqa: B018
+
+
+def test_an_output_that_is_made_anew_takes_the_logits_of_no_other(wrap: Wrap) -> None:
+    model, inputs = wrap("llama", "p_tuning_v2").train(), labelled("llama")
+    first = model(**inputs)
+    model(**{k: v[:1] for k, v in inputs.items()})
+    assert type(first)(loss=first.loss).logits is None
 
 
 def test_a_loss_function_of_a_user_s_own_gets_all_logits(wrap: Wrap) -> None:

@@ -250,6 +250,16 @@ def test_refusals(tmp_path: Path) -> None:
     check_batch(model, {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": labels})
 
 
+def test_words_that_are_embedded_eagerly_in_a_compiled_model() -> None:
+    model = wrapped("gpt2")
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        words = model.get_input_embeddings()
+        words._compiled_call_impl = torch._dynamo.disable(words._call_impl)
+        assert torch.allclose(torch.compile(model, backend="eager")(input_ids=IDS).logits, expected, atol=1e-9)
+    torch._dynamo.reset()
+
+
 def test_generation_that_reads_virtual_tokens_elsewhere_is_refused() -> None:
     model = wrapped("gpt2")
     with pytest.raises(InjectionError, match="assistant_model"):

@@ -1,6 +1,6 @@
 """The only place where prompts meet a backbone."""
 
-from hf_ptune.injection.calls import bind, cache_name, parameters_of, this_thread
+from hf_ptune.injection.calls import bind, cache_name, cache_of, parameters_of, this_thread
 from hf_ptune.injection.embeddings import normalises_embeddings, word_embeddings
 from hf_ptune.injection.injector import Injector
 from hf_ptune.injection.layer_mix import ScalarMix, forget_captures, gives_layers, layers_of
@@ -24,6 +24,7 @@ __all__ = [
     "bind",
     "body_of",
     "cache_name",
+    "cache_of",
     "complaint",
     "device_of",
     "evaluating",

@@ -57,6 +57,22 @@ def this_thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
+class Slot:
+    """What one hook leaves for another of the same pass, apart for threads."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, Any] = {}
+
+    def put(self, value: Any) -> None:
+        """Leave something, in the place of what a pass that went down has left."""
+        self.kept[this_thread()] = value
+
+    def take(self) -> Any:
+        """What was left, once; `None` where nothing was. Eager code takes what compiled code around it has left."""
+        here = this_thread()
+        return self.kept.pop(here if here in self.kept else 0, None)
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor has been written; one made in inference mode does not count that."""
     return -1 if tensor.is_inference() else tensor._version

@@ -102,6 +102,7 @@ class Injector:
         self.runners: set[int] = set()  # and those in which the prompt itself runs through it
         self.layout: joint.Layout | None = None  # while prompt and rows run as one sequence
         self.joins: bool | None = None  # whether they may; tried when the first batch trains
+        self.trying = False  # while that is tried
         self.cached: Encoded | None = None
         self.crossing: Callable[[Tensor], Tensor] | None = None
         self.handles: list[Any] = []
@@ -126,20 +127,26 @@ class Injector:
     def busy(self) -> bool:
         """Whether the prompt itself runs through the backbone, in this thread."""
         # compiled code runs in one thread, and does not ask which
-        return bool(self.runners) and (torch.compiler.is_compiling() or threading.get_ident() in self.runners)
+        return bool(self.runners) and (torch.compiler.is_compiling() or bool({0, threading.get_ident()} & self.runners))
 
     @busy.setter
     def busy(self, runs: bool) -> None:
-        (self.runners.add if runs else self.runners.discard)(this_thread())
+        if runs:
+            self.runners.add(this_thread())
+        else:
+            self.runners -= {0, this_thread()}
 
     @property
     def inside(self) -> bool:
         """Whether the body runs, in this thread."""
-        return this_thread() in self.within
+        return bool({0, this_thread()} & self.within)
 
     @inside.setter
     def inside(self, runs: bool) -> None:
-        (self.within.add if runs else self.within.discard)(this_thread())
+        if runs:
+            self.within.add(this_thread())
+        else:
+            self.within -= {0, this_thread()}
 
     def _site(self, found: dict[str, Any]) -> Site:
         shape = SiteShape(found["heads"], found["key_dim"], found["value_dim"])
@@ -386,11 +393,12 @@ class Injector:
     def _may_join(self, named: dict[str, Any]) -> bool:
         if self.kind is not PromptKind.EMBEDDINGS or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        if not self.backbone.training:  # who measures may want the cache that is given back
-            return False
-        if self.joins is None:
+        if self.joins is None and self.backbone.training:
             self.joins = joining_agrees(self)
-        return self.joins and joint.can_join(named)
+        # who measures may want the cache that is given back
+        if not (self.backbone.training or self.trying):
+            return False
+        return bool(self.joins) and joint.can_join(named)
 
     def _reentrant(self) -> bool:
         if not self.backbone.training:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_ptune.errors import InjectionError
 from hf_ptune.injection import embeddings
-from hf_ptune.injection.calls import bind, this_thread
+from hf_ptune.injection.calls import Slot, bind
 from hf_ptune.injection.embeddings import InputPrompt
 
 
@@ -35,7 +35,7 @@ class InputRoute:
         self.virtual = virtual
         self.rows = rows
         self.active = active
-        self.as_tuple: set[int] = set()  # threads whose encoder-decoder was asked for a tuple
+        self.as_tuple = Slot()  # whether the encoder-decoder was asked for a tuple
         encoder = inputs.encoder
         self.handles = [encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True, prepend=True)]
         if not backbone.config.is_encoder_decoder:
@@ -78,22 +78,20 @@ class InputRoute:
         return (), named
 
     def _before_seq2seq(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.as_tuple.take()  # of a call that went down
         named = bind(module, args, kwargs)
         given = named.get("return_dict")
         if not self.active() or (module.config.return_dict if given is None else given):
             return None
-        self.as_tuple.add(this_thread())  # of a tuple nobody knows what is the encoder's
+        self.as_tuple.put(True)  # of a tuple nobody knows what is the encoder's
         return (), named | {"return_dict": True}
 
     def _after_seq2seq(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        states = getattr(output, "encoder_last_hidden_state", None)
+        as_tuple, states = self.as_tuple.take(), getattr(output, "encoder_last_hidden_state", None)
         if not self.active() or states is None:
-            return None
+            return output.to_tuple() if as_tuple else None
         mask = bind(module, args, kwargs).get("attention_mask")
         at = self.inputs.places(mask, states.shape[0], states.device)
         own = states.shape[1] - self.virtual
         cut = embeddings.cut_encoder_fields(output, at, self.virtual, own)
-        if this_thread() not in self.as_tuple:
-            return cut
-        self.as_tuple.discard(this_thread())
-        return cut.to_tuple()
+        return cut.to_tuple() if as_tuple else cut

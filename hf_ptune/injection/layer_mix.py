@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection.bridge import checkpoint_layers, reentrant_layers
-from hf_ptune.injection.calls import bind, parameters_of, this_thread
+from hf_ptune.injection.calls import Slot, bind, parameters_of
 from hf_ptune.injection.pooling import has_pooler, mean_first, own_tokens, pool_again
 from hf_ptune.injection.probe import close, probing, run_on_tokens
 
@@ -132,7 +132,7 @@ class LayerMix:
         self.mix = mix
         self.active = active
         self.pools_mean = pools_mean
-        self.asked: dict[int, Asked] = {}  # by thread, while the body runs
+        self.asked = Slot()  # while the body runs
         self.handles = [
             # before a prompt among the inputs comes there, and after it has left the states
             body.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
@@ -148,13 +148,13 @@ class LayerMix:
             getattr(module.config, n, None) if named.get(n) is None else named[n]
             for n in ("output_hidden_states", "return_dict")
         )
-        self.asked[this_thread()] = Asked(states, as_dict, own_tokens(named) if self.pools_mean else None)
+        self.asked.put(Asked(states, as_dict, own_tokens(named) if self.pools_mean else None))
         return (), named | {"output_hidden_states": True, "return_dict": True}
 
     def _after(self, module: Any, args: Any, output: ModelOutput) -> Any:
         if not self.active():
             return None
-        asked = self.asked.pop(this_thread())
+        asked: Asked = self.asked.take()
         states = output.hidden_states
         if not _fit(states, output[0], count := len(self.mix.weight)):
             raise InjectionError(

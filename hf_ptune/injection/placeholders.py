@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_ptune.errors import DEVICE_FAILURES, InjectionError
-from hf_ptune.injection.calls import bind, parameters_of, this_thread
+from hf_ptune.injection.calls import Slot, bind, parameters_of
 from hf_ptune.injection.probe import close, probing, vocabulary_of
 
 _NOWHERE = -1
@@ -39,7 +39,7 @@ class Placeholders:
         self.rows = rows
         self.plain = _plain_token(reader.config, vocabulary_of(reader))
         # by thread [B, S], number of the virtual token or -1; while the reader runs
-        self.places: dict[int, Tensor] = {}
+        self.places = Slot()
         self.handles = [
             reader.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             reader.register_forward_hook(self._after, always_call=True),
@@ -58,12 +58,12 @@ class Placeholders:
             )
         found = ids[..., None] == torch.tensor(self.ids, device=ids.device)  # [B, S, P]
         there = found.any(-1)
-        self.places[this_thread()] = torch.where(there, found.int().argmax(-1), _NOWHERE)
+        self.places.put(torch.where(there, found.int().argmax(-1), _NOWHERE))
         named["input_ids"] = ids.masked_fill(there, self.plain)
         return (), named
 
     def _after_words(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        places = self.places.pop(this_thread(), None)
+        places = self.places.take()
         rows = None if places is None else self.rows()
         if places is None or rows is None:
             return None
@@ -110,7 +110,7 @@ class Placeholders:
         return close(answers[1], answers[0], body.dtype)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.places.pop(this_thread(), None)
+        self.places.take()
 
 
 def _plain_token(config: PreTrainedConfig, size: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from hf_ptune.errors import InjectionError
-from hf_ptune.injection.calls import bind, this_thread
+from hf_ptune.injection.calls import Slot, bind
 from hf_ptune.injection.embeddings import InputPrompt, splice
 
 _FIRST = (None, "cls", "bos", "first")
@@ -100,17 +100,17 @@ class MeanPooling:
         self.inputs = inputs if producer is not body else None
         self.virtual = virtual
         self.active = active
-        self.own: dict[int, Tensor | None] = {}  # thread to [B, S], while the body runs
+        self.own = Slot()  # [B, S], while the body runs
         self.handles = [
             body.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             producer.register_forward_hook(self._after),
         ]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.own[this_thread()] = own_tokens(bind(module, args, kwargs))
+        self.own.put(own_tokens(bind(module, args, kwargs)))
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        own = self.own.pop(this_thread(), None)
+        own = self.own.take()
         if own is None or not self.active():
             return None
         if self.inputs is not None:

@@ -14,11 +14,17 @@ _Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Now:
-    """What a site holds while a pass runs."""
+    """What a site holds while a pass runs.
+
+    `compiled` tells what compiled code has written last: eager code in its midst knows nothing else.
+    """
 
     pair: _Pair | None = None
     recording = False
     recorded: _Pair | None = None
+
+    def __init__(self) -> None:
+        self.compiled = {"pair": False, "recording": False, "recorded": False}
 
 
 class Site:
@@ -59,7 +65,19 @@ class Site:
     def pair(self) -> _Pair | None:
         """Keys and values `[K, P, D]` that meet the tokens of this thread's pass."""
         # threads of a backward have filled in nothing by themselves
-        return self._latest.pair if torch.compiler.is_compiling() else getattr(self._here, "pair", self._latest.pair)
+        found: _Pair | None = self._read("pair", self._latest.pair)
+        return found
+
+    def _read(self, name: str, unset: Any) -> Any:
+        latest = torch.compiler.is_compiling() or self._latest.compiled[name]
+        return getattr(self._latest, name) if latest else getattr(self._here, name, unset)
+
+    def _write(self, name: str, value: Any) -> None:
+        compiled = torch.compiler.is_compiling()
+        setattr(self._latest, name, value)
+        self._latest.compiled[name] = compiled
+        if not compiled:
+            setattr(self._here, name, value)
 
     @property
     def key(self) -> torch.Tensor | None:
@@ -69,40 +87,37 @@ class Site:
     @property
     def recording(self) -> bool:
         """Whether this thread's pass is that of the prompt itself."""
-        return self._latest.recording if torch.compiler.is_compiling() else getattr(self._here, "recording", False)
+        found: bool = self._read("recording", False)
+        return found
 
     @recording.setter
     def recording(self, on: bool) -> None:
-        self._latest.recording = on
-        if not torch.compiler.is_compiling():
-            self._here.recording = on
+        self._write("recording", on)
 
     @property
     def recorded(self) -> _Pair | None:
-        return self._latest.recorded if torch.compiler.is_compiling() else getattr(self._here, "recorded", None)
+        found: _Pair | None = self._read("recorded", None)
+        return found
 
     @recorded.setter
     def recorded(self, pair: _Pair | None) -> None:
-        self._latest.recorded = pair
-        if not torch.compiler.is_compiling():
-            self._here.recorded = pair
+        self._write("recorded", pair)
 
     def fill(self, pair: _Pair | None) -> None:
         """Let a pair meet the tokens of the pass that begins."""
-        self._latest.pair = pair
-        if not torch.compiler.is_compiling():
-            self._here.pair = pair
+        self._write("pair", pair)
 
-    def swap(self, pair: _Pair | None) -> dict[str, _Pair | None]:
+    def swap(self, pair: _Pair | None) -> tuple[dict[str, Any], bool]:
         """Fill this thread's pass alone; gives what `restore` takes."""
-        before = dict(vars(self._here))
-        self._here.pair = pair
+        before = dict(vars(self._here)), self._latest.compiled["pair"]
+        self._here.pair, self._latest.compiled["pair"] = pair, False
         return before
 
-    def restore(self, before: dict[str, Any]) -> None:
+    def restore(self, before: tuple[dict[str, Any], bool]) -> None:
         """Let this thread's pass have what it had, or nothing of its own again."""
+        here, self._latest.compiled["pair"] = before
         vars(self._here).pop("pair")
-        vars(self._here).update(before)
+        vars(self._here).update(here)
 
     def record(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep what the backbone computed for a prompt of batch 1: keys and values `[K, P, D]`."""

@@ -54,6 +54,7 @@ def joining_agrees(injector: Any) -> bool:
         encode, encoded = injector.encode, injector.encode().detach()
     injector.encode = lambda: encoded
     answers = []
+    injector.trying = True
     try:
         with probing(injector.body):
             for injector.joins in (False, True):
@@ -64,5 +65,5 @@ def joining_agrees(injector: Any) -> bool:
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, InjectionError):
         return False  # layers that look into their mask, or that mix tokens by themselves
     finally:
-        injector.encode, injector.inside, injector.joins = encode, True, False
+        injector.encode, injector.inside, injector.joins, injector.trying = encode, True, False, False
     return close(answers[0], answers[1], injector.backbone.dtype)
