@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -40,13 +41,13 @@ def find_commit(backbone: PreTrainedModel, base: str | None, revision: str | Non
         return extract_commit_hash(path, None) if isinstance(path, str) else None
     # .../snapshots/<commit>/config.json
     folder = Path(path).parent if isinstance(path, str) else None
-    others = sorted(_snapshots(base)) if folder is None else sorted(folder.parent.iterdir())
     if folder is not None and _holds(folder, backbone) is not False:
         return folder.name
+    others = [snapshot for snapshot in sorted(_snapshots(base)) if snapshot != folder]
     for snapshot in others:
         if _holds(snapshot, backbone):
             return snapshot.name
-    if not others:
+    if folder is None and not others:
         return None
     logger.warning(
         f"no commit of {base} in the cache has the weights of this base, so that the adapter pins none; set "
@@ -56,10 +57,8 @@ def find_commit(backbone: PreTrainedModel, base: str | None, revision: str | Non
 
 
 def _snapshots(base: str) -> Iterator[Path]:
-    """Folders of the commits of a repository in the cache, where its main branch is not."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    root = Path(HF_HUB_CACHE) / f"models--{base.replace('/', '--')}" / "snapshots"
+    """Folders of the commits of a repository in the cache."""
+    root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=base, repo_type="model") / "snapshots"
     return root.iterdir() if root.is_dir() else iter(())
 
 
@@ -74,10 +73,10 @@ def _holds(snapshot: Path, backbone: PreTrainedModel) -> bool | None:
     for file in sorted(snapshot.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as tensors:
-                names = [n for n in tensors.keys() if _name_in(ours, n, prefix) is not None]  # noqa: SIM118
-                for name in names[:: max(len(names) // _COMPARED, 1)]:
+                found = ((n, _named(ours, n, prefix)) for n in tensors.keys())  # noqa: SIM118
+                both = [(name, parameter) for name, parameter in found if parameter is not None]
+                for name, parameter in both[:: max(len(both) // _COMPARED, 1)]:
                     rows = tensors.get_slice(name)
-                    parameter = ours[str(_name_in(ours, name, prefix))]
                     if list(rows.get_shape()) != list(parameter.shape):
                         continue  # a vocabulary that was resized, or another head
                     if not _equal(rows[:1], parameter):
@@ -88,8 +87,8 @@ def _holds(snapshot: Path, backbone: PreTrainedModel) -> bool | None:
     return True if compared else None
 
 
-def _name_in(ours: dict[str, Tensor], name: str, prefix: str) -> str | None:
-    return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in ours), None)
+def _named(ours: dict[str, Tensor], name: str, prefix: str) -> Tensor | None:
+    return next((ours[n] for n in (name, prefix + name, name.removeprefix(prefix)) if n in ours), None)
 
 
 def _equal(row: Tensor, parameter: Tensor) -> bool:

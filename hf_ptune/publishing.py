@@ -26,6 +26,7 @@ from hf_ptune.templates import name_virtual_tokens
 
 logger = logging.get_logger(__name__)
 SHIM = "modeling_hf_ptune"
+SOURCE = "_ptune_source"  # on a wrapped model: what it was loaded from, and with which options of the Hub
 RUN = "_ptune_facts"  # on a wrapped model: what is known of the training that it comes from
 _NAMED = re.compile(r'(?:model=|from_pretrained\()"([^"]+)"')  # in a card's snippet
 
@@ -39,6 +40,7 @@ def write_repository(
     keep_encoder: bool = False,
     facts: RunFacts | None = None,
     state_dict: dict[str, Tensor] | None = None,
+    token: str | bool | None = None,
 ) -> Path:
     """Write everything that a repository of an adapter holds.
 
@@ -50,13 +52,15 @@ def write_repository(
         keep_encoder: keep the reparameterisation, so that training can go on; else the prompt is flattened.
         facts: of the run; what the model itself tells when unset.
         state_dict: see `finish_folder`.
+        token: for where the model was loaded from.
 
     Returns:
         The folder.
     """
     folder = Path(folder)
     if tokenizer is None:
-        tokenizer = _tokenizer_of_model(model)
+        source, hub = _source_of(model, token)
+        tokenizer = tokenizer_of(model.config, source, **hub)
     if tokenizer is not None:
         name_virtual_tokens(model.config, tokenizer)
         tokenizer.save_pretrained(folder)
@@ -237,10 +241,9 @@ def model_facts(model: Any) -> RunFacts:
 
 def _facts_of_source(model: Any, state_dict: dict[str, Tensor] | None, token: str | bool | None) -> RunFacts | None:
     """The facts kept where a model was loaded from, as long as it is still that model."""
-    source, hub = model.__dict__.get("_ptune_source") or (None, {})
+    source, hub = _source_of(model, token)
     if source is None:
         return None
-    hub = {k: v for k, v in (hub | {"token": token}).items() if v is not None}
     try:
         path = cached_file(source, FACTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
         if path is None:
@@ -312,20 +315,26 @@ def publish(model: Any, repo_id: str, *, tokenizer: Any = None, keep_encoder: bo
             model.config.base_model_revision = commit_of(base, token=push.get("token"))
     folder = Path(tempfile.mkdtemp(prefix="hf_ptune-"))
     facts = inherit_license(facts_of(model, state_dict=tensors, token=push.get("token")), push.get("token"))
-    if tokenizer is None:
-        tokenizer = _tokenizer_of_model(model, push.get("token"))
+    token = push.get("token")
     write_repository(
-        model, folder, repo_id, tokenizer=tokenizer, keep_encoder=keep_encoder, facts=facts, state_dict=tensors
+        model,
+        folder,
+        repo_id,
+        tokenizer=tokenizer,
+        keep_encoder=keep_encoder,
+        facts=facts,
+        state_dict=tensors,
+        token=token,
     )
     url = push_folder(folder, repo_id, **push)
     shutil.rmtree(folder)
     return url
 
 
-def _tokenizer_of_model(model: Any, token: str | bool | None = None) -> Any:
-    """The tokenizer beside what a model was loaded from, or its base's."""
-    source, hub = model.__dict__.get("_ptune_source") or (None, {})
-    return tokenizer_of(model.config, source, **hub, token=token)
+def _source_of(model: Any, token: str | bool | None) -> tuple[str | None, dict[str, Any]]:
+    """Folder or Hub id that a model was loaded from, if it was, and how to read there."""
+    source, hub = model.__dict__.get(SOURCE) or (None, {})
+    return source, {k: v for k, v in (hub | {"token": token}).items() if v is not None}
 
 
 def inherit_license(facts: RunFacts, token: str | bool | None = None) -> RunFacts:

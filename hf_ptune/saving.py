@@ -24,7 +24,7 @@ from hf_ptune.loading import (
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import check_base, choose_sites, settled_reading
-from hf_ptune.publishing import publish
+from hf_ptune.publishing import SOURCE, publish
 from hf_ptune.sharding import running
 
 # what a repository of ours may run says nothing of what its base may; the others are said of our own files
@@ -218,7 +218,7 @@ class SavedAdapter(PreTrainedModel):
         if given is not None:
             model.load_adapter_state_dict(model.adapter_state_dict(given))
         # a token is no business of copies and pickles
-        model.__dict__["_ptune_source"] = anchored(source), {k: v for k, v in own.items() if k != "token"}
+        model.__dict__[SOURCE] = anchored(source), {k: v for k, v in own.items() if k != "token"}
         model.eval()
         if model.can_generate():
             model.generation_config = backbone.generation_config = read_generation(source, backbone, own)

@@ -19,6 +19,7 @@ from hf_ptune.cards import FACTS_NAME
 from hf_ptune.defaults import defaults_of
 from hf_ptune.engines import TRAINED
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
+from hf_ptune.publishing import SOURCE
 
 logger = logging.get_logger(__name__)
 _LOOKS = 20  # times that a run is looked at, where its own logs are rarer
@@ -34,7 +35,6 @@ _LOST, _ASTRAY = 10.0, 1.0
 _SMALL_CHANGE = 0.05  # below it, a flat loss is the learning rate's fault: prompts that learnt changed by more
 _FAR = 10.0  # a rate so many times the usual one is not too low, however little a loss falls
 _ERRORS, _RISE_ERRORS = 3.0, 4.0  # standard errors that a fall and a rise of losses have to be beyond
-_SOURCE = "_ptune_source"  # where a saved adapter was loaded from
 _OF_A_RUN = (FACTS_NAME, TRAINER_STATE_NAME, "training_args.bin")  # beside an adapter that has been trained
 TASK_LOSS = "loss_"  # and a task's name: mean over its own steps since the last log
 
@@ -269,7 +269,7 @@ def _goes_on(model: Any) -> bool:
 
 def _is_trained(model: Any) -> bool:
     """Whether a model was loaded from an adapter that has been trained; `hf-ptune init` writes fresh ones."""
-    source = vars(model).get(_SOURCE, ("",))[0]
+    source = vars(model).get(SOURCE, ("",))[0]
     if not source or not Path(source).is_dir():
         return bool(source)  # on the Hub
     return model.config.flattened or any((Path(source) / name).exists() for name in _OF_A_RUN)

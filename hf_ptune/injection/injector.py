@@ -230,11 +230,14 @@ class Injector:
             return None
         self.inside = True
         keep_masks(True)
-        changed = self._meet(bind(module, args, kwargs)) if self.enabled else None
-        if not self.enabled:
+        return self._begin(self._meet(bind(module, args, kwargs)) if self.enabled else None)
+
+    def _begin(self, named: dict[str, Any] | None) -> Any:
+        """Let a pass begin with the arguments that the prompt has met; `None` where it is turned off."""
+        if named is None:
             self.fill(None)
         self._bind_checkpoints()
-        return None if changed is None else ((), changed)
+        return None if named is None else ((), named)
 
     def _meet(self, named: dict[str, Any]) -> dict[str, Any]:
         """Let the prompt meet a call of the body."""
@@ -282,11 +285,7 @@ class Injector:
     def _before_part(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.inside or self.busy:
             return None
-        changed = self._fill_from_prompt(bind(module, args, kwargs)) if self.enabled else None
-        if not self.enabled:
-            self.fill(None)
-        self._bind_checkpoints()
-        return None if changed is None else ((), changed)
+        return self._begin(self._fill_from_prompt(bind(module, args, kwargs)) if self.enabled else None)
 
     def _after_part(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self.inside:

@@ -10,6 +10,7 @@ from hf_ptune.errors import InjectionError
 from hf_ptune.methods.base import SiteShape
 
 _ATTRIBUTE = "_ptune_site"
+_UNSET = object()
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -107,17 +108,19 @@ class Site:
         """Let a pair meet the tokens of the pass that begins."""
         self._write("pair", pair)
 
-    def swap(self, pair: _Pair | None) -> tuple[dict[str, Any], bool]:
+    def swap(self, pair: _Pair | None) -> tuple[Any, bool]:
         """Fill this thread's pass alone; gives what `restore` takes."""
-        before = dict(vars(self._here)), self._latest.compiled["pair"]
+        before = getattr(self._here, "pair", _UNSET), self._latest.compiled["pair"]
         self._here.pair, self._latest.compiled["pair"] = pair, False
         return before
 
-    def restore(self, before: tuple[dict[str, Any], bool]) -> None:
+    def restore(self, before: tuple[Any, bool]) -> None:
         """Let this thread's pass have what it had, or nothing of its own again."""
-        here, self._latest.compiled["pair"] = before
-        vars(self._here).pop("pair")
-        vars(self._here).update(here)
+        pair, self._latest.compiled["pair"] = before
+        if pair is _UNSET:
+            del self._here.pair
+        else:
+            self._here.pair = pair
 
     def record(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep what the backbone computed for a prompt of batch 1: keys and values `[K, P, D]`."""
