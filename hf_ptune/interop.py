@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 from hf_ptune.adapter_file import check_tensors, read_tensors
 from hf_ptune.backbone import head_names, load_backbone, resolve, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
+from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
 from hf_ptune.injection import Injector, body_of, cache_name, probing
 from hf_ptune.injection.positions import learned_table
 from hf_ptune.injection.probe import vocabulary_of
@@ -227,7 +227,7 @@ def _fill(
         model.load_adapter_state_dict(expected | {f"prompt.{n}": t for n, t in prompt.items()})
         _check_same(model.eval())
         model.load_adapter_state_dict(tensors)
-    except PTuneError:
+    except BaseException:
         model.unwrap()
         raise
     return model

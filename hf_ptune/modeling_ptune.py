@@ -64,17 +64,30 @@ class PTunePreTrainedModel(SavedAdapter):
         self.backbone = backbone
         if self.can_generate():
             self.generation_config = backbone.generation_config
-        if hasattr(backbone, "accepts_loss_kwargs"):
-            self.accepts_loss_kwargs = backbone.accepts_loss_kwargs
-        self._was_trainable = {n for n, p in backbone.named_parameters() if p.requires_grad}
+        for name in ("accepts_loss_kwargs", "hf_device_map"):  # the Trainer asks the outermost model for them
+            if hasattr(backbone, name):
+                setattr(self, name, getattr(backbone, name))
         self.prompt: PromptEncoder | None = None
         self.mix: ScalarMix | None = None
         self._injector: Injector | None = None
-        self._loss_at_labels = self._watched_head()
+        self._loss_at_labels: LossAtLabels | None = None
         self._dropout = BackboneDropout(body_of(backbone), config.backbone_dropout or config.train_backbone)
-        method = get_method(config.method)
+        # what needs no run of the backbone is refused before it is touched
+        adapter_names(backbone, config.method, self.task, config.modules_to_save, whole=config.train_backbone)
         self._adopt(backbone)
+        self._was_trainable = {n for n, p in backbone.named_parameters() if p.requires_grad}
         self._before = Before(backbone, config, self.task)
+        try:
+            self._settle(backbone, config)
+        except BaseException:
+            self._give_back(trained=False)
+            raise
+        self.__class__ = specialised(type(self), type(backbone))
+
+    def _settle(self, backbone: PreTrainedModel, config: PTuneConfig) -> None:
+        """Choose what the configuration leaves open, and put the hooks and the prompt on the backbone."""
+        self._loss_at_labels = self._watched_head()
+        method = get_method(config.method)
         if fresh := not config.geometry:
             config.geometry = find_geometry(backbone)
         config.prompt_tuning_init = choose_start(config)
@@ -92,7 +105,6 @@ class PTunePreTrainedModel(SavedAdapter):
         for part in (self.prompt, self.mix):
             if part is not None:
                 part.train(backbone.training)
-        self.__class__ = specialised(type(self), type(backbone))
 
     def init_weights(self) -> None:
         """Leave the loaded backbone alone: transformers would initialise layers that it did not load itself."""
@@ -106,8 +118,7 @@ class PTunePreTrainedModel(SavedAdapter):
                     "the backbone had a prompt already; the new one takes its place and the old wrapper stops working.",
                     stacklevel=4,
                 )
-            previous._release()
-            previous._before.put_back(backbone)
+            previous.unwrap()
         backbone.__dict__[_OWNER] = Owner(self)
 
     def _build_prompt(self, kind: PromptKind) -> None:
@@ -254,8 +265,7 @@ class PTunePreTrainedModel(SavedAdapter):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, "_is_replica", False):
             raise PTuneError("torch.nn.DataParallel is not supported; start one process per device: accelerate launch.")
-        if self.prompt is not None and self._injector is None:
-            raise PTuneError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
+        self._check_holding()
         items = kwargs.get("num_items_in_batch")
         count = None if items is None else count_labels(kwargs, self.task == "CAUSAL_LM")
         if isinstance(labels := kwargs.get("labels"), Tensor):
@@ -265,6 +275,10 @@ class PTunePreTrainedModel(SavedAdapter):
                 return self._answer(args, kwargs)
             del kwargs["num_items_in_batch"]
             return with_share(self._answer(args, kwargs), count, items)
+
+    def _check_holding(self) -> None:
+        if self.prompt is not None and self._injector is None:
+            raise PTuneError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (places := kwargs.pop("logits_at", None)) is not None:
@@ -299,8 +313,14 @@ class PTunePreTrainedModel(SavedAdapter):
         BitFit's biases are those of before, too; modules of `modules_to_save`, and a base that was trained along, stay
         as they have been trained.
         """
+        return self._give_back(trained=True)
+
+    def _give_back(self, trained: bool) -> PreTrainedModel:
+        owner = self.backbone.__dict__.get(_OWNER)
+        if owner is None or owner() not in (self, None):  # None: the wrapper of a pickle, which knows no owner
+            return self.backbone  # unwrapped already, or another wrapper's by now
         self._release()
-        self._before.put_back(self.backbone)
+        self._before.put_back(self.backbone, trained)
         forget_captures(self.backbone)
         self.backbone.__dict__.pop(_OWNER, None)
         for name, parameter in self.backbone.named_parameters():
@@ -321,6 +341,7 @@ class PTunePreTrainedModel(SavedAdapter):
     def flatten(self) -> "PTunePreTrainedModel":
         """Fold the reparameterisation into the prompt, in place; outputs stay the same, training it does not."""
         if self.prompt is not None and not self.config.flattened:
+            self._check_holding()
             training = self.prompt.training
             self.prompt = fold(self.prompt).train(training)
             assert self._injector is not None
@@ -336,6 +357,26 @@ class PTunePreTrainedModel(SavedAdapter):
     @loss_function.setter
     def loss_function(self, value: Any) -> None:
         self.backbone.loss_function = value
+
+    def to(self, *args: Any, **kwargs: Any) -> "PTunePreTrainedModel":
+        self.backbone.to(*args, **kwargs)  # which refuses what its quantisation cannot take
+        return cast(PTunePreTrainedModel, super().to(*args, **kwargs))
+
+    def half(self, *args: Any) -> "PTunePreTrainedModel":
+        self.backbone.half(*args)
+        return cast(PTunePreTrainedModel, super().half(*args))
+
+    def float(self, *args: Any) -> "PTunePreTrainedModel":
+        self.backbone.float(*args)
+        return cast(PTunePreTrainedModel, super().float(*args))
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise PTuneError(
+            "an adapter of PEFT inside would not be saved with the prompt. Merge it into the base, save that, and wrap "
+            "what is loaded from there; or start the prompt from another one by prompt_tuning_init='ADAPTER'."
+        )
+
+    load_adapter = add_adapter
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -393,6 +434,7 @@ class _Generating(PTunePreTrainedModel, GenerationMixin):
     """Tasks that generate: the backbone does, with its own cache and inputs."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_holding()
         self.backbone.generation_config = self.generation_config
         check_generation(self, args, kwargs)
         if in_parts(self):

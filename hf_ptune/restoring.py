@@ -29,19 +29,20 @@ class Before:
             n: p.detach().clone() for n, p in backbone.named_parameters() if n in names and p.numel() and not p.is_meta
         }
 
-    def put_back(self, backbone: PreTrainedModel) -> None:
+    def put_back(self, backbone: PreTrainedModel, trained: bool = True) -> None:
         """Give a backbone its biases of before; note what else of it has been trained, its head apart.
 
         Args:
             backbone: the same, as it is now.
+            trained: whether anything can have been trained since then.
         """
         parameters, config = dict(backbone.named_parameters()), self.config
         for name, value in self.biases.items():
             if name in parameters and parameters[name].shape == value.shape:
                 write(parameters[name], value)
-        if config.modules_to_save or config.train_backbone:
-            trained = adapter_names(
+        if trained and (config.modules_to_save or config.train_backbone):
+            names = adapter_names(
                 backbone, config.method, self.task, config.modules_to_save, whole=config.train_backbone
             )
-            kept = trained - head_names(backbone, self.task) - set(self.biases)
+            kept = names - head_names(backbone, self.task) - set(self.biases)
             backbone.__dict__[CHANGED] = {*kept, *backbone.__dict__.get(CHANGED, ())}

@@ -209,14 +209,18 @@ class SavedAdapter(PreTrainedModel):
             settle_geometry(config, backbone, structure.get("geometry"))
         check_prompt(config, cls.task, found, source)
         model: Any = cls(config, backbone)
-        expected = model.adapter_state_dict()
-        check_tensors(found, expected, source)
-        if unknown := sorted(n for n in absent if f"backbone.{n}" not in expected):
-            base = config.base_model_name_or_path
-            raise BackboneError(f"the base {base!r} has no weights for {unknown[:5]}: it is not the adapter's own.")
-        model.load_adapter_state_dict(prompt | read_tensors(path, set(found) - set(prompt)))
-        if given is not None:
-            model.load_adapter_state_dict(model.adapter_state_dict(given))
+        try:
+            expected = model.adapter_state_dict()
+            check_tensors(found, expected, source)
+            if unknown := sorted(n for n in absent if f"backbone.{n}" not in expected):
+                base = config.base_model_name_or_path
+                raise BackboneError(f"the base {base!r} has no weights for {unknown[:5]}: it is not the adapter's own.")
+            model.load_adapter_state_dict(prompt | read_tensors(path, set(found) - set(prompt)))
+            if given is not None:
+                model.load_adapter_state_dict(model.adapter_state_dict(given))
+        except BaseException:
+            model.unwrap()
+            raise
         # a token is no business of copies and pickles
         model.__dict__[SOURCE] = anchored(source), {k: v for k, v in own.items() if k != "token"}
         model.eval()

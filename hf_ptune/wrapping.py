@@ -1,8 +1,9 @@
 """From a loaded transformers model to a wrapped one, tried before it is handed over."""
 
+import difflib
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_ptune import prompt_start
@@ -53,6 +54,7 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
             f"{', '.join(sorted(changed)[:5])} of the base were trained by an earlier adapter: what is trained now "
             "answers otherwise on the base as it is loaded. Load the base anew."
         )
+    _check_names(config, backbone)
     settings = {k: v for k, v in config.to_dict().items() if k not in ("base_config", "geometry", "model_type")}
     config = PTuneConfig.from_dict(settings)
     config.task = task_of(backbone)
@@ -72,6 +74,16 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
     if model.prompt is not None and config.geometry["skipped"]:
         logger.warning(f"layers without attention take no prefix: {', '.join(config.geometry['skipped'])}")
     return model
+
+
+def _check_names(config: PTuneConfig, backbone: PreTrainedModel) -> None:
+    """Refuse options that nothing reads: a configuration takes any name, since those of its base stand there too."""
+    valid = PTuneConfig.__annotations__
+    known = {*valid, *vars(PreTrainedConfig()), *vars(backbone.config)}
+    for name in (n for n in vars(config) if n not in known and not n.startswith("_")):
+        if near := difflib.get_close_matches(name, valid, 1, 0.7):
+            raise ConfigError(f"PTuneConfig has no option {name!r}; did you mean {near[0]!r}?")
+        logger.warning(f"PTuneConfig has no option {name!r}: it changes nothing.")
 
 
 def _wrap(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: Any) -> PTunePreTrainedModel:

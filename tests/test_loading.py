@@ -302,6 +302,8 @@ def test_quantised_backbones(bits: int, tmp_path: Path) -> None:
     model = get_ptune_model(base, PTuneConfig(num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB"))
     model(**batch("llama")).loss.backward()
     assert model.prompt.weight.grad is not None
+    with pytest.raises(ValueError, match="not supported"):
+        model.half()  # the base's own words
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", quantization_config=quantisation)
     with torch.no_grad():

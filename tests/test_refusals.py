@@ -1,0 +1,123 @@
+"""What is refused leaves the base as it was; what would be lost in silence is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import batch, build
+from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.errors import BackboneError, ConfigError, PTuneError
+
+Wrap = Callable[..., PTunePreTrainedModel]
+
+
+def state_of(base: PreTrainedModel, family: str) -> tuple[Any, ...]:
+    """What a base answers, what of it trains, and how many hooks it has."""
+    with torch.no_grad():
+        logits = base.eval()(**batch(family)).logits
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
+    return logits.sum().item(), [p.requires_grad for p in base.parameters()], hooks
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "options"),
+    [
+        ("gpt2", "p_tuning_v2", {"modules_to_save": ["nothing"]}),
+        ("bert", "prompt_tuning", {"modules_to_save": ["nothing"]}),
+        ("llama", "p_tuning_v2", {"layers": [9]}),
+        ("llama", "bitfit", {}),
+    ],
+)
+def test_a_base_is_as_it_was_after_a_refusal(family: str, method: str, options: dict[str, Any]) -> None:
+    base = build(family)
+    before = state_of(base, family)
+    for _ in range(2):
+        with pytest.raises((BackboneError, ConfigError)):
+            get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=3, **options))
+        assert state_of(base, family) == before
+    model = get_ptune_model(base, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=3))
+    assert state_of(model, family)[0] != before[0]
+    assert state_of(model.unwrap(), family) == before
+
+
+def test_a_base_in_memory_is_as_it_was_after_a_file_was_refused(tmp_path: Path) -> None:
+    build("gpt2").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_ptune_model(base, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=3))
+    model.save_pretrained(tmp_path / "adapter")
+    before = state_of(model.unwrap(), "gpt2")
+    file = tmp_path / "adapter" / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        notes = opened.metadata()
+    save_file(load_file(file) | {"backbone.transformer.ln_f.weight": torch.ones(32)}, file, metadata=notes)
+    with pytest.raises(PTuneError):
+        PTuneForCausalLM.from_pretrained(tmp_path / "adapter", backbone=base)
+    assert state_of(base, "gpt2") == before
+
+
+def test_a_wrapper_that_another_has_followed_gives_nothing_back() -> None:
+    base = build("llama")
+    trained = state_of(base, "llama")[1]
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=3)
+    first = get_ptune_model(base, config)
+    second = get_ptune_model(base, config)
+    now = state_of(second, "llama")
+    for _ in range(2):
+        assert first.unwrap() is base
+        assert state_of(second, "llama") == now
+    assert state_of(second.unwrap(), "llama")[1] == trained
+
+
+def test_an_unwrapped_model_is_told_so(wrap: Wrap) -> None:
+    model = wrap("llama", "prefix_tuning")
+    model.unwrap()
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: model.generate(**{k: v for k, v in batch("llama").items() if k != "labels"}),
+        model.flatten,
+        lambda: model(**batch("llama")),
+    )
+    for call in calls:
+        with pytest.raises(PTuneError, match="no longer holds its backbone"):
+            call()
+
+
+def test_an_adapter_of_peft_inside_is_refused(wrap: Wrap) -> None:
+    model = wrap("llama", "p_tuning_v2")
+    with pytest.raises(PTuneError, match="would not be saved with the prompt"):
+        model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    assert all(p.requires_grad for p in model.prompt.parameters())
+
+
+def test_options_that_nothing_reads_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hf_ptune.wrapping.logger.warning", said.append)
+    with pytest.raises(ConfigError, match="did you mean 'num_virtual_tokens'"):
+        get_ptune_model(build("llama"), PTuneConfig(method="p_tuning_v2", num_virtual_token=5))
+    get_ptune_model(build("llama"), PTuneConfig(method="p_tuning_v2", finetuning_task="sst2", vocab_size=99))
+    assert [message.split(":")[0] for message in said] == ["PTuneConfig has no option 'finetuning_task'"]
+
+
+def test_an_offloaded_base_trains(tmp_path: Path) -> None:
+    base = build("llama").float()
+    base.save_pretrained(tmp_path / "base")
+    devices: dict[str, str] = {name: "cpu" for name, _ in base.model.named_children()} | {"layers.1": "disk"}
+    devices.pop("layers")
+    places = {f"model.{n}": d for n, d in (devices | {"layers.0": "cpu"}).items()} | {"lm_head": "cpu"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "off")
+    )
+    model = get_ptune_model(loaded, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=3))
+    before = {n: t.clone() for n, t in model.adapter_state_dict().items()}
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), max_steps=1, report_to="none", use_cpu=True, save_strategy="no"
+    )
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4
+    Trainer(model, arguments, train_dataset=rows).train()
+    assert any(not torch.equal(before[n], t) for n, t in model.adapter_state_dict().items())
