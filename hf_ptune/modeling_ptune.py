@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from hf_ptune.backbone_dropout import BackboneDropout
 from hf_ptune.batch_share import count_labels, with_share
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.cross_entropy import IGNORED
+from hf_ptune.delegation import Delegating
 from hf_ptune.errors import AdapterFileError, ConfigError, InjectionError, PTuneError
 from hf_ptune.generation_checks import NOT_PAGED, check_generation, tokens_at_end
 from hf_ptune.identity import Owner, blank, specialised
@@ -37,14 +38,13 @@ from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import choose_head_states, choose_pooling, choose_sites, choose_start, shifts_positions
 from hf_ptune.position_tables import row_length, telling_of_positions
 from hf_ptune.restoring import Before
-from hf_ptune.saving import SavedAdapter
 from hf_ptune.sharding import in_parts, units_of, whole, write
 
 logger = hf_logging.get_logger(__name__)
 _OWNER = "_ptune_owner"
 
 
-class PTunePreTrainedModel(SavedAdapter):
+class PTunePreTrainedModel(Delegating):
     """Hold a backbone, a prompt, and the injection between them; the backbone answers every call."""
 
     config_class = PTuneConfig
@@ -348,86 +348,6 @@ class PTunePreTrainedModel(SavedAdapter):
             self._injector.prompt = self.prompt
             self.config.flattened = True
         return self
-
-    @property
-    def loss_function(self) -> Any:
-        """The backbone's, which computes the loss."""
-        return self.backbone.loss_function
-
-    @loss_function.setter
-    def loss_function(self, value: Any) -> None:
-        self.backbone.loss_function = value
-
-    def to(self, *args: Any, **kwargs: Any) -> "PTunePreTrainedModel":
-        self.backbone.to(*args, **kwargs)  # which refuses what its quantisation cannot take
-        return cast(PTunePreTrainedModel, super().to(*args, **kwargs))
-
-    def half(self, *args: Any) -> "PTunePreTrainedModel":
-        self.backbone.half(*args)
-        return cast(PTunePreTrainedModel, super().half(*args))
-
-    def float(self, *args: Any) -> "PTunePreTrainedModel":
-        self.backbone.float(*args)
-        return cast(PTunePreTrainedModel, super().float(*args))
-
-    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
-        raise PTuneError(
-            "an adapter of PEFT inside would not be saved with the prompt. Merge it into the base, save that, and wrap "
-            "what is loaded from there; or start the prompt from another one by prompt_tuning_init='ADAPTER'."
-        )
-
-    load_adapter = add_adapter
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_input_embeddings(value)
-        self._reattach()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.backbone.get_output_embeddings()
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_output_embeddings(value)
-        self._reattach()
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        resized = self.backbone.resize_token_embeddings(*args, **kwargs)
-        self.config.set_base(self.backbone.config)
-        self._reattach()
-        return cast(nn.Embedding, resized)
-
-    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return self.backbone.get_encoder(*args, **kwargs)
-
-    def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
-        return self.backbone.get_decoder(*args, **kwargs)
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
-    ) -> None:
-        base: Any = self.backbone
-        # transformers 5.21 has its older name alone
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable(activation_checkpointing_kwargs, *args, **kwargs)
-        reentrant = bool((activation_checkpointing_kwargs or {}).get("use_reentrant", False))
-        if reentrant and self.prompt is None:
-            self.backbone.enable_input_require_grads()
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
-    ) -> None:
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, *args, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.backbone.gradient_checkpointing_disable()
-
-    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        self.backbone.set_attn_implementation(attn_implementation, *args, **kwargs)
-        self.config._attn_implementation_internal = self.backbone.config._attn_implementation
-        if self._injector is not None:
-            self._injector.install()
 
 
 class _Generating(PTunePreTrainedModel, GenerationMixin):

@@ -28,6 +28,7 @@ LAYERS = [
     {"generation_checks", "hub", "loading", "pinning", "prompt_transfer", "prompt_start", "restoring"},
     {"publishing"},
     {"saving"},
+    {"delegation"},
     {"modeling_ptune"},
     {"wrapping"},
     {"engines", "defaults"},

@@ -92,7 +92,7 @@ def test_an_adapter_of_peft_inside_is_refused(wrap: Wrap) -> None:
     model = wrap("llama", "p_tuning_v2")
     with pytest.raises(PTuneError, match="would not be saved with the prompt"):
         model.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    assert all(p.requires_grad for p in model.prompt.parameters())
+    assert model.prompt is not None and all(p.requires_grad for p in model.prompt.parameters())
 
 
 def test_options_that_nothing_reads_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
