@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from hf_ptune.sources import HUB, chatterbot_rows, read_class_names, read_file, 
 from hf_ptune.tasks import Row, Task
 from hf_ptune.tasks.base import missing
 
+_DECIMAL = re.compile(r"-?\d+\.\d+")
 _LABELS_FILE = "labels.json"  # beside a file of rows
 
 
@@ -231,7 +233,13 @@ def _of_cell(value: Any, role: str, task: Task, where: str) -> Any:
     """What a cell of CSV tells: a list where the role holds some, and a label without the spaces around it."""
     if role in task.lists:
         return read_cell(value, role in task.objects, where)
-    return value.strip() if role == task.label_role and isinstance(value, str) else value
+    if role != task.label_role or not isinstance(value, str):
+        return value
+    # pandas writes whole numbers beside missing ones as 1.0, and truths as True
+    text = value.strip()
+    if _DECIMAL.fullmatch(text) and str(float(text)) == text:  # 1.10 is a name, as of a version
+        return float(text)
+    return {"True": True, "False": False}.get(text, text)
 
 
 def _choose_form(found: dict[str, Any], task: Task, columns: Mapping[str, Column]) -> None:

@@ -1,8 +1,12 @@
 """What a checkpoint and a run that goes on from it have to share."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
 from hf_ptune.backbone import place_of
@@ -16,6 +20,65 @@ _SHAPING: tuple[str, ...] = ("num_virtual_tokens", "encoder_reparameterization_t
 _SHAPING += ("encoder_num_layers", "layers", "sites")
 # and what they mean
 _CHOOSING: tuple[str, ...] = ("modules_to_save", "train_backbone", "template")
+_RUN_NAME = "ptune_run.json"
+# a checkpoint's own optimizer goes on with its own rate, and the seed says which rows are still to come
+_SHARED = {"learning_rate": "training.learning_rate", "optim": "training.optim", "seed": "seed"}
+
+
+class RunCallback(TrainerCallback):
+    """Write into every checkpoint which rows it has been trained on, and how.
+
+    Args:
+        trainer: about to train.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.facts = _facts_of(trainer)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the file, on the first rank."""
+        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            (folder / _RUN_NAME).write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _facts_of(trainer: Trainer) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for row in trainer.train_dataset or ():
+        digest.update(repr(row["input_ids"]).encode())
+    told = {name: getattr(trainer.args, key) for key, name in _SHARED.items()}
+    told = {name: str(getattr(value, "value", value)) for name, value in told.items()}  # an optimizer is an enum's
+    return told | {"training rows": digest.hexdigest()}
+
+
+def check_run(trainer: Trainer, checkpoint: str) -> None:
+    """Refuse a checkpoint that was trained on other rows, or with what a run that goes on could not change.
+
+    Args:
+        trainer: about to go on.
+        checkpoint: folder; one that does not say how it came about is taken.
+
+    Raises:
+        RecipeError: something differs; it says what.
+    """
+    try:
+        there = json.loads((Path(checkpoint) / _RUN_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    here = _facts_of(trainer)
+    names = [name for name in _SHARED.values() if there.get(name, here[name]) != here[name]]
+    differ = [f"{name} is {there[name]} there and {here[name]} here" for name in names]
+    if there.get("training rows", here["training rows"]) != here["training rows"]:
+        differ.append("its training rows are others (data.source, split_seed, limit, max_length)")
+    if differ:
+        raise RecipeError(_told(checkpoint, differ))
+
+
+def _told(checkpoint: str | Path, differ: list[str]) -> str:
+    return (
+        f"{checkpoint} is of another run: {'; '.join(differ)}. Give the old values to go on with it, or another "
+        "output_dir to train anew."
+    )
 
 
 def check_checkpoint(model: Any, checkpoint: str) -> None:
@@ -36,10 +99,7 @@ def check_checkpoint(model: Any, checkpoint: str) -> None:
         if not (folder / CONFIG_NAME).is_file():
             continue
         if differ := _differences(PTuneConfig.from_pretrained(folder), part.config):
-            raise RecipeError(
-                f"{folder} is of another run: {'; '.join(differ)}. Give the old values to go on with it, or another "
-                "output_dir to train anew."
-            )
+            raise RecipeError(_told(folder, differ))
 
 
 def _differences(there: PTuneConfig, here: PTuneConfig) -> list[str]:

@@ -4,7 +4,7 @@ import csv
 import importlib.util
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -87,6 +87,7 @@ def _read_csv(path: Path, **dialect: Any) -> list[Row]:
     with _text_of(path) as file:
         reader = csv.DictReader(file, **dialect)
         try:
+            _check_header(path, reader.fieldnames or ())
             for row in reader:
                 if any(row.pop(None, [])):  # type: ignore[call-overload]
                     raise RecipeError(
@@ -99,6 +100,15 @@ def _read_csv(path: Path, **dialect: Any) -> list[Row]:
         except csv.Error as error:
             raise RecipeError(f"{path}, line {reader.line_num}: is no CSV: {error}") from error
     return rows
+
+
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    """Refuse a header in which a name stands twice, or that other signs divide."""
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise RecipeError(f"{path}: its header has {twice[0]!r} more than once; expected a name of its own a column.")
+    if len(names) == 1 and (found := next((sign for sign in ";\t|" if sign in names[0]), None)):
+        wanted = "tabs divide those of .tsv, commas those of .csv"
+        raise RecipeError(f"{path}: its header {shorten(names[0], 60)!r} is one cell, divided by {found!r}; {wanted}.")
 
 
 def _read_tsv(path: Path) -> list[Row]:

@@ -55,7 +55,7 @@ from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, read_content, read_recipe, split_overrides
-from hf_ptune.resuming import check_checkpoint
+from hf_ptune.resuming import RunCallback, check_checkpoint, check_run
 from hf_ptune.sharding import loading_alone
 from hf_ptune.sources import HUB
 from hf_ptune.tasks import Answer, Feature, Row, Task, TaskTrainer
@@ -67,6 +67,7 @@ ADAPTER_FOLDER = "adapter"
 INTERRUPTED = 130  # the exit code, as shells have it
 _QUESTIONS = 3
 _OF_PARTS = {"batch_eval_metrics": True, "prediction_loss_only": True, "eval_do_concat_batches": False}
+_ALWAYS = {"do_train": True, "do_eval": True, "do_predict": False, "eval_on_start": True}
 _MEASURING = ("reduce_lr_on_plateau", "greedy")  # schedules
 
 
@@ -204,6 +205,13 @@ def make_arguments(recipe: Recipe, pairs: bool = False, causal: bool = False) ->
         if settings.get(name) is value:
             said = str(value).lower()
             raise RecipeError(f"training.{name} is {said}, but tasks measure all held-out rows at once; leave it out.")
+    for name, value in _ALWAYS.items():
+        if settings.get(name, value) is not value:
+            said = str(settings[name]).lower()
+            raise RecipeError(
+                f"training.{name} is {said}, but a recipe trains, measures its held-out rows before and after, and its "
+                "test rows (data.test_source) at the end; leave it out."
+            )
     if settings.get("label_smoothing_factor") and recipe.build_task().model_task == "QUESTION_ANS":
         raise RecipeError(
             f"training.label_smoothing_factor is {settings['label_smoothing_factor']}, but the loss of {recipe.task} "
@@ -283,7 +291,14 @@ def train_on(trainer: Trainer) -> None:
     checkpoint = last_checkpoint(str(trainer.args.output_dir)) if resume in (True, "true") else resume
     if checkpoint:
         check_checkpoint(trainer.model, checkpoint)
+        check_run(trainer, checkpoint)
+    elif trainer.is_world_process_zero() and (earlier := last_checkpoint(str(trainer.args.output_dir))):
+        logger.warning(
+            f"{earlier} is there from an earlier run, and this one starts anew; name another output_dir to keep both "
+            "apart, or set training.resume_from_checkpoint: true to go on with that one."
+        )
     trainer.add_callback(BestMetricCallback())
+    trainer.add_callback(RunCallback(trainer))
     try:
         trainer.train(checkpoint)
     except ValueError as error:

@@ -84,6 +84,39 @@ def test_numbers_with_points_are_classes_where_they_are_named(names: list[str] |
         assert {r["label"] for r in found.train} == set(names)
 
 
+@pytest.mark.parametrize(
+    ("cells", "names", "expected"),
+    [
+        (["0.0", "1.0"], ["neg", "pos"], {"neg", "pos"}),
+        (["0.0", "1.0"], None, {"0", "1"}),
+        (["0.5", "1.0"], ["0.5", "1.0"], {"0.5", "1.0"}),
+        (["1.10", "1.9"], ["1.10", "1.9"], {"1.10", "1.9"}),
+        (["False", "True"], ["no", "yes"], {"no", "yes"}),
+        (["True", "False"], None, {"True", "False"}),
+    ],
+)
+def test_numbers_and_truths_in_csv_are_what_they_are_elsewhere(
+    cells: list[str], names: list[str] | None, expected: set[str], tmp_path: Path
+) -> None:
+    source = write(tmp_path, "r.csv", "text,label\n" + "".join(f"a,{cell}\n" for cell in cells * 4))
+    found = load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, labels=names))
+    assert {str(r["label"]) for r in found.train} == expected
+
+
+def test_numbers_to_be_predicted_are_no_classes_in_csv_either(tmp_path: Path) -> None:
+    source = write(tmp_path, "r.csv", "text,label\n" + "a,0.2\nb,3.0\n" * 4)
+    assert "has the label 0.2" in said(tmp_path, "SEQ_CLS", source=source)
+
+
+def test_headers_that_name_no_columns_are_refused(tmp_path: Path) -> None:
+    for name, text, message in (
+        ("twice.csv", "text,text,label\na,b,x\n", "has 'text' more than once"),
+        ("semicolon.csv", "text;label\na;x\n", "is one cell, divided by ';'"),
+        ("tabs.csv", "text\tlabel\na\tx\n", "tabs divide those of .tsv"),
+    ):
+        assert message in said(tmp_path, "SEQ_CLS", source=write(tmp_path, name, text))
+
+
 def test_a_number_that_is_no_choice_s_name_counts_the_choices() -> None:
     row = {"text": "a", "choices": ["1", "2", "0"]}
     assert MultipleChoice().check_row(row | {"label": 1}, "here")["label"] == 1

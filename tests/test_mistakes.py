@@ -30,6 +30,8 @@ def path(tmp_path: Path) -> str:
         (["--training.max_steps=0"], ["expected a step at least"]),
         (["--training.num_train_epochs=0"], ["expected a step at least"]),
         (["--training.batch_eval_metrics=true"], ["training.batch_eval_metrics is true", "leave it out"]),
+        (["--training.do_train=false"], ["training.do_train is false", "leave it out"]),
+        (["--training.do_predict=true"], ["training.do_predict is true", "leave it out"]),
         (["--training.prediction_loss_only=true"], ["training.prediction_loss_only is true", "leave it out"]),
         (["--training.metric_for_best_model=acc"], ["'acc', which is not measured", "of accuracy, f1_macro, loss."]),
         (

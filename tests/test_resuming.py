@@ -92,12 +92,20 @@ def test_another_commit_of_the_base_is_refused(tmp_path: Path) -> None:
         ({"options": {"num_virtual_tokens": 4, "layers": [1]}}, r"options.layers is None there and \[1\] here"),
         ({"options": {"num_virtual_tokens": 4, "pooling": "cls"}}, "options.pooling is 'mean' there and 'cls' here"),
         ({"base": "other"}, r"base is '.*base' there and '.*other' here"),
+        ({"training": {"learning_rate": 0.5}}, "training.learning_rate is .* there and 0.5 here"),
+        ({"training": {"optim": "sgd"}}, "training.optim is .* there and .*sgd here"),
+        ({"seed": 7}, "seed is .* there and 7 here"),
+        ({"split": 3}, "its training rows are others"),
         ({"labels": ["late", "early"]}, r"labels is \['early', 'late'\] there and \['late', 'early'\] here"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
     changes: dict[str, Any], message: str, content: dict[str, Any], tmp_path: Path
 ) -> None:
+    if "training" in changes:
+        changes = {"training": content["training"] | changes["training"]}
+    if "split" in changes:
+        changes = {"data": content["data"] | {"split_seed": 3}}
     if "base" in changes:
         changes = {"base": write_base(tmp_path / "other", "bert", "SEQ_CLS")}
     if "labels" in changes:
