@@ -1,6 +1,9 @@
 """The house's layers: imports go downwards only, lazy ones too."""
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import hf_ptune
@@ -77,3 +80,15 @@ def test_imports_go_downwards_only() -> None:
 def test_methods_import_no_transformers() -> None:
     for path in (ROOT / "methods").glob("*.py"):
         assert "transformers" not in path.read_text().replace("huggingface", ""), path.name
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Every package that an import at the top of a module names is among the dependencies of the wheel."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {re.split(r"[\[<>=]", line)[0].lower() for line in project["dependencies"]}
+    declared = named | {"yaml"} | set(sys.stdlib_module_names) | {"hf_ptune"}  # pyyaml is imported as yaml
+    for path in ROOT.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            assert {name.split(".")[0] for name in names} <= declared, path
