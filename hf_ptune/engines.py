@@ -114,7 +114,7 @@ def gather_optimizer(trainer: Trainer) -> dict[str, Any]:
         numbers = range(numbered, numbered := numbered + len(parameters))
         groups.append({**{k: v for k, v in group.items() if k != "params"}, "params": list(numbers)})
         for number, parameter in zip(numbers, parameters, strict=True):
-            kept = _state_of(trainer, parameter)
+            kept = _state_of(trainer)
             if kept:
                 state[number] = {
                     k: read_master(parameter, k).cpu().clone() if _is_split(v) else _copy(v) for k, v in kept.items()
@@ -203,7 +203,7 @@ def _groups(trainer: Trainer) -> list[list[Tensor]]:
     return [[named[n] for n in group] for group in names]
 
 
-def _state_of(trainer: Trainer, parameter: Any) -> dict[str, Any]:
+def _state_of(trainer: Trainer) -> dict[str, Any]:
     """What the optimizer keeps, of any of its parts: keys and counts are the same for all."""
     states = _zero(trainer).optimizer.state
     return next((states[f] for f in _flats(trainer) if f.numel() and states.get(f)), {})
@@ -220,7 +220,8 @@ def replaces(where: Any, name: str, only_split: bool = True) -> Callable[[Any], 
 
     def install(function: Any) -> Any:
         original = getattr(where, name)
-        if "_ptune" in vars(original):
+        mark, done = f"{function.__module__}.{function.__qualname__}", vars(original).get("_ptune", ())
+        if mark in done:  # the module has been loaded again
             return function
 
         @functools.wraps(original)
@@ -229,7 +230,7 @@ def replaces(where: Any, name: str, only_split: bool = True) -> Callable[[Any], 
                 return original(self, *args, **kwargs)
             return function(self, functools.partial(original, self), *args, **kwargs)
 
-        vars(method)["_ptune"] = True
+        vars(method)["_ptune"] = (*done, mark)
         setattr(where, name, method)
         return function
 
@@ -391,5 +392,7 @@ def _load_deepspeed(engine: Any, checkpoint_path: str, load_module_strict: bool 
         load_adapter(engine, checkpoint_path)
 
 
-_of_transformers = trainer_module.deepspeed_load_checkpoint
+_of_transformers: Any = trainer_module.deepspeed_load_checkpoint
+_of_transformers = vars(_of_transformers).get("_ptune", _of_transformers)  # where the module has been loaded again
+vars(_load_deepspeed)["_ptune"] = _of_transformers
 trainer_module.deepspeed_load_checkpoint = _load_deepspeed

@@ -1,5 +1,6 @@
 """Any Trainer script: checkpoints, resume, best model, predictions."""
 
+import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers import trainer as trainer_module
 
-from hf_ptune import FreezeBackboneCallback, GuardCallback, MemoryCallback, PTunePreTrainedModel
+from hf_ptune import FreezeBackboneCallback, GuardCallback, MemoryCallback, PTunePreTrainedModel, engines
+from hf_ptune.engines import replaces
 
 Wrap = Callable[..., PTunePreTrainedModel]
 
@@ -164,3 +167,30 @@ def test_gradient_checkpointing_by_the_arguments(reentrant: bool, wrap: Wrap, tm
 def test_memory_reaches_the_log_history(wrap: Wrap, tmp_path: Path) -> None:
     trainer = train(wrap("bert", "p_tuning_v2", "SEQ_CLS").float(), tmp_path, "SEQ_CLS")
     assert any(key.startswith("mem_") for row in trainer.state.log_history for key in row)
+
+
+def test_functions_for_one_method_of_the_trainer_are_all_called_and_each_once(wrap: Wrap, tmp_path: Path) -> None:
+    class Mine(Trainer):
+        pass
+
+    called: list[str] = []
+
+    def first(trainer: Any, original: Any, *args: Any) -> Any:
+        called.append("first")
+        return original(*args)
+
+    def second(trainer: Any, original: Any, *args: Any) -> Any:
+        called.append("second")
+        return original(*args)
+
+    for function in (first, second, second):
+        replaces(Mine, "create_optimizer", only_split=False)(function)
+    model = wrap("bert", "p_tuning_v2", "SEQ_CLS").float()
+    Mine(model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)).create_optimizer()
+    assert called == ["second", "first"]
+
+
+def test_rooms_may_be_loaded_again() -> None:
+    before = trainer_module.deepspeed_load_checkpoint
+    importlib.reload(engines)
+    assert vars(trainer_module.deepspeed_load_checkpoint)["_ptune"] is vars(before)["_ptune"]
