@@ -104,26 +104,16 @@ def test_options_that_nothing_reads_are_told(monkeypatch: pytest.MonkeyPatch) ->
     assert [message.split(":")[0] for message in said] == ["PTuneConfig has no option 'finetuning_task'"]
 
 
-def offloaded(folder: Path, embeddings: str) -> PreTrainedModel:
-    """A base of which a layer, and its embeddings where they are to, lie on the disk."""
-    build("llama").float().save_pretrained(folder / "base")
-    names = ("layers.0", "layers.1", "norm", "rotary_emb")
-    places = {f"model.{n}": "cpu" for n in names} | {"lm_head": "cpu", "model.embed_tokens": embeddings}
-    return AutoModelForCausalLM.from_pretrained(
-        folder / "base", device_map=places | {"model.layers.1": "disk"}, offload_folder=str(folder / "off")
+def test_an_offloaded_base_trains(tmp_path: Path) -> None:
+    base = build("llama").float()
+    base.save_pretrained(tmp_path / "base")
+    devices: dict[str, str] = {name: "cpu" for name, _ in base.model.named_children()} | {"layers.1": "disk"}
+    devices.pop("layers")
+    places = {f"model.{n}": d for n, d in (devices | {"layers.0": "cpu"}).items()} | {"lm_head": "cpu"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "off")
     )
-
-
-@pytest.mark.parametrize("method", ["p_tuning_v2", "prompt_tuning"])
-@pytest.mark.parametrize("embeddings", ["cpu", "disk"])
-def test_an_offloaded_base_trains(embeddings: str, method: str, tmp_path: Path) -> None:
-    loaded = offloaded(tmp_path, embeddings)
-    model = get_ptune_model(loaded, PTuneConfig(method=method, num_virtual_tokens=3))
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    other = get_ptune_model(whole, PTuneConfig(method=method, num_virtual_tokens=3)).eval()
-    other.load_adapter_state_dict(model.adapter_state_dict())
-    with torch.no_grad():
-        assert torch.allclose(model.eval()(**batch("llama")).logits, other(**batch("llama")).logits, atol=1e-5)
+    model = get_ptune_model(loaded, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=3))
     before = {n: t.clone() for n, t in model.adapter_state_dict().items()}
     arguments = TrainingArguments(
         str(tmp_path / "out"), max_steps=1, report_to="none", use_cpu=True, save_strategy="no"
