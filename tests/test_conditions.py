@@ -20,8 +20,7 @@ from transformers import (
     StaticCache,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import sdpa_mask
 
 from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
@@ -373,42 +372,6 @@ def test_an_attention_that_is_set_on_the_base_itself_sees_the_prompt(monkeypatch
         model.prompt.weight.normal_(0, 0.5)
         expected = model(**batch("llama")).logits
         model.base_model.set_attn_implementation("sdpa_of_its_own")
-        assert torch.allclose(model(**batch("llama")).logits, expected, atol=1e-9)
-
-
-@pytest.mark.parametrize("method", ["p_tuning_v2", "prompt_tuning"])
-@pytest.mark.parametrize("where", ["registered", "set"])
-@pytest.mark.parametrize("early", [True, False], ids=["before wrapping", "after wrapping"])
-def test_functions_that_come_later_under_a_known_name_see_the_prompt(
-    early: bool, where: str, method: str, wrap: Wrap, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
-    monkeypatch.setattr(AttentionMaskInterface, "_global_mapping", dict(AttentionMaskInterface._global_mapping))
-    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "_local_mapping", {})
-    monkeypatch.setattr(ALL_MASK_ATTENTION_FUNCTIONS, "_local_mapping", {})
-
-    def replace() -> None:
-        def attention(*args: Any, **kwargs: Any) -> Any:
-            return sdpa_attention_forward(*args, **kwargs)
-
-        def mask(*args: Any, **kwargs: Any) -> Any:
-            return sdpa_mask(*args, **kwargs)
-
-        if where == "registered":
-            AttentionInterface.register("sdpa", attention)
-            AttentionMaskInterface.register("sdpa", mask)
-        else:
-            ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
-            ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = mask
-
-    with torch.no_grad():
-        expected = wrap("llama", method).eval()(**batch("llama")).logits
-    if early:
-        replace()
-    model = wrap("llama", method).eval()
-    if not early:
-        replace()
-    with torch.no_grad():
         assert torch.allclose(model(**batch("llama")).logits, expected, atol=1e-9)
 
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from hf_ptune.errors import InjectionError
@@ -37,19 +36,11 @@ def listen(listener: Listener | None) -> None:
 def install(name: str) -> None:
     """Make the attention function registered under `name` see the prefixes of wrapped backbones."""
     with _LOCK:
-        # what is set on the instance answers before what is registered
-        for functions in (AttentionInterface._global_mapping, ALL_ATTENTION_FUNCTIONS._local_mapping):
-            function = functions.get(name)
-            if function is not None and not hasattr(function, _WRAPPED):
-                functions[name] = _wrap(name, function)
+        function = AttentionInterface._global_mapping.get(name)
+        if function is not None and not hasattr(function, _WRAPPED):
+            AttentionInterface.register(name, _wrap(name, function))
         if name == "sdpa":
             joint.install(name)
-
-
-def is_installed(name: str | None) -> bool:
-    """Whether the function that answers to `name` now sees prefixes; another may have been registered meanwhile."""
-    function = None if name is None else ALL_ATTENTION_FUNCTIONS.get(name)
-    return function is None or (hasattr(function, _WRAPPED) and (name != "sdpa" or joint.is_installed(name)))
 
 
 def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -305,9 +305,7 @@ class Injector:
 
     def fill(self, pairs: list[tuple[Tensor, Tensor]] | None) -> None:
         """Hand every site its prefix for the pass that begins."""
-        if self.watch.follow() or not (
-            torch.compiler.is_compiling() or all(map(attention.is_installed, self.watch.names or ()))
-        ):
+        if self.watch.follow():
             self.install()
         for number, site in enumerate(self.sites):
             site.fill(None if pairs is None else pairs[number])

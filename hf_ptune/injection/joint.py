@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_ptune.errors import InjectionError
 from hf_ptune.injection.sites import Site
@@ -64,15 +63,9 @@ class JointMask:
 
 def install(name: str) -> None:
     """Make the mask function registered under `name` answer for joint sequences."""
-    for functions in (AttentionMaskInterface._global_mapping, ALL_MASK_ATTENTION_FUNCTIONS._local_mapping):
-        function = functions.get(name)
-        if function is not None and not hasattr(function, _WRAPPED):
-            functions[name] = _wrap(function)
-
-
-def is_installed(name: str) -> bool:
-    """Whether the mask function that answers to `name` now answers for joint sequences."""
-    return hasattr(ALL_MASK_ATTENTION_FUNCTIONS.get(name), _WRAPPED)
+    function = AttentionMaskInterface._global_mapping.get(name)
+    if function is not None and not hasattr(function, _WRAPPED):
+        AttentionMaskInterface.register(name, _wrap(function))
 
 
 def _wrap(function: Callable[..., Any]) -> Callable[..., Any]:
