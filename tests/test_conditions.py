@@ -1,5 +1,6 @@
 """The injection under everything that a user may switch on."""
 
+import functools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ from transformers import (
     StaticCache,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
@@ -373,6 +375,45 @@ def test_an_attention_that_is_set_on_the_base_itself_sees_the_prompt(monkeypatch
         expected = model(**batch("llama")).logits
         model.base_model.set_attn_implementation("sdpa_of_its_own")
         assert torch.allclose(model(**batch("llama")).logits, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("place", ["everywhere", "here"])
+@pytest.mark.parametrize("around", ["the plain one", "the one in use"])
+def test_an_attention_that_is_replaced_meets_the_prompt_once(
+    around: str, place: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
+    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "_local_mapping", {})
+    model = get_ptune_model(build("llama").double(), PTuneConfig(num_virtual_tokens=4)).eval()
+    torch.nn.init.normal_(model.prompt.weight, 0, 0.5)
+    run = torch.compile(model, backend="eager") if compiled else model
+    expected = logits(run, **batch("llama"))
+    inner = sdpa_attention_forward if around == "the plain one" else ALL_ATTENTION_FUNCTIONS["sdpa"]
+    calls = []
+
+    @functools.wraps(inner)
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    if place == "everywhere":
+        AttentionInterface.register("sdpa", mine)
+    else:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = mine
+    assert torch.allclose(logits(run, **batch("llama")), expected, atol=1e-9)
+    assert calls
+    torch._dynamo.reset()
+
+
+def test_masks_that_are_replaced_keep_rows_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ALL_MASK_ATTENTION_FUNCTIONS, "_local_mapping", {})
+    model = get_ptune_model(build("llama").double(), PTuneConfig(method="prompt_tuning", num_virtual_tokens=4)).train()
+    inputs = batch("llama")
+    expected = model(**inputs).logits
+    assert model._injector.joins
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = lambda *args, **kwargs: sdpa_mask(*args, **kwargs)
+    assert torch.allclose(model(**inputs).logits, expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("training", [True, False])

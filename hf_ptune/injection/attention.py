@@ -1,8 +1,8 @@
 """Route 1: the attention interface. A registered function meets the prefix of its module, and only there.
 
 The function that a backbone uses ("sdpa", "flex_attention", "flash_attention_2", one of the user's own) keeps
-its name, since models branch on that name for their masks; it is wrapped once per process, and answers modules
-without a site by the very call it wraps.
+its name, since models branch on that name for their masks; it is wrapped once per process, and again where another
+one takes its place. It answers modules without a site by the very call it wraps.
 """
 
 import functools
@@ -13,16 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from hf_ptune.errors import InjectionError
 from hf_ptune.injection import joint
 from hf_ptune.injection.merge import lay, mask_beside_prefix, merge_kernel, merged_attention
+from hf_ptune.injection.registered import is_sealed, replace, seal
 from hf_ptune.injection.sites import Site, site_of
 
-_WRAPPED = "_ptune_wrapped"
 _LOCK = threading.Lock()
 Listener = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], None]
 _listening = threading.local()
@@ -36,16 +36,26 @@ def listen(listener: Listener | None) -> None:
 def install(name: str) -> None:
     """Make the attention function registered under `name` see the prefixes of wrapped backbones."""
     with _LOCK:
-        function = AttentionInterface._global_mapping.get(name)
-        if function is not None and not hasattr(function, _WRAPPED):
-            AttentionInterface.register(name, _wrap(name, function))
+        function = ALL_ATTENTION_FUNCTIONS.get(name)
+        if function is not None and not is_sealed(function):
+            replace(ALL_ATTENTION_FUNCTIONS, name, _wrap(name, function))
         if name == "sdpa":
             joint.install(name)
+
+
+def is_installed(name: str | None) -> bool:
+    """Whether the function that stands under `name` now sees the prefixes; what attends by itself needs none."""
+    if name in (None, "eager"):
+        return True
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    return (function is None or is_sealed(function)) and (name != "sdpa" or joint.is_installed(name))
 
 
 def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     flash = is_flash_attention_requested(requested_attention_implementation=name)
     merges = function is sdpa_attention_forward
+    home = getattr(function, "__globals__", {}).get("__name__", "")
+    call = function if home.startswith("transformers.") else _joining_once(function)
 
     @functools.wraps(function)
     def attention(
@@ -61,6 +71,8 @@ def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if site is None:
             if not torch.compiler.is_compiling() and (listener := getattr(_listening, "to", None)) is not None:
                 listener(module, query, key, value)
+            return function(module, query, key, value, attention_mask, *args, **kwargs)
+        if site.met:
             return function(module, query, key, value, attention_mask, *args, **kwargs)
         if isinstance(attention_mask, joint.JointMask):
             return joint.attend(attention, site, module, (query, key, value), attention_mask, kwargs)
@@ -85,9 +97,23 @@ def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if (bias := kwargs.get("position_bias")) is not None:
             kwargs["position_bias"] = F.pad(bias, (site.num_virtual_tokens, 0))
         key, value = prepend(site, key, value)
-        return function(module, query, key, value, mask, *args, **kwargs)
+        return call(module, query, key, value, mask, *args, **kwargs)
 
-    setattr(attention, _WRAPPED, function)
+    return seal(attention)
+
+
+def _joining_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function of the user's own call the wrapped one that it has replaced, without a second prefix."""
+
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        site = site_of(module)
+        assert site is not None
+        site.met = True
+        try:
+            return function(module, *args, **kwargs)
+        finally:
+            site.met = False
+
     return attention
 
 

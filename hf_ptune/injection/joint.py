@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_ptune.errors import InjectionError
+from hf_ptune.injection.registered import is_sealed, replace, seal
 from hf_ptune.injection.sites import Site
 
-_WRAPPED = "_ptune_wrapped"
 _current = threading.local()
 _KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "output_hidden_states"}
 _FIELDS = {"last_hidden_state", "hidden_states"}
@@ -63,9 +63,15 @@ class JointMask:
 
 def install(name: str) -> None:
     """Make the mask function registered under `name` answer for joint sequences."""
-    function = AttentionMaskInterface._global_mapping.get(name)
-    if function is not None and not hasattr(function, _WRAPPED):
-        AttentionMaskInterface.register(name, _wrap(function))
+    function = ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    if function is not None and not is_sealed(function):
+        replace(ALL_MASK_ATTENTION_FUNCTIONS, name, _wrap(function))
+
+
+def is_installed(name: str) -> bool:
+    """Whether the mask function that stands under `name` now answers for joint sequences."""
+    function = ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    return function is None or is_sealed(function)
 
 
 def _wrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,8 +91,7 @@ def _wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         )
         return JointMask(layout, *(function(**(kwargs | shape)) for shape in shapes))
 
-    setattr(mask, _WRAPPED, function)
-    return mask
+    return seal(mask)
 
 
 def can_join(named: dict[str, Any]) -> bool:

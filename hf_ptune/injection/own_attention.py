@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hf_ptune.errors import InjectionError
-from hf_ptune.injection import alibi
+from hf_ptune.injection import alibi, attention
 from hf_ptune.injection.attention import extend_dense_mask
 from hf_ptune.injection.merge import lay, merge_kernel, merged_attention
 from hf_ptune.injection.shared_prefix import shared_product
@@ -82,10 +82,10 @@ class Watch:
             self.configs.append(config)
 
     def follow(self) -> bool:
-        """Put hooks on those that attend by themselves now; whether attentions have been set anew."""
+        """Put hooks on those that attend by themselves now; whether attentions have been set or registered anew."""
         names = [getattr(c, "_attn_implementation", None) for c in self.configs]
         if names == self.names:
-            return False
+            return not all(attention.is_installed(n) for n in names)
         self.stop()
         self.names = names
         for module in filter(is_own, self.modules):

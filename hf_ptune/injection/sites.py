@@ -17,15 +17,17 @@ _Pair = tuple[torch.Tensor, torch.Tensor]
 class _Now:
     """What a site holds while a pass runs.
 
-    `compiled` tells what compiled code has written last: eager code in its midst knows nothing else.
+    `met` says that the prefix is among the keys of the attention call that runs. `compiled` tells what compiled code
+    has written last: eager code in its midst knows nothing else.
     """
 
     pair: _Pair | None = None
     recording = False
     recorded: _Pair | None = None
+    met = False
 
     def __init__(self) -> None:
-        self.compiled = {"pair": False, "recording": False, "recorded": False}
+        self.compiled = {"pair": False, "recording": False, "recorded": False, "met": False}
 
 
 class Site:
@@ -94,6 +96,16 @@ class Site:
     @recording.setter
     def recording(self, on: bool) -> None:
         self._write("recording", on)
+
+    @property
+    def met(self) -> bool:
+        """Whether the prefix is among the keys of this thread's attention call already."""
+        found: bool = self._read("met", False)
+        return found
+
+    @met.setter
+    def met(self, on: bool) -> None:
+        self._write("met", on)
 
     @property
     def recorded(self) -> _Pair | None:
