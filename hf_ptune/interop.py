@@ -17,7 +17,7 @@ from hf_ptune.adapter_file import check_tensors, read_tensors
 from hf_ptune.backbone import head_names, load_backbone, resolve, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
-from hf_ptune.injection import Injector, body_of, cache_name, probing
+from hf_ptune.injection import Injector, body_of, cache_name, device_of, probing
 from hf_ptune.injection.positions import learned_table
 from hf_ptune.injection.probe import vocabulary_of
 from hf_ptune.loading import HUB_KEYS
@@ -246,8 +246,7 @@ def _check_same(model: PTunePreTrainedModel) -> None:
         raise ConfigError(
             f"{name} takes no cache (past_key_values), the way by which PEFT and THUDM bring a prefix in."
         )
-    device = next(injector.body.parameters()).device
-    ids = torch.tensor([[11, 18, 25]], device=device) % vocabulary_of(injector.body)
+    ids = torch.tensor([[11, 18, 25]], device=device_of(injector.body)) % vocabulary_of(injector.body)
     further = {"decoder_input_ids": ids} if seq2seq else {}
     try:
         with probing(model), torch.no_grad():
@@ -276,7 +275,7 @@ def _states_as_peft(injector: Injector, ids: Tensor, further: dict[str, Tensor])
         return states[:, -ids.shape[1] :].float()
     pairs = split_prefix(encoded, [s.shape for s in injector.sites])
     for number, (site, pair) in enumerate(zip(injector.sites, pairs, strict=True)):
-        device = next(body.get_submodule(site.name).parameters()).device
+        device = device_of(body.get_submodule(site.name))
         pairs[number] = pair[0][None].to(device, body.dtype), pair[1][None].to(device, body.dtype)
     if _moves_table(injector):
         first = _positions(injector.backbone)[2]

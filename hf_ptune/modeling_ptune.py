@@ -25,6 +25,7 @@ from hf_ptune.injection import (
     ScalarMix,
     bind,
     body_of,
+    device_of,
     find_geometry,
     forget_captures,
     layers_of,
@@ -130,8 +131,7 @@ class PTunePreTrainedModel(Delegating):
             )
         chosen = choose_sites(config, kind, self.task)
         embed = word_embeddings(self.backbone)
-        owner = self.backbone if embed is None else embed
-        device = next((p.device for p in owner.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        device = device_of(self.backbone if embed is None else embed)
         # in full precision beside a half-precision base: updates would be lost below its resolution
         dtype = torch.float64 if self.backbone.dtype == torch.float64 else torch.float32
         self.prompt = config.make_encoder(chosen).to(device=device, dtype=dtype)

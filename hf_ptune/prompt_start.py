@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from hf_ptune.backbone import read_tokenizer
 from hf_ptune.errors import BackboneError, ConfigError
-from hf_ptune.injection import PROBE_TOKENS, Injector, normalises_embeddings, probing, word_embeddings
+from hf_ptune.injection import PROBE_TOKENS, Injector, device_of, normalises_embeddings, probing, word_embeddings
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import join_prefix
 from hf_ptune.methods.initializers import fit_length, random_like, sample_vocabulary
@@ -78,8 +78,7 @@ def _random(model: Any, injector: Injector, kind: PromptKind, virtual: int) -> T
 def _keys_of(injector: Injector, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
     """The backbone's own keys and values `[K, P, D]` of P tokens, at every site."""
     body = injector.body
-    device = next(p.device for p in body.parameters())
-    tokens = torch.tensor([ids], device=device)
+    tokens = torch.tensor([ids], device=device_of(body))
     inputs = {"input_ids": tokens}
     if body.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens
@@ -90,7 +89,7 @@ def _keys_of(injector: Injector, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
 def _embed(injector: Injector, rows: list[list[int]]) -> Tensor:
     """Embeddings `[P, H]`; several ids in a row are averaged."""
     embed = injector.words()
-    device = next(embed.parameters()).device
+    device = device_of(embed)
     return torch.stack([embed(torch.tensor([row], device=device))[0].float().mean(0) for row in rows])
 
 
@@ -134,7 +133,7 @@ def embedding_sample(injector: Injector) -> Tensor:
     """Input embeddings `[M, H]` of the first tokens of the vocabulary."""
     embed = injector.words()
     size = vocabulary_size(injector.backbone)
-    ids = torch.arange(min(size, _SAMPLED), device=next(embed.parameters()).device)
+    ids = torch.arange(min(size, _SAMPLED), device=device_of(embed))
     with torch.no_grad():
         embedded: Tensor = embed(ids[None])[0]
     return embedded.float()

@@ -20,6 +20,7 @@ from transformers import (
     BitsAndBytesConfig,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -32,6 +33,7 @@ from transformers import (
 from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.cards import RunFacts
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
+from hf_ptune.interop import save_peft
 from hf_ptune.publishing import facts_of
 
 Wrap = Callable[..., PTunePreTrainedModel]
@@ -101,6 +103,25 @@ def test_dtype_and_device_map_reach_the_base(adapter: Path) -> None:
     assert loaded.dtype == torch.bfloat16 and loaded.prompt.weight.dtype == torch.float32
     with torch.no_grad():
         assert torch.isfinite(loaded(**batch("llama")).logits).all()
+
+
+@pytest.mark.parametrize("method", ["p_tuning_v2", "prefix_tuning", "prompt_tuning", "p_tuning"])
+def test_word_embeddings_may_be_offloaded_to_the_disk(method: str, base_folder: Any, tmp_path: Path) -> None:
+    parts = {"model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    placed = parts | {"model.embed_tokens": "disk", "lm_head": "cpu"}
+    found = []
+    for options in ({}, {"device_map": placed, "offload_folder": str(tmp_path)}):
+        base = LlamaForCausalLM.from_pretrained(base_folder("llama"), **options)
+        torch.manual_seed(0)
+        model = get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=4)).eval()
+        found.append(model(**batch("llama")).logits)
+        assert next(model.prompt.parameters()).device.type == "cpu"
+    assert torch.allclose(found[0], found[1], atol=1e-6)
+    save_peft(model, tmp_path / "peft")
+    model.train()
+    ids = batch("llama")["input_ids"]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.prompt.parameters())
 
 
 def test_tied_weights_stay_tied(wrap: Wrap, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from hf_ptune.injection.layer_mix import LayerMix, ScalarMix
 from hf_ptune.injection.merge import keep_masks
 from hf_ptune.injection.placeholders import Placeholders
 from hf_ptune.injection.pooling import MeanPooling
-from hf_ptune.injection.probe import body_of, text_of
+from hf_ptune.injection.probe import body_of, device_of, text_of
 from hf_ptune.injection.recomputation import Recomputation, recomputations
 from hf_ptune.injection.sites import Site
 from hf_ptune.injection.trials import joining_agrees
@@ -361,11 +361,12 @@ class Injector:
     def run_prompt(self, prompt: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Turn a prompt `[P, H]` into keys and values by one pass of the backbone with batch 1."""
         accepted = parameters_of(self.body)
-        like = next(self.words().parameters())
-        dtype = like.dtype if like.is_floating_point() else prompt.dtype
-        inputs: dict[str, Any] = {"inputs_embeds": prompt.to(like.device, dtype)[None]}
+        words = self.words()
+        device, dtype = device_of(words), next(words.parameters()).dtype
+        dtype = dtype if dtype.is_floating_point else prompt.dtype
+        inputs: dict[str, Any] = {"inputs_embeds": prompt.to(device, dtype)[None]}
         if "position_ids" in accepted:
-            inputs["position_ids"] = torch.arange(prompt.shape[0], device=like.device)[None]
+            inputs["position_ids"] = torch.arange(prompt.shape[0], device=device)[None]
         if "use_cache" in accepted:
             inputs["use_cache"] = False
         return self.record(inputs)

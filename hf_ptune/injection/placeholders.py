@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_ptune.errors import DEVICE_FAILURES, InjectionError
 from hf_ptune.injection.calls import Slot, bind, parameters_of
-from hf_ptune.injection.probe import close, probing, vocabulary_of
+from hf_ptune.injection.probe import close, device_of, probing, vocabulary_of
 
 _NOWHERE = -1
 
@@ -87,7 +87,7 @@ class Placeholders:
             body: the whole body; it runs on four tokens.
             count: P.
         """
-        device = next(self.words.parameters()).device
+        device = device_of(self.words)
         ids = torch.tensor([[11, 18, 25, 7]], device=device) % vocabulary_of(body)
         inputs: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
         if body.config.is_encoder_decoder:

@@ -105,8 +105,12 @@ def _embed(backbone: PreTrainedModel, embeddings: nn.Module) -> Tensor:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's first parameter is that has memory; its inputs go there."""
-    return next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    """Where a module's first parameter is that has memory, or comes to be while it runs; its inputs go there."""
+    held = (p.device for p in module.parameters() if p.device.type != "meta")
+    # what accelerate offloads has no memory in between
+    hooks = (getattr(getattr(m, "_hf_hook", None), "execution_device", None) for m in module.modules())
+    comes = (torch.device(device) for device in hooks if device is not None)
+    return next(held, None) or next(comes, torch.device("cpu"))
 
 
 def _tokens(body: PreTrainedModel, count: int, changed: bool) -> Tensor:

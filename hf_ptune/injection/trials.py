@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from hf_ptune.errors import DEVICE_FAILURES, InjectionError
-from hf_ptune.injection.probe import close, probing, vocabulary_of
+from hf_ptune.injection.probe import close, device_of, probing, vocabulary_of
 
 
 def prompts_agree(injector: Any) -> bool:
@@ -15,7 +15,7 @@ def prompts_agree(injector: Any) -> bool:
     convolutional state, sinks of its own, positions that cannot be moved.
     """
     words = injector.words()
-    ids = torch.tensor([[11, 18, 25]], device=next(words.parameters()).device) % vocabulary_of(injector.body)
+    ids = torch.tensor([[11, 18, 25]], device=device_of(words)) % vocabulary_of(injector.body)
     kept = injector.encode, injector.num_virtual_tokens
     try:
         with probing(injector.body), torch.no_grad():
@@ -45,7 +45,7 @@ def joining_agrees(injector: Any) -> bool:
         or injector.backbone.config._attn_implementation != "sdpa"
     ):
         return False
-    ids = torch.tensor([[11, 18, 25, 7], [3, 12, 9, 5]], device=next(injector.words().parameters()).device)
+    ids = torch.tensor([[11, 18, 25, 7], [3, 12, 9, 5]], device=device_of(injector.words()))
     inputs = {
         "input_ids": ids % vocabulary_of(injector.body),
         "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=ids.device),
