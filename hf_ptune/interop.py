@@ -17,9 +17,9 @@ from hf_ptune.adapter_file import check_tensors, read_tensors
 from hf_ptune.backbone import head_names, load_backbone, resolve, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
-from hf_ptune.injection import Injector, body_of, cache_name, device_of, probing
+from hf_ptune.injection import Injector, body_of, cache_name, device_of, probing, trying
 from hf_ptune.injection.positions import learned_table
-from hf_ptune.injection.probe import vocabulary_of
+from hf_ptune.injection.probe import close, vocabulary_of
 from hf_ptune.loading import HUB_KEYS
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import flatten, split_prefix
@@ -248,15 +248,12 @@ def _check_same(model: PTunePreTrainedModel) -> None:
         )
     ids = torch.tensor([[11, 18, 25]], device=device_of(injector.body)) % vocabulary_of(injector.body)
     further = {"decoder_input_ids": ids} if seq2seq else {}
-    try:
-        with probing(model), torch.no_grad():
-            found = injector.body(input_ids=ids, attention_mask=torch.ones_like(ids), **further)[0].float()
-            with model.disable_adapter():
-                expected = _states_as_peft(injector, ids, further)
-        limit = 1e-3 if model.backbone.dtype in (torch.float32, torch.float64) else 0.1
-        same = bool((found - expected).abs().max() <= limit * expected.abs().max())
-    except (ValueError, TypeError, AttributeError, NotImplementedError, IndexError):
-        same = False  # families that take neither embeddings nor a filled cache
+    same = False  # where a family takes neither embeddings nor a filled cache
+    with trying(), probing(model), torch.no_grad():
+        found = injector.body(input_ids=ids, attention_mask=torch.ones_like(ids), **further)[0].float()
+        with model.disable_adapter():
+            expected = _states_as_peft(injector, ids, further)
+        same = close(found, expected, model.backbone.dtype)
     if not same:
         raise ConfigError(
             f"{name} answers otherwise with the prompt {'in a cache' if prefixed else 'before the tokens'}, where PEFT "

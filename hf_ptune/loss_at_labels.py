@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from hf_ptune.cross_entropy import IGNORED, causal_lm_loss, masked_lm_loss
 from hf_ptune.errors import PTuneError
-from hf_ptune.injection import bind, probing
+from hf_ptune.injection import bind, probing, trying
 
 logger = logging.get_logger(__name__)
 _SHIFTED = "CAUSAL_LM"
@@ -132,13 +132,11 @@ class LossAtLabels:
         labels = ids.clone()
         labels[0, :2] = labels[1, 3:] = IGNORED
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        try:
-            with probing(self.wrapper), torch.no_grad():
-                whole, part = self.backbone(**inputs).loss, self._run(inputs).loss
-        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
-            return False
-        exact = whole.dtype in (torch.float32, torch.float64) and self.backbone.dtype != torch.bfloat16
-        return bool(torch.isclose(whole, part, rtol=1e-4 if exact else 2e-2, atol=1e-6))
+        with trying(), probing(self.wrapper), torch.no_grad():
+            whole, part = self.backbone(**inputs).loss, self._run(inputs).loss
+            exact = whole.dtype in (torch.float32, torch.float64) and self.backbone.dtype != torch.bfloat16
+            return bool(torch.isclose(whole, part, rtol=1e-4 if exact else 2e-2, atol=1e-6))
+        return False
 
     def _all_logits(self, named: dict[str, Any]) -> Tensor:
         logger.warning_once(

@@ -12,6 +12,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from hf_ptune import PTunePreTrainedModel
 from hf_ptune.errors import PTuneError
+from hf_ptune.loss_at_labels import LossAtLabels
 
 Wrap = Callable[..., PTunePreTrainedModel]
 MASKED = ["bert", "roberta", "modernbert", "deberta-v2", "distilbert"]
@@ -120,6 +121,20 @@ def test_a_loss_function_of_a_user_s_own_gets_all_logits(wrap: Wrap) -> None:
     for mode in (True, False):
         assert model.train(mode)(**inputs).loss == 42
     assert seen == [inputs["input_ids"].shape] * 2 and model.loss_function is loss
+
+
+def test_a_device_that_fails_does_not_turn_it_off(wrap: Wrap, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = wrap("llama", "p_tuning_v2").train(), batch("llama")
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LossAtLabels, "_run", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(**inputs)
+    model(**inputs)
+    assert model._loss_at_labels.agrees
 
 
 def test_calls_that_need_all_logits_get_them(wrap: Wrap) -> None:

@@ -14,6 +14,7 @@ from hf_ptune.injection.probe import (
     find_geometry,
     probing,
     text_of,
+    trying,
 )
 from hf_ptune.injection.trials import prompts_agree
 
@@ -39,5 +40,6 @@ __all__ = [
     "reads_first_token",
     "text_of",
     "this_thread",
+    "trying",
     "word_embeddings",
 ]

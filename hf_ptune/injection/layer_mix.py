@@ -17,7 +17,7 @@ from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection.bridge import checkpoint_layers, reentrant_layers
 from hf_ptune.injection.calls import Slot, bind, parameters_of
 from hf_ptune.injection.pooling import has_pooler, mean_first, own_tokens, pool_again
-from hf_ptune.injection.probe import close, probing, run_on_tokens
+from hf_ptune.injection.probe import close, probing, run_on_tokens, trying
 
 _ALIKE = 3.0
 _CAPTURES = "output_capturing_hook"
@@ -82,11 +82,10 @@ def gives_layers(body: PreTrainedModel, alike: bool = False, pooled: bool = Fals
 
 def _pools_again(body: PreTrainedModel, output: Any) -> bool:
     """Whether a body's own pooler gives from outside what it gave inside."""
-    try:
+    with trying():  # it may take more than states, or not tell what it gives
         again = pool_again(body, output[0])
         return again.shape == output.pooler_output.shape and close(again, output.pooler_output, body.dtype)
-    except (TypeError, AttributeError):
-        return False  # it takes more than states, or what it gives is not told
+    return False
 
 
 def forget_captures(backbone: nn.Module) -> None:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_ptune.errors import DEVICE_FAILURES, InjectionError
+from hf_ptune.errors import InjectionError
 from hf_ptune.injection.calls import Slot, bind, parameters_of
-from hf_ptune.injection.probe import close, device_of, probing, vocabulary_of
+from hf_ptune.injection.probe import close, device_of, probing, trying, vocabulary_of
 
 _NOWHERE = -1
 
@@ -95,19 +95,16 @@ class Placeholders:
         inputs = {k: v for k, v in inputs.items() if k in parameters_of(body)}
         rows, answers = self.rows, []
         try:
-            with probing(body), torch.no_grad():
+            with trying(InjectionError), probing(body), torch.no_grad():
                 row = self.words(torch.tensor([[self.plain]], device=device))[0]
                 self.rows = lambda: row.expand(count, -1)
                 for token in (self.plain, self.ids[0]):
                     at = torch.arange(ids.shape[1], device=device) == 2
                     answers.append(body(input_ids=ids.masked_fill(at, token), **inputs)[0].float())
-        except DEVICE_FAILURES:
-            raise
-        except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, InjectionError):
-            return False
+                return close(answers[1], answers[0], body.dtype)
         finally:
             self.rows = rows
-        return close(answers[1], answers[0], body.dtype)
+        return False
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self.places.take()

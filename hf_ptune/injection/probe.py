@@ -25,6 +25,8 @@ _UNSUPPORTED = {
     "LiltSelfAttention": "it adds the scores of two streams of different widths",
 }
 _OVER_LAYERS = re.compile("AttentionResidual")  # attends to earlier layers, not to tokens
+# by which families say that they cannot run as they are asked to
+_REFUSALS = (ValueError, TypeError, AttributeError, IndexError, RuntimeError)
 _NAMED_ATTENTION = re.compile("atten|attn", re.IGNORECASE)
 
 
@@ -276,6 +278,21 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+@contextmanager
+def trying(*refusals: type[Exception]) -> Iterator[None]:
+    """End a trial on a backbone where its family refuses; a device that fails is no refusal.
+
+    Args:
+        refusals: errors that are one here too.
+    """
+    try:
+        yield
+    except DEVICE_FAILURES:
+        raise
+    except _REFUSALS + refusals:
+        pass
 
 
 @contextmanager

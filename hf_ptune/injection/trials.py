@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from hf_ptune.errors import DEVICE_FAILURES, InjectionError
-from hf_ptune.injection.probe import close, device_of, probing, vocabulary_of
+from hf_ptune.errors import InjectionError
+from hf_ptune.injection.probe import close, device_of, probing, trying, vocabulary_of
 
 
 def prompts_agree(injector: Any) -> bool:
@@ -18,7 +18,7 @@ def prompts_agree(injector: Any) -> bool:
     ids = torch.tensor([[11, 18, 25]], device=device_of(words)) % vocabulary_of(injector.body)
     kept = injector.encode, injector.num_virtual_tokens
     try:
-        with probing(injector.body), torch.no_grad():
+        with trying(), probing(injector.body), torch.no_grad():  # families that need input_ids refuse embeddings
             embeds = words(ids)
             embeds = torch.cat([embeds[:, :1] / 2, embeds[:, 1:]], 1)  # as a prompt, no token's embedding
             injector.fill(None)
@@ -27,14 +27,11 @@ def prompts_agree(injector: Any) -> bool:
             injector.busy = False
             injector.encode, injector.num_virtual_tokens, injector.cached = lambda: embeds[0, :1], 1, None
             found = injector.body(inputs_embeds=embeds[:, 1:])[0].float()
-    except DEVICE_FAILURES:
-        raise
-    except (ValueError, NotImplementedError, TypeError, RuntimeError):
-        return False  # families that need input_ids say so by one of these
+            return close(found, expected, injector.backbone.dtype)
     finally:
         injector.busy, injector.cached = False, None
         injector.encode, injector.num_virtual_tokens = kept
-    return close(found, expected, injector.backbone.dtype)
+    return False
 
 
 def joining_agrees(injector: Any) -> bool:
@@ -56,14 +53,12 @@ def joining_agrees(injector: Any) -> bool:
     answers = []
     injector.trying = True
     try:
-        with probing(injector.body):
+        # layers that look into their mask, or that mix tokens by themselves, refuse it
+        with trying(InjectionError), probing(injector.body):
             for injector.joins in (False, True):
                 output = injector.body(**inputs)
                 answers.append(output[0].detach().float()[inputs["attention_mask"].bool()])
-    except DEVICE_FAILURES:
-        raise
-    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, InjectionError):
-        return False  # layers that look into their mask, or that mix tokens by themselves
+            return close(answers[0], answers[1], injector.backbone.dtype)
     finally:
         injector.encode, injector.inside, injector.joins, injector.trying = encode, True, False, False
-    return close(answers[0], answers[1], injector.backbone.dtype)
+    return False
