@@ -24,6 +24,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
+from hf_ptune import patching
 from hf_ptune.adapter_file import WEIGHTS_NAME, read_tensors
 from hf_ptune.backbone import check_target
 from hf_ptune.errors import PTuneError
@@ -214,27 +215,14 @@ def replaces(where: Any, name: str, only_split: bool = True) -> Callable[[Any], 
 
     Args:
         where: the Trainer's class.
-        name: of its method; the function takes it as second argument.
+        name: of its method; the function takes it, bound to the Trainer, as second argument.
         only_split: leave the Trainer alone on engines that keep parameters whole.
     """
 
-    def install(function: Any) -> Any:
-        original = getattr(where, name)
-        mark, done = f"{function.__module__}.{function.__qualname__}", vars(original).get("_ptune", ())
-        if mark in done:  # the module has been loaded again
-            return function
+    def when(trainer: Any) -> bool:
+        return ours(getattr(trainer, "model", None)) is not None and (not only_split or splits(trainer))
 
-        @functools.wraps(original)
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if ours(getattr(self, "model", None)) is None or (only_split and not splits(self)):
-                return original(self, *args, **kwargs)
-            return function(self, functools.partial(original, self), *args, **kwargs)
-
-        vars(method)["_ptune"] = (*done, mark)
-        setattr(where, name, method)
-        return function
-
-    return install
+    return patching.replaces(where, name, when)
 
 
 @replaces(Trainer, "create_accelerator_and_postprocess", only_split=False)
@@ -385,14 +373,7 @@ def load_adapter(model: Any, folder: str | os.PathLike[str]) -> None:
     inner.load_adapter_state_dict(read_tensors(Path(folder) / WEIGHTS_NAME))
 
 
-def _load_deepspeed(engine: Any, checkpoint_path: str, load_module_strict: bool = True) -> None:
-    if ours(engine) is None:
-        _of_transformers(engine, checkpoint_path, load_module_strict=load_module_strict)
-    else:
-        load_adapter(engine, checkpoint_path)
-
-
-_of_transformers: Any = trainer_module.deepspeed_load_checkpoint
-_of_transformers = vars(_of_transformers).get("_ptune", _of_transformers)  # where the module has been loaded again
-vars(_load_deepspeed)["_ptune"] = _of_transformers
-trainer_module.deepspeed_load_checkpoint = _load_deepspeed
+@patching.replaces(trainer_module, "deepspeed_load_checkpoint", when=lambda engine: ours(engine) is not None)
+def _load_deepspeed(engine: Any, original: Any, checkpoint_path: str, load_module_strict: bool = True) -> None:
+    """Let every rank take its part of an adapter."""
+    load_adapter(engine, checkpoint_path)

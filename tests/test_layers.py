@@ -22,6 +22,7 @@ LAYERS = [
         "base_settings",
         "identity",
         "backbone_dropout",
+        "patching",
     },
     {"methods"},
     {"adapter_file"},

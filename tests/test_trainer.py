@@ -1,6 +1,5 @@
 """Any Trainer script: checkpoints, resume, best model, predictions."""
 
-import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,8 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers import trainer as trainer_module
 
-from hf_ptune import FreezeBackboneCallback, GuardCallback, MemoryCallback, PTunePreTrainedModel, engines
+from hf_ptune import FreezeBackboneCallback, GuardCallback, MemoryCallback, PTunePreTrainedModel
 from hf_ptune.engines import replaces
 
 Wrap = Callable[..., PTunePreTrainedModel]
@@ -188,9 +186,3 @@ def test_functions_for_one_method_of_the_trainer_are_all_called_and_each_once(wr
     model = wrap("bert", "p_tuning_v2", "SEQ_CLS").float()
     Mine(model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)).create_optimizer()
     assert called == ["second", "first"]
-
-
-def test_rooms_may_be_loaded_again() -> None:
-    before = trainer_module.deepspeed_load_checkpoint
-    importlib.reload(engines)
-    assert vars(trainer_module.deepspeed_load_checkpoint)["_ptune"] is vars(before)["_ptune"]

@@ -1,6 +1,5 @@
 """Freeze the backbone before the optimizer exists, and unfreeze chosen modules on a schedule."""
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
+from hf_ptune import patching
 from hf_ptune.backbone import adapter_names
 from hf_ptune.engines import replaces
 from hf_ptune.errors import PTuneError
@@ -268,24 +268,15 @@ def _add_callback(trainer: Any, original: Any, callback: Any) -> None:
         added.plan(trainer.args, unwrap_ptune_model(trainer.model, type(added).__name__))
 
 
-def _planned(original: Any) -> Any:
+@patching.replaces(Trainer, "call_model_init")
+def _call_model_init(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
     """Let callbacks freeze and plan the model that each training of `model_init` starts from.
 
     A search for hyperparameters has let go of the model before, so that nothing tells whose Trainer it is.
     """
-
-    @functools.wraps(original)
-    def call_model_init(self: Any, *args: Any, **kwargs: Any) -> Any:
-        model = original(self, *args, **kwargs)
-        handler = vars(self).get("callback_handler")  # none yet while the Trainer is made
-        for callback in () if handler is None else handler.callbacks:
-            if isinstance(callback, FreezeBackboneCallback):
-                callback.on_init_end(self.args, self.state, self.control, model=model)
-        return model
-
-    vars(call_model_init)["_ptune"] = True
-    return call_model_init
-
-
-if "_ptune" not in vars(Trainer.call_model_init):
-    Trainer.call_model_init = _planned(Trainer.call_model_init)
+    model = original(*args, **kwargs)
+    handler = vars(trainer).get("callback_handler")  # none yet while the Trainer is made
+    for callback in () if handler is None else handler.callbacks:
+        if isinstance(callback, FreezeBackboneCallback):
+            callback.on_init_end(trainer.args, trainer.state, trainer.control, model=model)
+    return model

@@ -1,6 +1,5 @@
 """Gather the facts of a run, and write the card; the Trainer's own card gives way to it."""
 
-import functools
 import importlib.metadata
 import inspect
 import platform
@@ -16,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import hf_ptune
 from hf_ptune.adapter_file import WEIGHTS_NAME, read_tensors
 from hf_ptune.cards import TIMES, RunFacts, public_name
-from hf_ptune.engines import engine_name, splits
+from hf_ptune.engines import engine_name, ours, replaces, splits
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.publishing import RUN, finish_folder, inherit_license, model_facts
 
@@ -193,34 +192,20 @@ def _told(arguments: dict[str, Any], repo_id: str) -> dict[str, Any]:
     return {k: v for k, v in found.items() if v}
 
 
-def _give_way(original: Any) -> Any:
+@replaces(Trainer, "create_model_card", only_split=False)
+def _create_model_card(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> None:
     """Let the Trainer finish a folder of ours in our way, and every other one in its own."""
-
-    @functools.wraps(original)
-    def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
-        model = extract_model_from_parallel(self.model, keep_torch_compile=False)
-        if not isinstance(model, PTunePreTrainedModel):
-            original(self, *args, **kwargs)
-            return
-        if not self.is_world_process_zero():
-            return
-        # the Trainer has just gathered it into that file, and calls this rank alone
-        tensors = read_tensors(Path(self.args.output_dir) / WEIGHTS_NAME) if splits(self) else None
-        callbacks = self.callback_handler.callbacks
-        ours = next((c for c in callbacks if isinstance(c, ModelCardCallback)), None)
-        repo_id = self.hub_model_id or Path(self.args.output_dir).name
-        told = _told(inspect.signature(original).bind(self, *args, **kwargs).arguments, repo_id)
-        given = {} if ours is None else ours.given
-        if "datasets" in given:
-            told.pop("dataset_ids", None)
-        facts = gather_facts(self.args, self.state, model, told | given)
-        inherit_license(facts, self.args.hub_token)
-        model.__dict__[RUN] = facts
-        finish_folder(model, Path(self.args.output_dir), repo_id, facts=facts, state_dict=tensors)
-
-    vars(create_model_card)["_ptune"] = True
-    return create_model_card
-
-
-if "_ptune" not in vars(Trainer.create_model_card):
-    Trainer.create_model_card = _give_way(Trainer.create_model_card)
+    if not trainer.is_world_process_zero():
+        return
+    model: Any = ours(trainer.model)
+    # the Trainer has just gathered it into that file, and calls this rank alone
+    tensors = read_tensors(Path(trainer.args.output_dir) / WEIGHTS_NAME) if splits(trainer) else None
+    given = next((c.given for c in trainer.callback_handler.callbacks if isinstance(c, ModelCardCallback)), {})
+    repo_id = trainer.hub_model_id or Path(trainer.args.output_dir).name
+    told = _told(inspect.signature(original).bind(*args, **kwargs).arguments, repo_id)
+    if "datasets" in given:
+        told.pop("dataset_ids", None)
+    facts = gather_facts(trainer.args, trainer.state, model, told | given)
+    inherit_license(facts, trainer.args.hub_token)
+    model.__dict__[RUN] = facts
+    finish_folder(model, Path(trainer.args.output_dir), repo_id, facts=facts, state_dict=tensors)

@@ -1,10 +1,11 @@
 """Numbers that callbacks add to the Trainer's logs, before other callbacks hand these on."""
 
-import functools
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import CallbackHandler
+
+from hf_ptune.patching import replaces
 
 
 class NumbersCallback(TrainerCallback):
@@ -23,18 +24,9 @@ class NumbersCallback(TrainerCallback):
             state.log_history[-1].update(numbers)
 
 
-def _numbers_first(original: Any) -> Any:
+@replaces(CallbackHandler, "on_train_begin")
+def _numbers_first(handler: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
     """Let those that add numbers lead from the start of training on, whose own order stays."""
-
-    @functools.wraps(original)
-    def on_train_begin(self: Any, *args: Any, **kwargs: Any) -> Any:
-        control = original(self, *args, **kwargs)
-        self.callbacks.sort(key=lambda callback: not isinstance(callback, NumbersCallback))
-        return control
-
-    vars(on_train_begin)["_ptune"] = True
-    return on_train_begin
-
-
-if "_ptune" not in vars(CallbackHandler.on_train_begin):
-    CallbackHandler.on_train_begin = _numbers_first(CallbackHandler.on_train_begin)  # type: ignore[method-assign]
+    control = original(*args, **kwargs)
+    handler.callbacks.sort(key=lambda callback: not isinstance(callback, NumbersCallback))
+    return control
