@@ -296,6 +296,7 @@ def publish(model: Any, repo_id: str, *, tokenizer: Any = None, keep_encoder: bo
     Raises:
         HubError: the push failed; the folder is kept, and named.
     """
+    token = push.get("token")
     tensors = model.adapter_state_dict()  # where ranks hold parts, all of them come here
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return None
@@ -312,10 +313,9 @@ def publish(model: Any, repo_id: str, *, tokenizer: Any = None, keep_encoder: bo
                 "model.config.base_model_revision before pushing."
             )
         else:
-            model.config.base_model_revision = commit_of(base, token=push.get("token"))
+            model.config.base_model_revision = commit_of(base, token=token)
     folder = Path(tempfile.mkdtemp(prefix="hf_ptune-"))
-    facts = inherit_license(facts_of(model, state_dict=tensors, token=push.get("token")), push.get("token"))
-    token = push.get("token")
+    facts = inherit_license(facts_of(model, state_dict=tensors, token=token), token)
     write_repository(
         model,
         folder,

@@ -20,7 +20,7 @@ _SHAPING: tuple[str, ...] = ("num_virtual_tokens", "encoder_reparameterization_t
 _SHAPING += ("encoder_num_layers", "layers", "sites")
 # and what they mean
 _CHOOSING: tuple[str, ...] = ("modules_to_save", "train_backbone", "template")
-_RUN_NAME = "ptune_run.json"
+_RUN_NAME, _ROWS = "ptune_run.json", "training rows"
 # a checkpoint's own optimizer goes on with its own rate, and the seed says which rows are still to come
 _SHARED = {"learning_rate": "training.learning_rate", "optim": "training.optim", "seed": "seed"}
 
@@ -41,37 +41,36 @@ class RunCallback(TrainerCallback):
         if args.should_save and folder.is_dir():
             (folder / _RUN_NAME).write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
 
+    def check(self, checkpoint: str) -> None:
+        """Refuse a checkpoint that was trained on other rows, or with what a run that goes on could not change.
+
+        Args:
+            checkpoint: folder; one that does not say how it came about is taken.
+
+        Raises:
+            RecipeError: something differs; it says what.
+        """
+        try:
+            there = json.loads((Path(checkpoint) / _RUN_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        differ = [
+            "its training rows are others (data.source, split_seed, limit, max_length)"
+            if name == _ROWS
+            else f"{name} is {there[name]} there and {here} here"
+            for name, here in self.facts.items()
+            if there.get(name, here) != here
+        ]
+        if differ:
+            raise RecipeError(_told(checkpoint, differ))
+
 
 def _facts_of(trainer: Trainer) -> dict[str, Any]:
     digest = hashlib.sha256()
     for row in trainer.train_dataset or ():
         digest.update(repr(row["input_ids"]).encode())
-    told = {name: getattr(trainer.args, key) for key, name in _SHARED.items()}
-    told = {name: str(getattr(value, "value", value)) for name, value in told.items()}  # an optimizer is an enum's
-    return told | {"training rows": digest.hexdigest()}
-
-
-def check_run(trainer: Trainer, checkpoint: str) -> None:
-    """Refuse a checkpoint that was trained on other rows, or with what a run that goes on could not change.
-
-    Args:
-        trainer: about to go on.
-        checkpoint: folder; one that does not say how it came about is taken.
-
-    Raises:
-        RecipeError: something differs; it says what.
-    """
-    try:
-        there = json.loads((Path(checkpoint) / _RUN_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    here = _facts_of(trainer)
-    names = [name for name in _SHARED.values() if there.get(name, here[name]) != here[name]]
-    differ = [f"{name} is {there[name]} there and {here[name]} here" for name in names]
-    if there.get("training rows", here["training rows"]) != here["training rows"]:
-        differ.append("its training rows are others (data.source, split_seed, limit, max_length)")
-    if differ:
-        raise RecipeError(_told(checkpoint, differ))
+    settings = trainer.args.to_dict()
+    return {name: str(settings[key]) for key, name in _SHARED.items()} | {_ROWS: digest.hexdigest()}
 
 
 def _told(checkpoint: str | Path, differ: list[str]) -> str:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from hf_ptune.adapter_file import digest_of, staged
+from hf_ptune.arguments import make_arguments
 from hf_ptune.callbacks import LearningCallback, MemoryCallback, ModelCardCallback
 from hf_ptune.data import Rows, load_rows, split_rows
 from hf_ptune.errors import RecipeError, shorten
@@ -28,7 +29,7 @@ from hf_ptune.fresh_base import load_tokenizer
 from hf_ptune.methods import get_method
 from hf_ptune.recipe import Recipe
 from hf_ptune.templates import Template
-from hf_ptune.train import evaluate, has_pairs, make_arguments, make_trainer, wrap_base
+from hf_ptune.train import evaluate, has_pairs, make_trainer, wrap_base
 
 RESULTS_NAME, TABLE_NAME, PLOT_NAME = "results.json", "results.md", "sweep.png"
 _STARTED = "the process ended during this run"

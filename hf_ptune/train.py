@@ -22,13 +22,12 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    get_scheduler,
     set_seed,
 )
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import WEIGHTS_NAME
+from hf_ptune.arguments import make_arguments, settle_arguments
 from hf_ptune.backbone import (
     TASKS,
     anchored,
@@ -55,7 +54,7 @@ from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, read_content, read_recipe, split_overrides
-from hf_ptune.resuming import RunCallback, check_checkpoint, check_run
+from hf_ptune.resuming import RunCallback, check_checkpoint
 from hf_ptune.sharding import loading_alone
 from hf_ptune.sources import HUB
 from hf_ptune.tasks import Answer, Feature, Row, Task, TaskTrainer
@@ -66,9 +65,6 @@ logger = logging.get_logger(__name__)
 ADAPTER_FOLDER = "adapter"
 INTERRUPTED = 130  # the exit code, as shells have it
 _QUESTIONS = 3
-_OF_PARTS = {"batch_eval_metrics": True, "prediction_loss_only": True, "eval_do_concat_batches": False}
-_ALWAYS = {"do_train": True, "do_eval": True, "do_predict": False, "eval_on_start": True}
-_MEASURING = ("reduce_lr_on_plateau", "greedy")  # schedules
 
 
 @dataclass(frozen=True)
@@ -186,100 +182,6 @@ def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedToke
     return given if example is None else given | {"example": example}
 
 
-def make_arguments(recipe: Recipe, pairs: bool = False, causal: bool = False) -> TrainingArguments:
-    """Turn a recipe's training section into TrainingArguments; its method's defaults fill what it leaves out.
-
-    Args:
-        recipe: names method, task and what is set.
-        pairs: whether its rows have two texts.
-        causal: whether its base is a decoder.
-
-    Raises:
-        RecipeError: values that transformers refuses, or that leave nothing to train or to measure.
-    """
-    settings: dict[str, Any] = {"dataloader_pin_memory": torch.accelerator.is_available()}
-    settings |= recipe.defaults(pairs, causal).training | recipe.training
-    if settings.get("max_steps") == 0 or (settings.get("max_steps", -1) < 0 and settings.get("num_train_epochs") == 0):
-        raise RecipeError("training.max_steps or num_train_epochs is 0; expected a step at least (max_steps: 1).")
-    for name, value in _OF_PARTS.items():
-        if settings.get(name) is value:
-            said = str(value).lower()
-            raise RecipeError(f"training.{name} is {said}, but tasks measure all held-out rows at once; leave it out.")
-    for name, value in _ALWAYS.items():
-        if settings.get(name, value) is not value:
-            said = str(settings[name]).lower()
-            raise RecipeError(
-                f"training.{name} is {said}, but a recipe trains, measures its held-out rows before and after, and its "
-                "test rows (data.test_source) at the end; leave it out."
-            )
-    if settings.get("label_smoothing_factor") and recipe.build_task().model_task == "QUESTION_ANS":
-        raise RecipeError(
-            f"training.label_smoothing_factor is {settings['label_smoothing_factor']}, but the loss of {recipe.task} "
-            "is its model's own, which smooths nothing; leave it out."
-        )
-    if recipe.learning_rate_decay is not None and settings.get("lr_scheduler_type") in _MEASURING:
-        raise RecipeError(
-            f"training.lr_scheduler_type is {settings['lr_scheduler_type']}, which follows measurements, beside "
-            "learning_rate_decay; set it to constant, or leave one of them out."
-        )
-    if recipe.early_stopping_patience is not None:
-        if settings.get("eval_strategy", "no") == "no":
-            raise RecipeError(
-                "early_stopping_patience counts evaluations, but training.eval_strategy is no; set "
-                "training.eval_strategy: epoch, or steps with training.eval_steps."
-            )
-        if settings.get("metric_for_best_model") is None:
-            settings["metric_for_best_model"] = "loss"
-    try:
-        arguments = TrainingArguments(output_dir=recipe.output_dir, seed=recipe.seed, **settings)
-    except (ValueError, ImportError) as error:
-        raise RecipeError(f"training: {error}") from error
-    _try_arguments(arguments)
-    return arguments
-
-
-def _try_arguments(arguments: TrainingArguments) -> None:
-    """Refuse what a Trainer would find wrong only when base and data have been loaded."""
-    if wrong := [p for p in (arguments.optim_args or "a=b").split(",") if p.count("=") != 1]:
-        raise RecipeError(
-            f"training.optim_args is {arguments.optim_args!r}, of which {wrong[0]!r} names no value; expected "
-            "name=value, with commas between several."
-        )
-    rate, steps = arguments.learning_rate, arguments.max_steps if arguments.max_steps > 0 else 100
-    schedule, options = arguments.lr_scheduler_type, arguments.lr_scheduler_kwargs
-    try:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=rate)
-        get_scheduler(schedule, optimizer, arguments.get_warmup_steps(steps), steps, scheduler_specific_kwargs=options)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(
-            f"training.lr_scheduler_type is {schedule.value} with lr_scheduler_kwargs {options}: {error}. Give "
-            "lr_scheduler_kwargs what that schedule takes, or take another one, such as linear."
-        ) from error
-    for name in arguments.report_to:
-        try:
-            for tracker in get_reporting_integration_callbacks([name]):
-                tracker()
-        except (ValueError, ImportError, RuntimeError) as error:
-            raise RecipeError(
-                f"training.report_to names {name}: {error} Install it, or set training.report_to: none."
-            ) from error
-
-
-def settle_arguments(arguments: TrainingArguments, recipe: Recipe, pairs: bool, causal: bool) -> TrainingArguments:
-    """What `make_arguments` makes when rows and base are known, on which some defaults of a method depend.
-
-    Args:
-        arguments: what it made before; taken as they are where nothing depends on that.
-        recipe: comes first in what it sets.
-        pairs: whether its rows have two texts.
-        causal: whether its base is a decoder.
-    """
-    if recipe.defaults(pairs, causal).training == recipe.defaults().training:
-        return arguments
-    # anew, and not in place: an engine's own file may have taken rates of them
-    return make_arguments(recipe, pairs, causal)
-
-
 def train_on(trainer: Trainer) -> None:
     """Train, from the checkpoint that is named, or of `true` from the last one of the output folder.
 
@@ -289,16 +191,17 @@ def train_on(trainer: Trainer) -> None:
     """
     resume = trainer.args.resume_from_checkpoint
     checkpoint = last_checkpoint(str(trainer.args.output_dir)) if resume in (True, "true") else resume
+    run_facts = RunCallback(trainer)
     if checkpoint:
         check_checkpoint(trainer.model, checkpoint)
-        check_run(trainer, checkpoint)
+        run_facts.check(checkpoint)
     elif trainer.is_world_process_zero() and (earlier := last_checkpoint(str(trainer.args.output_dir))):
         logger.warning(
             f"{earlier} is there from an earlier run, and this one starts anew; name another output_dir to keep both "
             "apart, or set training.resume_from_checkpoint: true to go on with that one."
         )
     trainer.add_callback(BestMetricCallback())
-    trainer.add_callback(RunCallback(trainer))
+    trainer.add_callback(run_facts)
     try:
         trainer.train(checkpoint)
     except ValueError as error:

@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_ptune.arguments import make_arguments, settle_arguments
 from hf_ptune.callbacks import LearningCallback, MemoryCallback, check_batch
 from hf_ptune.callbacks.learning import TASK_LOSS
 from hf_ptune.callbacks.model_card import gather_facts
@@ -51,10 +52,8 @@ from hf_ptune.train import (
     command,
     evaluate,
     leave,
-    make_arguments,
     make_config,
     scheduling,
-    settle_arguments,
     train_on,
 )
 

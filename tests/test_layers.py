@@ -43,7 +43,7 @@ LAYERS = [
     {"data"},
     {"callbacks"},
     {"interop", "info"},
-    {"convert", "lengths", "resuming", "fresh_base"},
+    {"arguments", "convert", "lengths", "resuming", "fresh_base"},
     {"train"},
     {"sweep", "train_multitask"},
     {"cli"},

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import hf_ptune.sweep as sweep
 from hf_ptune import LearningCallback, PTuneConfig, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.arguments import make_arguments, settle_arguments
 from hf_ptune.backbone import TASKS
 from hf_ptune.data import load_rows
 from hf_ptune.errors import ConfigError, InjectionError
@@ -27,7 +28,7 @@ from hf_ptune.injection import gives_layers
 from hf_ptune.interop import save_peft
 from hf_ptune.multitask import get_multitask_model
 from hf_ptune.recipe import make_recipe
-from hf_ptune.train import make_arguments, make_trainer, run, settle_arguments, wrap_base
+from hf_ptune.train import make_trainer, run, wrap_base
 
 BOTH = {"head_states": "mix", "pooling": "mean"}
 

@@ -9,6 +9,7 @@ from test_train import write_base, write_recipe
 from transformers import TrainingArguments
 
 from hf_ptune import PTuneConfig, train
+from hf_ptune.arguments import make_arguments
 from hf_ptune.cards import RunFacts
 from hf_ptune.cli import main
 from hf_ptune.defaults import defaults_of
@@ -114,10 +115,10 @@ def test_defaults_fill_a_silent_recipe(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
     short = {"max_steps": 1, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
     content = write_recipe(tmp_path, "SEQ_CLS", base, "prompt_tuning", options={}, training=short)
-    arguments = train.make_arguments(make_recipe(content, folder=tmp_path))
+    arguments = make_arguments(make_recipe(content, folder=tmp_path))
     assert arguments.learning_rate == defaults_of("prompt_tuning").training["learning_rate"]
     content["training"] = short | {"learning_rate": 0.5}
-    assert train.make_arguments(make_recipe(content, folder=tmp_path)).learning_rate == 0.5
+    assert make_arguments(make_recipe(content, folder=tmp_path)).learning_rate == 0.5
     outcome = train.run(make_recipe(content, folder=tmp_path))
     assert PTuneConfig.from_pretrained(outcome.folder).prompt_tuning_init == "RANDOM"
 

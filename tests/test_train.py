@@ -17,13 +17,14 @@ from transformers import AutoConfig, TrainerCallback
 from transformers.integrations import integration_utils
 
 from hf_ptune import PTuneConfig, cli, train_multitask
+from hf_ptune.arguments import make_arguments
 from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts
 from hf_ptune.data import load_rows
 from hf_ptune.errors import BackboneError, RecipeError
 from hf_ptune.fresh_base import load_base, load_tokenizer
 from hf_ptune.recipe import make_recipe
-from hf_ptune.train import evaluate, main, make_arguments, make_config, make_trainer, run, wrap_base
+from hf_ptune.train import evaluate, main, make_config, make_trainer, run, wrap_base
 
 ROOT = Path(__file__).parents[1]
 LETTERS = "abcdefgh"

@@ -17,6 +17,7 @@ from test_train import LENGTHS, ROWS, write_base
 from transformers import AutoTokenizer
 
 from hf_ptune import LearningCallback, PTuneConfig, train
+from hf_ptune.arguments import make_arguments
 from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts
 from hf_ptune.cli import main
@@ -25,7 +26,6 @@ from hf_ptune.fresh_base import load_tokenizer
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.recipe import make_recipe
 from hf_ptune.tasks.causal_lm import CausalLM
-from hf_ptune.train import make_arguments
 from hf_ptune.train_multitask import MultiTaskTrainer, build, make_multitask_recipe, run
 
 
