@@ -1,35 +1,58 @@
-"""The command line: `hf-ptune init`, `run`, `train`, `sweep`, `presets`, `push`, `card`, `convert` and `info`."""
+"""The command line: `hf-ptune init`, `run`, `train`, `sweep`, `presets`, `push`, `card`, `convert` and `info`.
+
+Torch and transformers take seconds to import, so that each command imports what it needs when it runs.
+"""
 
 import argparse
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from transformers import AutoConfig
-
 import hf_ptune
-from hf_ptune import train, train_multitask
-from hf_ptune.backbone import TASKS, anchored, blaming, resolve
-from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.convert import FORMS, convert
-from hf_ptune.errors import BackboneError, PTuneError
-from hf_ptune.fresh_base import load_base, load_tokenizer
-from hf_ptune.info import describe_adapter
-from hf_ptune.methods import method_names
-from hf_ptune.presets import list_presets
-from hf_ptune.publishing import push_finished, remake_card
-from hf_ptune.recipe import read_recipe, split_overrides
-from hf_ptune.sweep import command_of, report, sweep
-from hf_ptune.wrapping import get_ptune_model
+from hf_ptune.overrides import split_overrides
 
 _GRID = ("--learning-rates", "--lengths", "--seeds", "--folder")  # options of sweep that take values
 _OVERRIDES = (
     "Further options change the recipe: --key=value or --section.key=value sets any of its keys, as --seed=1 or "
     "--training.learning_rate=1e-2, and --variant=name takes the changes that it has under variants, before all others."
 )
+
+
+class _Later(Collection[str]):
+    """Choices that are looked up when one is checked or the help shows them."""
+
+    def __init__(self, names: Callable[[], Sequence[str]]) -> None:
+        self._names = names
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+
+def _methods() -> Sequence[str]:
+    from hf_ptune.methods import method_names
+
+    return method_names()
+
+
+def _tasks() -> Sequence[str]:
+    from hf_ptune.backbone import TASKS
+
+    return sorted(TASKS)
+
+
+def _forms() -> Sequence[str]:
+    from hf_ptune.convert import FORMS
+
+    return FORMS
 
 
 def init(
@@ -55,6 +78,12 @@ def init(
     Raises:
         PTuneError: the folder holds files, the task cannot be told, or the base cannot take the method.
     """
+    from hf_ptune.backbone import anchored
+    from hf_ptune.configuration_ptune import PTuneConfig
+    from hf_ptune.errors import PTuneError
+    from hf_ptune.fresh_base import load_base, load_tokenizer
+    from hf_ptune.wrapping import get_ptune_model
+
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PTuneError(f"{folder} is there already and not empty; name a new folder.")
@@ -71,6 +100,11 @@ def init(
 
 
 def _task_of_base(base: str, revision: str | None) -> str:
+    from transformers import AutoConfig
+
+    from hf_ptune.backbone import blaming, resolve
+    from hf_ptune.errors import BackboneError
+
     with blaming(base):
         config = AutoConfig.from_pretrained(resolve(base), revision=revision or "main")
     architecture = (config.architectures or [""])[0]
@@ -91,6 +125,8 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
     Raises:
         PTuneError: there is no such file.
     """
+    from hf_ptune.errors import PTuneError
+
     if not Path(script).is_file():
         raise PTuneError(f"{script}: there is no such script.")
     sys.argv = [script, *arguments]
@@ -100,6 +136,10 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
 
 def run_sweep(given: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Run the grid that the command line describes, and print its table."""
+    from hf_ptune.errors import PTuneError
+    from hf_ptune.recipe import read_recipe
+    from hf_ptune.sweep import command_of, report, sweep
+
     recipe = read_recipe(given.recipe, overrides)
     folder = Path(given.folder or f"{recipe.output_dir}-sweep")
     command = command_of(given.recipe, overrides)
@@ -122,8 +162,13 @@ def make_parser() -> argparse.ArgumentParser:
     new.add_argument("folder", help="folder to write; new or empty")
     new.add_argument("--base", required=True, help="Hub id, local folder, or package:<module>/<folder>")
     new.add_argument("--revision", help="a commit or branch of a base on the Hub")
-    new.add_argument("--method", required=True, choices=method_names())
-    new.add_argument("--task", choices=sorted(TASKS), help="SEQ_CLS with --num-labels, else what the base is for")
+    new.add_argument("--method", required=True, metavar="METHOD", choices=_Later(_methods), help="%(choices)s")
+    new.add_argument(
+        "--task",
+        metavar="TASK",
+        choices=_Later(_tasks),
+        help="%(choices)s; SEQ_CLS with --num-labels, else what the base is for, when unset",
+    )
     new.add_argument("--num-virtual-tokens", type=int, metavar="N")
     new.add_argument("--num-labels", type=int, metavar="N", help="labels of the fresh head")
 
@@ -161,7 +206,7 @@ def make_parser() -> argparse.ArgumentParser:
     form = add_parser("convert", help="write an adapter of ours or PEFT's in another form")
     form.add_argument("source", help="folder or id on the Hub")
     form.add_argument("target", help="folder to write; a file for prompt_embeds")
-    form.add_argument("--to", default="hf_ptune", choices=FORMS)
+    form.add_argument("--to", default="hf_ptune", metavar="FORM", choices=_Later(_forms), help="%(choices)s")
 
     told = add_parser("info", help="say what an adapter is, without loading its base")
     told.add_argument("source", help="folder or id on the Hub")
@@ -187,8 +232,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     further += overrides
     if further and given.command not in ("train", "sweep"):  # those take overrides
         parser.error(f"unrecognized arguments: {' '.join(further)}")
+    from hf_ptune.errors import PTuneError
+
     try:
         if given.command == "train":
+            from hf_ptune import train, train_multitask
+
             walk = train_multitask if train_multitask.names_tasks(given.recipe) else train
             return walk.main([given.recipe, *further])
         if given.command == "sweep":
@@ -196,16 +245,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif given.command == "run":
             run_script(given.script, given.arguments)
         elif given.command == "presets":
+            from hf_ptune.presets import list_presets
+
             print(list_presets(), flush=True)
         elif given.command == "push":
+            from hf_ptune.publishing import push_finished
+
             names = ("private", "revision", "create_pr", "commit_message", "commit_description")
             print(push_finished(given.folder, given.repo_id, **{k: getattr(given, k) for k in names}))
         elif given.command == "card":
+            from hf_ptune.publishing import remake_card
+
             print(remake_card(Path(given.folder), [Path(s) for s in given.seeds], given.repo_id))
         elif given.command == "convert":
+            from hf_ptune.convert import convert
+
             convert(given.source, given.target, given.to)
             print(f"written: {given.target}")
         elif given.command == "info":
+            from hf_ptune.info import describe_adapter
+
             print(describe_adapter(given.source, revision=given.revision))
         else:
             own = (given.num_virtual_tokens, given.num_labels, given.revision)
@@ -214,7 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command != "sweep":
             raise
         print("interrupted; the same command goes on with the runs that are left.", file=sys.stderr)
-        return train.INTERRUPTED
+        from hf_ptune.train import INTERRUPTED
+
+        return INTERRUPTED
     except (PTuneError, OSError) as error:  # OSError: files, and the Hub's answers by way of transformers
         if isinstance(error, BrokenPipeError) and given.command in ("presets", "info"):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read has gone; the end writes no more

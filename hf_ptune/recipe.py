@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +29,6 @@ _NOT_OPTIONS = {"model_type", "sub_configs", "method", "flattened", "task", "geo
 # what a task reads its rows through, and so writes itself
 _NOT_OPTIONS |= {"template", "verbalizer", "virtual_token_ids"}
 _VARIANT = "--variant="
-_OVERRIDE = re.compile(r"--\w[\w-]*(\.[\w-]+)*=")
 _BACKBONE_RATE = 1e-5  # Liu et al. 2021, section 4.2
 _BASE_OPTIONS = {
     "revision": str | None,
@@ -180,20 +178,6 @@ class Recipe:
         if head is None and "learning_rate" not in self.training and has_head(self.build_task().model_task):
             head = self.defaults().head_learning_rate
         return backbone, head
-
-
-def split_overrides(arguments: Sequence[str], own: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """Take what changes a recipe out of a command line: a parser takes an unknown option with a space for no option.
-
-    Args:
-        arguments: of the command line.
-        own: options that take a value and are the command's own.
-
-    Returns:
-        The other arguments, and the overrides.
-    """
-    overrides = [a for a in arguments if _OVERRIDE.match(a) and a.partition("=")[0] not in own]
-    return [a for a in arguments if a not in overrides], overrides
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -52,8 +52,9 @@ from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
 from hf_ptune.lengths import check_lengths
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.optimizer import make_optimizer
+from hf_ptune.overrides import split_overrides
 from hf_ptune.publishing import finish_folder
-from hf_ptune.recipe import Recipe, read_content, read_recipe, split_overrides
+from hf_ptune.recipe import Recipe, read_content, read_recipe
 from hf_ptune.resuming import RunCallback, check_checkpoint
 from hf_ptune.sharding import loading_alone
 from hf_ptune.sources import HUB

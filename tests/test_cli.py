@@ -30,9 +30,11 @@ from hf_ptune import (
     train,
     train_multitask,
 )
+from hf_ptune.backbone import TASKS
 from hf_ptune.cli import main
 from hf_ptune.errors import PTuneError
 from hf_ptune.fresh_base import load_tokenizer
+from hf_ptune.methods import method_names
 from hf_ptune.publishing import write_repository
 
 SCRIPT = """
@@ -174,7 +176,7 @@ def test_a_pipe_that_breaks_while_work_is_done_is_a_failure(
     def broken(*args: Any) -> None:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr(cli, "convert", broken)
+    monkeypatch.setattr("hf_ptune.convert.convert", broken)
     assert main(["convert", "a", str(tmp_path / "b")]) == 2 and "Broken pipe" in capsys.readouterr().err
 
 
@@ -190,6 +192,31 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"hf_ptune {hf_ptune.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["train", "--help"], ["sweep"], ["nothing"]])
+def test_no_answer_of_the_parser_waits_for_torch(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from hf_ptune.cli import main
+try:
+    main({arguments})
+except SystemExit:
+    print("loaded:", sorted({{"torch", "transformers"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("loaded: []\n"), done.stdout + done.stderr
+
+
+def test_init_lists_its_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["init", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(method_names()) in said and ", ".join(sorted(TASKS)) in said
+    with pytest.raises(SystemExit, match="2"):
+        main(["init", "--base", "b", "--method", "none", "folder"])
+    said = capsys.readouterr().err
+    assert "argument --method: invalid choice: 'none'" in said and all(name in said for name in method_names())
 
 
 def test_convert_writes_other_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ LAYERS = [
         "identity",
         "backbone_dropout",
         "patching",
+        "overrides",
     },
     {"methods"},
     {"adapter_file"},
