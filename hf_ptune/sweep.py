@@ -396,7 +396,7 @@ def report(found: Sweep, folder: Path) -> str:
     if (folder / PLOT_NAME).is_file():
         where += f", {folder / PLOT_NAME}"
     elif found.best() is not None:
-        where += "; no plot: pip install matplotlib, and run the sweep again (nothing is trained anew)"
+        where += '; no plot: pip install "hf_ptune[plots]", and run the sweep again (nothing is trained anew)'
     return "\n".join([*lines, where, f"best: {found.best_command()}"])
 
 

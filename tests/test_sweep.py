@@ -39,7 +39,6 @@ def trials(*rows: tuple[float, int, int, float | None]) -> Sweep:
 def test_a_grid_from_the_command_line(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("matplotlib")
     seen: list[Any] = []
     run = module._train
 
@@ -210,7 +209,7 @@ def test_no_plot_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     module._write_table(found, tmp_path, 3)
     assert "sweep.png" not in (tmp_path / "results.md").read_text()
-    assert "no plot: pip install matplotlib" in report(found, tmp_path)
+    assert 'no plot: pip install "hf_ptune[plots]"' in report(found, tmp_path)
 
 
 def test_a_grid_of_which_nothing_succeeds_is_a_failure(
