@@ -262,6 +262,8 @@ def method_options(config: Any) -> dict[str, Any]:
     prompted = get_method(config.method).kind is not None
     names = ["num_virtual_tokens", "prompt_tuning_init"] if prompted else []
     names += [
+        "prompt_tuning_init_text",
+        "prompt_tuning_init_head",
         "encoder_reparameterization_type",
         "encoder_hidden_size",
         "encoder_num_layers",
@@ -269,12 +271,16 @@ def method_options(config: Any) -> dict[str, Any]:
         "prefix_dropout",
         "layers",
         "sites",
+        "backbone_dropout",
         "modules_to_save",
         "train_backbone",
         "template",
         "verbalizer",
     ]
     found = {name: getattr(config, name) for name in names}
+    start = config.prompt_tuning_init_adapter
+    if start is not None:  # where a folder lies on one machine is of no use to others
+        found["prompt_tuning_init_adapter"] = Path(start).name if _is_local(start) else start
     # what is unset has become one of two
     found |= {name: other for name, (_, other) in READINGS.items() if getattr(config, name) == other}
     return {k: v for k, v in found.items() if k == "num_virtual_tokens" or v != getattr(unset, k)}

@@ -178,7 +178,8 @@ def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedToke
     given.setdefault("datasets", [source.removeprefix(HUB) if source.startswith(HUB) else Path(source).stem])
     own = (*recipe.rates(), recipe.learning_rate_decay)
     rates = zip(("backbone_learning_rate", "head_learning_rate", "learning_rate_decay"), own, strict=True)
-    given["hyperparameters"] = {name: rate for name, rate in rates if rate is not None}
+    read = {"max_length": task.max_length, "training_rows": len(rows.train)}
+    given["hyperparameters"] = {name: rate for name, rate in rates if rate is not None} | read
     example = task.example(rows.held_out[0], tokenizer) if rows.held_out else None
     return given if example is None else given | {"example": example}
 

@@ -353,6 +353,15 @@ def test_runs_of_a_card_differ_by_their_seeds_alone() -> None:
     assert "| accuracy | 0.5000 ± 0.0000 |" in text and "| loss |" not in text
 
 
+def test_facts_tell_what_a_prompt_started_from_and_what_ran_beside_it(tmp_path: Path) -> None:
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=2)
+    get_ptune_model(build("bert"), config).save_pretrained(tmp_path / "earlier")
+    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path / "earlier")}
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=2, backbone_dropout=False, **start)
+    told = facts_of(get_ptune_model(build("bert"), config), None).options
+    assert told["backbone_dropout"] is False and told["prompt_tuning_init_adapter"] == "earlier"
+
+
 def test_the_snippet_of_a_template_reads_it() -> None:
     options = {"template": "[P2] {first} {second} [MASK]", "verbalizer": {"a": "b"}}
     card = make_card(RunFacts("p_tuning", "MASKED_LM", options=options, example="x"))

@@ -129,6 +129,7 @@ def test_held_out_rows_are_answered(family: str, task: str, tmp_path: Path) -> N
     for metrics in (outcome.before, outcome.after, outcome.test):
         assert 0 <= metrics["bleu"] <= 100 and 0 <= metrics["rougeL"] <= 1
     facts = RunFacts.load(outcome.folder)
+    assert (facts.hyperparameters["max_length"], facts.hyperparameters["training_rows"]) == (128, 30)
     assert facts.metrics[0]["rougeL"] == outcome.after["rougeL"]
     assert facts.metrics[0]["test_rougeL"] == outcome.test["rougeL"]
 
