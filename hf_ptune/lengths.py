@@ -13,7 +13,7 @@ logger = logging.get_logger(__name__)
 
 
 def check_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, features: Sequence[Feature], what: str) -> None:
-    """Log how many rows reach the length at which they are cut.
+    """Log how many rows have no text, and how many reach the length at which they are cut.
 
     Tasks with windows (`stride`) lose nothing there, and CAUSAL_LM counts its rows itself.
 
@@ -28,9 +28,15 @@ def check_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, features: Sequ
     """
     if hasattr(task, "stride") or isinstance(task, CausalLM):
         return
-    full = [f for f in features if max(map(len, _texts(f))) >= task.max_length]
     # what stands for text is a special token too
     framing = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id, tokenizer.mask_token_id}
+    short = [(n, _texts(f)) for n, f in enumerate(features, 1) if max(map(len, _texts(f))) < task.max_length]
+    if blank := [n for n, texts in short if all(framing.issuperset(ids) for ids in texts)]:
+        logger.warning(
+            f"{len(blank)} of {len(features)} {what} rows have no text (row {blank[0]} of those that were drawn is the "
+            "first), and teach nothing but how frequent their labels are; fill them, or take them out."
+        )
+    full = [f for f in features if max(map(len, _texts(f))) >= task.max_length]
     whole = [ids for f in full for ids in _texts(f) if len(ids) >= task.max_length]
     # tokenizers cut nothing where not even special tokens have room
     if any(len(ids) > task.max_length or set(ids) <= framing for ids in whole):

@@ -268,7 +268,7 @@ def check_features(
     """Refuse features that the model could not read, whichever batch they will be in, or could not answer.
 
     Raises:
-        RecipeError: a row has no tokens, or special ones alone, or a held-out one no prompt to write behind.
+        RecipeError: a row has no tokens, or a held-out one no prompt to write behind.
         GuardError: one has more than the base has positions, or what is written behind it has.
     """
     if empty := sum(not _count(f["input_ids"], min) for f in features):

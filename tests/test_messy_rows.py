@@ -392,6 +392,13 @@ def test_cut_rows_are_counted(
     assert ("1 of 3 training targets reach task_options.max_target_length=6" in warned.text) == bool(targets)
 
 
+def test_rows_without_text_are_told(warned: pytest.LogCaptureFixture) -> None:
+    task, tokenizer = SequenceClassification(), words_tokenizer()
+    rows = [{"text": text, "label": "x"} for text in ("a b", "", " ", "[UNK]")]
+    check_lengths(task, tokenizer, task.encode(rows, tokenizer, ["x"]), "training")
+    assert "2 of 4 training rows have no text (row 2 of those that were drawn" in warned.text
+
+
 @pytest.mark.parametrize(("most", "row"), [(1, {}), (2, {}), (2, {"text_pair": "a"}), (3, {"text_pair": "a"})])
 def test_a_length_that_leaves_special_tokens_alone(most: int, row: dict[str, str]) -> None:
     tokenizer = words_tokenizer()

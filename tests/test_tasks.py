@@ -101,8 +101,8 @@ def test_choices_are_read_behind_the_same_text() -> None:
     ]:
         with pytest.raises(RecipeError, match=message):
             task.check_row(row, "row 1")
-    with pytest.raises(RecipeError, match=r"rows have \[2, 3\] choices"):
-        task.encode([rows[0], rows[0] | {"choices": ["a", "b", "c"]}], tokenizer, [])
+    with pytest.raises(RecipeError, match=r"1 of 3 rows have not 2 choices, as the one with the text a \(3\)"):
+        task.encode([rows[0] | {"choices": ["a", "b", "c"]}, *rows[:2]], tokenizer, [])
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

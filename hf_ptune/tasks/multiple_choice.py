@@ -1,5 +1,6 @@
 """MULTIPLE_CHOICE: which of several texts goes on from a first one."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_ptune.cells import read_cell
-from hf_ptune.errors import RecipeError
+from hf_ptune.errors import RecipeError, shorten
 from hf_ptune.metrics import Accuracy
 from hf_ptune.tasks.base import (
     Answer,
@@ -80,9 +81,15 @@ class MultipleChoice(Task):
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
     ) -> list[Feature]:
         """Ids are `[C, T]`, a row of them for every choice."""
-        counts = {len(row["choices"]) for row in rows}
+        counts = Counter(len(row["choices"]) for row in rows)
         if len(counts) > 1:
-            raise RecipeError(f"rows have {sorted(counts)} choices; expected as many in every row.")
+            most = counts.most_common(1)[0][0]
+            other = next(row for row in rows if len(row["choices"]) != most)
+            raise RecipeError(
+                f"{counts.total() - counts[most]} of {len(rows)} rows have not {most} choices, as the one with the "
+                f"text {shorten(other['text'], 60)} ({len(other['choices'])}); expected as many in every row. Take "
+                "them out, or add choices that nobody would take."
+            )
         return [self._encode_one(row, tokenizer) for row in rows]
 
     def _encode_one(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> Feature:
