@@ -25,6 +25,7 @@ of each task stand in tasks.py; they are the same for every column.
 """
 _INTRODUCTION = {
     "short": f"# Quality beside PEFT, heads alone and full fine-tuning\n\n{_WHAT}",
+    "fresh": f"# The same, tested on rows of the training files that nothing was trained on\n\n{_WHAT}",
     "long": f"# The same with nearly all rows and more epochs\n\n{_WHAT}",
     "decoder": f"# Heads over a decoder, SmolLM2-135M\n\n{_WHAT}",
 }
@@ -32,7 +33,7 @@ _INTRODUCTION = {
 
 def write(records: dict[str, Record], folder: Path) -> None:
     """Write results.md, defaults.md and results.png, and the same of the other budgets."""
-    for budget, suffix in (("short", ""), ("long", "_long"), ("decoder", "_decoder")):
+    for budget, suffix in (("short", ""), ("fresh", "_fresh"), ("long", "_long"), ("decoder", "_decoder")):
         of_budget = {key: r for key, r in records.items() if TASKS[r["task"]].budget == budget}
         if of_budget:
             _write(of_budget, folder, budget, suffix)

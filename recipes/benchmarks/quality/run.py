@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=os.environ.get("PTUNE_DATA", str(HERE.parents[3] / "shared" / "data")))
     parser.add_argument("--tasks", default="", help="comma-separated; all of the budget when unset, as in tasks.py")
-    parser.add_argument("--budget", choices=("short", "long", "decoder"), default="short")
+    parser.add_argument("--budget", choices=("short", "fresh", "long", "decoder"), default="short")
     parser.add_argument("--columns", default="", help="comma-separated; those that fit the task when unset")
     parser.add_argument("--only", default="", help="part of a run's key")
     parser.add_argument("--missing", action="store_true", help="run only what has no record yet")
