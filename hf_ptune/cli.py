@@ -1,4 +1,4 @@
-"""The command line: `hf-ptune init`, `run`, `train`, `sweep`, `presets`, `push`, `card`, `convert` and `info`.
+"""The command line: `hf-ptune init`, `run`, `train`, `evaluate`, `sweep`, `presets`, `push`, `card`, `convert`, `info`.
 
 Torch and transformers take seconds to import, so that each command imports what it needs when it runs.
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 import hf_ptune
 from hf_ptune.overrides import split_overrides
 
-_GRID = ("--learning-rates", "--lengths", "--seeds", "--folder")  # options of sweep that take values
+_OVERRIDDEN = ("train", "evaluate", "sweep")  # commands that take changes of a recipe
+_OWN = ("--learning-rates", "--lengths", "--seeds", "--folder", "--adapter")  # their own options that take values
 _OVERRIDES = (
     "Further options change the recipe: --key=value or --section.key=value sets any of its keys, as --seed=1 or "
     "--training.learning_rate=1e-2, and --variant=name takes the changes that it has under variants, before all others."
@@ -179,6 +180,10 @@ def make_parser() -> argparse.ArgumentParser:
     recipe = add_parser("train", help="train by a recipe", epilog=_OVERRIDES)
     recipe.add_argument("recipe", help="a YAML file")
 
+    measured = add_parser("evaluate", help="measure an adapter on a recipe's held-out and test rows", epilog=_OVERRIDES)
+    measured.add_argument("recipe", help="a YAML file")
+    measured.add_argument("--adapter", help="folder or id on the Hub; what the recipe's run left when unset")
+
     grid = add_parser("sweep", help="train by a recipe with several learning rates and lengths", epilog=_OVERRIDES)
     grid.add_argument("recipe", help="a YAML file")
     grid.add_argument("--learning-rates", type=float, nargs="+", default=[], metavar="LR")
@@ -226,11 +231,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     overrides: list[str] = []
-    if arguments[:1] in (["train"], ["sweep"]):
-        arguments, overrides = split_overrides(arguments, _GRID)
+    if arguments and arguments[0] in _OVERRIDDEN:
+        arguments, overrides = split_overrides(arguments, _OWN)
     given, further = parser.parse_known_args(arguments)
     further += overrides
-    if further and given.command not in ("train", "sweep"):  # those take overrides
+    if further and given.command not in _OVERRIDDEN:
         parser.error(f"unrecognized arguments: {' '.join(further)}")
     from hf_ptune.errors import PTuneError
 
@@ -242,6 +247,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return walk.main([given.recipe, *further])
         if given.command == "sweep":
             run_sweep(given, further)
+        elif given.command == "evaluate":
+            from hf_ptune.evaluation import evaluate
+            from hf_ptune.recipe import read_recipe
+
+            evaluate(read_recipe(given.recipe, further), given.adapter)
         elif given.command == "run":
             run_script(given.script, given.arguments)
         elif given.command == "presets":

@@ -46,7 +46,7 @@ LAYERS = [
     {"interop", "info"},
     {"arguments", "convert", "lengths", "resuming", "fresh_base"},
     {"train"},
-    {"sweep", "train_multitask"},
+    {"evaluation", "sweep", "train_multitask"},
     {"cli"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -1,0 +1,78 @@
+"""Measure an adapter that is there on a recipe's held-out and test rows; nothing is trained."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from hf_ptune.arguments import make_arguments
+from hf_ptune.backbone import TASKS, is_hub_id
+from hf_ptune.data import Rows, load_rows
+from hf_ptune.errors import RecipeError
+from hf_ptune.fresh_base import load_tokenizer
+from hf_ptune.modeling_ptune import PTunePreTrainedModel
+from hf_ptune.recipe import Recipe
+from hf_ptune.tasks import Task, TaskTrainer
+from hf_ptune.train import ADAPTER_FOLDER, check_features
+from hf_ptune.train import evaluate as measure
+
+
+def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, dict[str, float]]:
+    """Load an adapter and measure it.
+
+    Args:
+        recipe: names task, rows and batch size; base and method are the adapter's own.
+        adapter: folder or id on the Hub; what the recipe's run left in its output folder when unset.
+
+    Returns:
+        Metrics of the held-out rows, and of the test rows where the recipe names some, by `held-out` and `test`.
+
+    Raises:
+        PTuneError: the adapter cannot be loaded, or was trained for other labels or another template.
+    """
+    source = adapter or str(Path(recipe.output_dir) / ADAPTER_FOLDER)
+    if not Path(source).is_dir() and not is_hub_id(source):
+        raise RecipeError(f"{source} is no folder; train the recipe first, or name an adapter with --adapter.")
+    arguments = make_arguments(replace(recipe, training=recipe.training | {"push_to_hub": False}))
+    task, rows = recipe.build_task(), load_rows(recipe)
+    options = {name: value for name, value in recipe.base_options.items() if name != "revision"}
+    model = TASKS[task.model_task].from_pretrained(source, **options)
+    _check_fit(model, source, task, rows)
+    tokenizer = load_tokenizer(source)
+    parts = {"held-out": rows.held_out} | ({"test": rows.test} if rows.test else {})
+    features = {name: task.encode(part, tokenizer, rows.labels, held_out=True) for name, part in parts.items()}
+    for part in features.values():
+        check_features(model, task, tokenizer, part, held_out=True)
+    trainer = TaskTrainer(
+        task=task,
+        labels=rows.labels,
+        model=model,
+        args=arguments,
+        eval_dataset=features["held-out"],
+        processing_class=tokenizer,
+    )
+    found = {name: measure(trainer, part if name == "test" else None) for name, part in features.items()}
+    if trainer.is_world_process_zero():
+        for name, metrics in found.items():
+            shown = ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items())
+            print(f"{name}, {len(parts[name])} rows: {shown}", flush=True)
+    return found
+
+
+def _check_fit(model: object, source: str, task: Task, rows: Rows) -> None:
+    """Refuse what would be measured against labels or texts of another kind than it was trained on."""
+    if not isinstance(model, PTunePreTrainedModel):
+        raise RecipeError(f"{source} holds a {type(model).__name__}, and no adapter; name a folder that training left.")
+    wanted = task.config_options()
+    own = {name: getattr(model.config, name) for name in ("template", "verbalizer")}
+    words = {label: [w] if isinstance(w, str) else list(w) for label, w in wanted.get("verbalizer", {}).items()}
+    for name, value in (("template", wanted.get("template")), ("verbalizer", words or None)):
+        if own[name] != value:
+            raise RecipeError(
+                f"{source} was trained with {name} {own[name]!r}, and the recipe has {value!r}; set task_options."
+                f"{name} to what the adapter has."
+            )
+    names = [name for _, name in sorted(model.config.id2label.items())]
+    if task.label_role is not None and not wanted and names != rows.labels:
+        raise RecipeError(
+            f"{source} was trained for the labels {names}, and the rows have {rows.labels}; give data.labels the names "
+            "in the adapter's order."
+        )
