@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from test_train import ROWS, write_base
 from tokenizers_of import tokenizer_of
 
+from hf_ptune import train_multitask
 from hf_ptune.backbone import TASKS
 from hf_ptune.cards import CARD_NAME
 from hf_ptune.recipe import DataRecipe, make_recipe, read_content, read_recipe
@@ -19,24 +20,26 @@ from hf_ptune.train import run
 FOLDER = Path(__file__).parents[1] / "recipes"
 SMALL = sorted(p for p in FOLDER.glob("*.yaml") if p.stem != "quickstart")
 PATHS = [*SMALL, *sorted(FOLDER.glob("untried/*.yaml"))]
+SEVERAL = sorted(FOLDER.glob("several/*.yaml"))
 FAMILIES = {"CAUSAL_LM": "gpt2", "CLOZE_CAUSAL_LM": "gpt2", "SEQ_2_SEQ_LM": "t5"}
-every_recipe = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
 
 
 def test_every_recipe_is_told_of() -> None:
     table = (FOLDER / "README.md").read_text()
-    assert all(f"`{path.relative_to(FOLDER)}`" in table for path in [FOLDER / "quickstart.yaml", *PATHS])
+    assert all(f"`{path.relative_to(FOLDER)}`" in table for path in [FOLDER / "quickstart.yaml", *PATHS, *SEVERAL])
     assert {read_recipe(path).task for path in PATHS} <= set(task_names())
 
 
-@every_recipe
+@pytest.mark.parametrize("path", [*PATHS, *SEVERAL], ids=lambda p: p.stem)
 def test_a_header_holds_paper_data_and_launch_line(path: Path) -> None:
     comments = re.findall(r"^# (.*)", path.read_text(), re.M)
     launched = comments[-1].split()
     assert launched[:2] == ["accelerate", "launch"] and launched[-1] == f"recipes/{path.relative_to(FOLDER)}"
     assert (FOLDER.parent / launched[3]).is_file()
     assert any(c.startswith("Paper: ") for c in comments) and any(c.startswith("Data: ") for c in comments)
-    assert path.stem.endswith(read_recipe(path).method) and read_recipe(path).output_dir == f"outputs/{path.stem}"
+    assert launched[5] == ("hf_ptune.train_multitask" if path in SEVERAL else "hf_ptune.train")
+    content = read_content(path)
+    assert path.stem.endswith(content["method"]) and content["output_dir"] == f"outputs/{path.stem}"
 
 
 def rows_for(task: Task, data: DataRecipe, held_out: bool) -> list[dict[str, Any]]:
@@ -72,6 +75,25 @@ def rows_for(task: Task, data: DataRecipe, held_out: bool) -> list[dict[str, Any
                 written[column] = value
         rows.append(written)
     return rows
+
+
+@pytest.mark.parametrize("variant", [[], ["--variant=small"]], ids=["own base", "small"])
+@pytest.mark.parametrize("path", SEVERAL, ids=lambda p: p.stem)
+def test_a_recipe_of_several_tasks_trains(path: Path, variant: list[str], tmp_path: Path) -> None:
+    content = read_content(path, variant)
+    for entry in content["tasks"]:
+        one = make_recipe({k: v for k, v in (content | entry).items() if k not in ("tasks", "name")}, folder=FOLDER)
+        rows = rows_for(one.build_task(), one.data, held_out=False)
+        (tmp_path / f"{entry['name']}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        sources = {key: f"{entry['name']}.jsonl" for key in ("source", "eval_source", "test_source")}
+        entry["data"] = entry["data"] | sources | {"max_length": 32}
+    base = write_base(tmp_path / "base", "bert", "TOKEN_CLS")
+    training = content["training"] | {"max_steps": 4, "use_cpu": True}
+    content |= {"base": base, "training": training, "output_dir": str(tmp_path / "out")}
+    found = train_multitask.run(train_multitask.make_multitask_recipe(content, path.name, tmp_path))
+    assert set(found) == {entry["name"] for entry in content["tasks"]}
+    for name, metrics in found.items():
+        assert {"f1", "test_f1"} <= set(metrics) and (tmp_path / "out" / "adapter" / name / CARD_NAME).is_file()
 
 
 RUNS = [*((path, []) for path in PATHS), *((path, ["--variant=small"]) for path in SMALL)]
