@@ -5,6 +5,7 @@ import os
 from dataclasses import field
 from typing import Any, ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -328,8 +329,10 @@ class PTuneConfig(PreTrainedConfig):
         except PTuneError:
             raise
         except Exception as error:  # whatever a field raises that holds something else
+            names = sorted({*kwargs} - {"return_unused_kwargs", "name_or_path"})
+            given = f", or correct what was given besides: {', '.join(names)}" if names else ""
             raise ConfigError(
-                f"the configuration describes no adapter ({shorten(error)}); restore config.json, or save anew."
+                f"the configuration describes no adapter ({shorten(error)}); restore config.json, or save anew{given}."
             ) from error
 
     def structure(self) -> dict[str, Any]:
@@ -381,10 +384,13 @@ class PTuneConfig(PreTrainedConfig):
         width = spec.embedding_dim if method.kind is PromptKind.EMBEDDINGS else spec.prefix_width
         return direct_prompt(method.kind, spec.num_virtual_tokens, width)
 
-    def set_base(self, base: PreTrainedConfig) -> None:
-        """Take over the configuration of a loaded base."""
+    def set_base(self, base: PreTrainedConfig, dtype: torch.dtype | None = None) -> None:
+        """Take over the configuration of a loaded base, with the precision that its weights have by now."""
         self.base_config = base.to_dict()
-        self.base_config.pop("quantization_config", None)  # how a base is loaded is up to whoever loads it
+        # how a base is loaded is up to whoever loads it
+        quantized = self.base_config.pop("quantization_config", None) is not None
+        if dtype is not None and not quantized:
+            self.base_config["dtype"] = str(dtype).removeprefix("torch.")
         self._mirror_base()
 
     def follow(self, backbone: Any) -> None:
@@ -403,6 +409,11 @@ class PTuneConfig(PreTrainedConfig):
         if base is None:
             raise ConfigError("this configuration names no base yet; get_ptune_model(backbone, config) sets it.")
         return base
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the labels in order of their numbers, which is not the order that a file has them in."""
+        return [name for _, name in sorted((self.id2label or {}).items())]
 
     def _known_base(self) -> PreTrainedConfig | None:
         """The configuration of the wrapped backbone, which scripts may change; else the copy of it, if there is one."""

@@ -64,7 +64,7 @@ class Delegating(SavedAdapter):
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         resized = self.backbone.resize_token_embeddings(*args, **kwargs)
-        self.config.set_base(self.backbone.config)
+        self.config.set_base(self.backbone.config, self.backbone.dtype)
         self._reattach()
         return cast(nn.Embedding, resized)
 

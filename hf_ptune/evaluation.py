@@ -70,7 +70,7 @@ def _check_fit(model: object, source: str, task: Task, rows: Rows) -> None:
                 f"{source} was trained with {name} {own[name]!r}, and the recipe has {value!r}; set task_options."
                 f"{name} to what the adapter has."
             )
-    names = [name for _, name in sorted(model.config.id2label.items())]
+    names = model.config.label_names
     if task.label_role is not None and not wanted and names != rows.labels:
         raise RecipeError(
             f"{source} was trained for the labels {names}, and the rows have {rows.labels}; give data.labels the names "

@@ -10,7 +10,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import check_tensors, digest_of, find_weights, read_header
-from hf_ptune.backbone import blaming, load_backbone, resolve
+from hf_ptune.backbone import TASKS, blaming, load_backbone, resolve
 from hf_ptune.base_settings import tell
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, shorten
@@ -44,7 +44,15 @@ def find_adapter(
     """
     path = find_weights(source, **hub)
     found, structure = read_header(path)
-    return path, found, structure, config.with_structure(structure)
+    settled = config.with_structure(structure)
+    if settled is not config:
+        before, after = config.structure(), settled.structure()
+        told = [f"{name}={before[name]!r} (it is {value!r})" for name, value in after.items() if before[name] != value]
+        logger.warning(
+            f"{source}: an option or config.json says {shorten(', '.join(told))}. The adapter's weights tell what it "
+            'is, and that is taken; a prompt of another shape can start from it by prompt_tuning_init="ADAPTER".'
+        )
+    return path, found, structure, settled
 
 
 def check_prompt(config: PTuneConfig, task: str, found: dict[str, Tensor], source: str) -> None:
@@ -61,7 +69,8 @@ def check_prompt(config: PTuneConfig, task: str, found: dict[str, Tensor], sourc
         ConfigError: it describes an adapter of another task, or one that its base cannot take.
     """
     if config.task not in (task, None):
-        raise ConfigError(f"{source} was trained for {config.task!r}, not {task}: load it by another Auto class.")
+        right = getattr(TASKS.get(str(config.task)), "__name__", "another Auto class")
+        raise ConfigError(f"{source} was trained for {config.task!r}, not {task}: load it by {right}.")
     kind, geometry = get_method(config.method).kind, config.geometry
     if kind is not None and not geometry:
         return  # told when the base has been watched
@@ -121,6 +130,7 @@ def load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[P
         ConfigError: no base is named.
     """
     name, revision = config.base_model_name_or_path, config.base_model_revision or "main"
+    given = sorted({*kwargs} - {*HUB_KEYS, "revision", "trust_remote_code"})
     if not name:
         raise ConfigError("config.json names no base_model_name_or_path; set it to the base's folder or id.")
     if name.startswith("package:") and not name.removeprefix("package:").partition("/")[0].isidentifier():
@@ -135,7 +145,8 @@ def load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[P
     hub = {k: v for k, v in kwargs.items() if k in HUB_KEYS}
     kwargs = kwargs | {"revision": revision, "trust_remote_code": False}
     cure = (
-        ". Set base_model_name_or_path in config.json to the folder or id of the base that the adapter was trained on."
+        ". Set base_model_name_or_path in config.json to the folder or id of the base that the adapter was trained on"
+        + (f", or correct what was given for it: {', '.join(given)}." if given else ".")
     )
     with blaming(name, cure):
         whole = AutoConfig.from_pretrained(resolve(name), revision=revision, trust_remote_code=False, **hub)

@@ -126,7 +126,7 @@ def _start(prompt: PromptEncoder, source: PromptEncoder) -> None:
 
 
 def _copy_head(model: Any, source: PTuneConfig, head: dict[str, Tensor], where: str) -> None:
-    labels = [list((c.id2label or {}).values()) for c in (source, model.config)]
+    labels = [c.label_names for c in (source, model.config)]
     if labels[0] != labels[1]:
         raise ConfigError(
             f"the head of {where} has labels {labels[0][:10]}, this one {labels[1][:10]}. Leave "

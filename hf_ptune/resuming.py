@@ -108,8 +108,7 @@ def _differences(there: PTuneConfig, here: PTuneConfig) -> list[str]:
         told += [(f"options.{name}", getattr(there, name), getattr(here, name)) for name in names]
         reading = settled_reading(there), settled_reading(here)
         told += [(f"options.{name}", value, reading[1][name]) for name, value in reading[0].items()]
-    labels = [list((config.id2label or {}).values()) for config in (there, here)]
-    told.append(("labels", labels[0], labels[1]))
+    told.append(("labels", there.label_names, here.label_names))
     bases = there.base_model_name_or_path, here.base_model_name_or_path
     if all(bases) and place_of(str(bases[0])) != place_of(str(bases[1])):
         told.insert(0, ("base", *bases))

@@ -80,7 +80,7 @@ class SavedAdapter(PreTrainedModel):
         check_target(save_directory, self.config.base_model_name_or_path)
         tensors = self.adapter_state_dict(state_dict)
         config = self.config
-        config.set_base(self.backbone.config)  # which may have changed since
+        config.set_base(self.backbone.config, self.backbone.dtype)  # which may have changed since
         if flatten and self.prompt is not None and not config.flattened:
             tensors = self._folded(tensors)
             config = type(config).from_dict(config.to_dict() | {"flattened": True})

@@ -139,11 +139,6 @@ def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) ->
     base = load_base(recipe.base, task.model_task, rows.labels, tokenizer, config, recipe.base_options)
     model = get_ptune_model(base, config, tokenizer)
     check_direction(model, task)
-    if short := {p.dtype for p in model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}:
-        logger.warning(
-            f"what is trained of the base (its head, biases or weights) is in {short.pop()}, in which small steps are "
-            "lost. Leave base_options.dtype out and set training.bf16: true, to train it in full precision."
-        )
     return model
 
 

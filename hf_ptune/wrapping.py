@@ -3,6 +3,7 @@
 import difflib
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -59,7 +60,7 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
     config = PTuneConfig.from_dict(settings)
     config.task = task_of(backbone)
     config.base_class = type(backbone).__name__
-    config.set_base(backbone.config)
+    config.set_base(backbone.config, backbone.dtype)
     name = config.base_model_name_or_path or backbone.name_or_path or None
     config.base_model_name_or_path = None if name is None else anchored(name)
     revision = config.base_model_revision
@@ -71,6 +72,12 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
     with running(backbone):
         model = _wrap(backbone, config, tokenizer)
     model.__dict__[UNPINNED] = found == ""
+    if short := {p.dtype for p in model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}:
+        logger.warning(
+            f"what is trained of the base (its head, biases or weights) is in {short.pop()}, in which small steps are "
+            "lost. Load the base without a dtype (a recipe: leave base_options.dtype out) and set bf16=True in the "
+            "Trainer's arguments (training.bf16: true), to train it in full precision."
+        )
     if model.prompt is not None and config.geometry["skipped"]:
         logger.warning(f"layers without attention take no prefix: {', '.join(config.geometry['skipped'])}")
     return model

@@ -155,6 +155,20 @@ def test_what_is_tried_out_first_is_no_part_of_autocast(method: str, wrap: Wrap)
     assert all(p.grad is not None for n, p in model.named_parameters() if n in model.adapter_parameter_names())
 
 
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_a_prompt_that_was_made_under_autocast_is_not_used_outside_it(method: str, wrap: Wrap) -> None:
+    model, inputs = wrap("llama", method).float().eval(), batch("llama")
+    with torch.no_grad():
+        whole = logits(model, **inputs)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                half = logits(model, **inputs)
+            assert torch.equal(logits(model, **inputs), whole)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(logits(model, **inputs), half)
+    assert not torch.allclose(half.float(), whole, atol=1e-4)
+
+
 def test_bf16_autocast_and_weights(wrap: Wrap) -> None:
     model, inputs = wrap("llama", "p_tuning"), batch("llama")
     model.backbone.to(torch.bfloat16)

@@ -98,6 +98,48 @@ def test_attention_reaches_the_base(attention: str, adapter: Path) -> None:
     assert loaded.config._attn_implementation == attention
 
 
+def test_the_precision_that_a_base_was_brought_to_comes_back(base_folder: Any, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(base_folder("llama"), dtype=torch.float32).to(torch.bfloat16)
+    get_ptune_model(base, PTuneConfig(num_virtual_tokens=4)).save_pretrained(tmp_path / "a")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert loaded.dtype == torch.bfloat16
+    loaded.to(torch.float16).save_pretrained(tmp_path / "b")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "b").dtype == torch.float16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32).dtype == torch.float32
+
+
+def test_a_head_in_half_precision_is_told_in_python_too(caplog: pytest.LogCaptureFixture) -> None:
+    get_ptune_model(build("bert"), PTuneConfig(num_virtual_tokens=4))
+    assert "small steps are lost" not in caplog.text
+    get_ptune_model(build("llama").to(torch.bfloat16), PTuneConfig(num_virtual_tokens=4))  # trains its prompt alone
+    assert "small steps are lost" not in caplog.text
+    get_ptune_model(build("bert").to(torch.bfloat16), PTuneConfig(num_virtual_tokens=4))
+    assert "its head, biases or weights) is in torch.bfloat16, in which small steps are lost" in caplog.text
+
+
+def test_what_an_option_of_loading_cannot_change_is_told(adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(adapter, num_virtual_tokens=7)
+    assert loaded.config.num_virtual_tokens == 4 and "says num_virtual_tokens=7 (it is 4)" in caplog.text
+    caplog.clear()
+    AutoModelForCausalLM.from_pretrained(adapter)
+    assert "weights tell" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bf16"}, "or correct what was given besides: dtype"),
+        ({"nonsense": 3}, "or correct what was given for it: nonsense"),
+        ({"variant": "fp16"}, "or correct what was given for it: variant"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, Any], message: str, adapter: Path) -> None:
+    with pytest.raises((BackboneError, ConfigError), match=message):
+        AutoModelForCausalLM.from_pretrained(adapter, **options)
+    with pytest.raises(ConfigError, match="not SEQ_CLS: load it by AutoModelForCausalLM"):
+        AutoModelForSequenceClassification.from_pretrained(adapter)
+
+
 def test_dtype_and_device_map_reach_the_base(adapter: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(adapter, dtype=torch.bfloat16, device_map="cpu")
     assert loaded.dtype == torch.bfloat16 and loaded.prompt.weight.dtype == torch.float32

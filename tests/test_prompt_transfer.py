@@ -88,6 +88,18 @@ def test_a_head_comes_along_where_it_is_asked_for(wrap: Wrap, trained: Any, tmp_
         get_ptune_model(backbone, PTuneConfig(**named, prompt_tuning_init_head=True))
 
 
+def test_labels_are_compared_by_their_numbers(wrap: Wrap, tmp_path: Path) -> None:
+    """A file has the numbers as texts, in the order of those: "1", "10", "11", "2"."""
+    names = {"num_labels": 12, "id2label": {n: f"kind {n}" for n in range(12)}}
+    get_ptune_model(build("bert", **names), PTuneConfig(num_virtual_tokens=4)).save_pretrained(tmp_path)
+    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path)}
+    config = PTuneConfig(num_virtual_tokens=4, prompt_tuning_init_head=True, **start)
+    assert get_ptune_model(build("bert", **names), config).config.label_names == [f"kind {n}" for n in range(12)]
+    names["id2label"] = {n: f"kind {11 - n}" for n in range(12)}
+    with pytest.raises(ConfigError, match="Leave prompt_tuning_init_head out"):
+        get_ptune_model(build("bert", **names), config)
+
+
 def test_saved_it_needs_the_source_no_more(wrap: Wrap, trained: Any, tmp_path: Path) -> None:
     _, folder = trained("p_tuning_v2")
     other = fresh(wrap, "p_tuning_v2", folder)

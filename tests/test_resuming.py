@@ -50,6 +50,17 @@ def test_a_finished_run_of_several_tasks_takes_no_further_step(tmp_path: Path) -
         run_tasks(make_multitask_recipe(content, folder=tmp_path))
 
 
+def test_a_run_of_more_than_ten_labels_goes_on(tmp_path: Path) -> None:
+    """A file has their numbers as texts, in the order of those: "1", "10", "11", "2"."""
+    found = write_recipe(tmp_path, "SEQ_CLS", write_base(tmp_path / "base", "bert", "SEQ_CLS"))
+    found["data"] |= {"labels": ["early", "late", *(f"never {n}" for n in range(10))]}
+    found["training"] |= {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    run(make_recipe(found, folder=tmp_path))
+    found["training"] |= {"resume_from_checkpoint": "true", "max_steps": 6}
+    run(make_recipe(found, folder=tmp_path))
+    assert (tmp_path / "out" / "checkpoint-6").is_dir()
+
+
 def test_checkpoints_go_on_that_are_older_than_an_option(content: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "out" / "checkpoint-3" / "config.json"
     settings = json.loads(path.read_text())

@@ -348,7 +348,9 @@ class Injector:
         """What tells whether the encoded prompt is still what it would become."""
         tensors = [*self.prompt.parameters(), *self.prompt.buffers(), *trained]
         written = ((t.data_ptr(), version_of(t), t.device) for t in tensors)
-        return (self.backbone.dtype, _passes_with_gradients, *written)
+        kinds = {t.device.type for t in tensors}
+        cast = (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in sorted(kinds))
+        return (self.backbone.dtype, _passes_with_gradients, *cast, *written)
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         encoded = self.encode()
