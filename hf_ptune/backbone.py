@@ -313,6 +313,18 @@ def head_names(backbone: PreTrainedModel, task: str, further: list[str] | None =
     return chosen
 
 
+def has_fresh_pooler(backbone: PreTrainedModel, task: str) -> bool:
+    """Whether a loaded backbone reads rows through a pooler that its checkpoint lacked, and that is no part of a head.
+
+    Args:
+        backbone: the task model; of one that was made from a configuration nothing is known.
+        task: a key of `TASKS`.
+    """
+    loaded = {n for n, p in backbone.named_parameters() if getattr(p, "_is_hf_initialized", False)}
+    parts = {n for n, _ in backbone.named_parameters() if f".{POOLER}." in f".{n}"} - head_names(backbone, task)
+    return bool(loaded) and bool(parts) and not parts & loaded
+
+
 def adapter_names(
     backbone: PreTrainedModel, method: str, task: str, further: list[str] | None = None, whole: bool = False
 ) -> set[str]:

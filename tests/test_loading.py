@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     CLIPVisionConfig,
@@ -115,6 +116,23 @@ def test_a_head_in_half_precision_is_told_in_python_too(caplog: pytest.LogCaptur
     assert "small steps are lost" not in caplog.text
     get_ptune_model(build("bert").to(torch.bfloat16), PTuneConfig(num_virtual_tokens=4))
     assert "its head, biases or weights) is in torch.bfloat16, in which small steps are lost" in caplog.text
+
+
+@pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForMultipleChoice, AutoModel])
+def test_a_fresh_pooler_is_kept(auto: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a base that was trained on masked words alone, which has none."""
+    build("bert", "MASKED_LM").save_pretrained(tmp_path / "base")
+    model = get_ptune_model(auto.from_pretrained(tmp_path / "base"), PTuneConfig(num_virtual_tokens=4)).eval()
+    assert "has no pooler" in caplog.text and "pooler" in (model.config.modules_to_save or [])
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = auto.from_pretrained(tmp_path / "adapter")
+    theirs = dict(loaded.named_parameters())
+    assert all(torch.equal(p, theirs[n]) for n, p in model.named_parameters())
+    caplog.clear()
+    build("bert", "FEATURE_EXTRACTION").save_pretrained(tmp_path / "whole")  # has one
+    assert get_ptune_model(auto.from_pretrained(tmp_path / "whole"), PTuneConfig()).config.modules_to_save is None
+    assert get_ptune_model(build("bert"), PTuneConfig()).config.modules_to_save is None  # nothing was loaded
+    assert "has no pooler" not in caplog.text
 
 
 def test_what_an_option_of_loading_cannot_change_is_told(adapter: Path, caplog: pytest.LogCaptureFixture) -> None:
