@@ -150,9 +150,12 @@ def push_finished(folder: str | os.PathLike[str], repo_id: str, **push: Any) -> 
 
     Raises:
         AdapterFileError: the folder holds no adapter.
+        ConfigError: it holds another model.
         HubError: the Hub refused, or could not be reached.
     """
     adapter_files(folder)  # else nothing is to be made
+    settings, _ = PTuneConfig.get_config_dict(folder)
+    _tell_of_base(settings.get("base_model_name_or_path"), f"base_model_name_or_path in {folder}/config.json")
     with tempfile.TemporaryDirectory(prefix="hf_ptune-") as aside:
         made = _made_for(repo_id, Path(folder), Path(aside), push.get("token"))
         return push_folder(folder, repo_id, instead={path.name: path for path in made}, **push)
@@ -307,12 +310,8 @@ def publish(model: Any, repo_id: str, *, tokenizer: Any = None, keep_encoder: bo
     if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
         return None
     base = model.config.base_model_name_or_path
-    if base is None or _is_local(base):
-        logger.warning(
-            "the adapter's base is a folder of this machine, which nobody else has. Set "
-            "model.config.base_model_name_or_path to its id on the Hub before pushing."
-        )
-    elif model.config.base_model_revision is None:
+    on_hub = _tell_of_base(base, "model.config.base_model_name_or_path")
+    if base is not None and on_hub and model.config.base_model_revision is None:
         if model.__dict__.get(UNPINNED) and model.backbone.name_or_path == base:
             logger.warning(
                 f"the adapter does not pin a commit of {base}: which one its base was loaded from is not known. Set "
@@ -335,6 +334,28 @@ def publish(model: Any, repo_id: str, *, tokenizer: Any = None, keep_encoder: bo
     url = push_folder(folder, repo_id, **push)
     shutil.rmtree(folder)
     return url
+
+
+def _tell_of_base(base: str | None, where: str) -> bool:
+    """Warn of a base that others lack, or have only with a package; whether it is on the Hub.
+
+    Args:
+        base: its name.
+        where: the place that says so, for messages.
+    """
+    if base is None or _is_local(base):
+        logger.warning(
+            f"the adapter's base is a folder of this machine, which nobody else has. Set {where} to its id on the Hub "
+            "before pushing."
+        )
+        return False
+    if base.startswith("package:"):
+        logger.warning(
+            f"the adapter's base is {base}: whoever loads the adapter needs that package installed. Where the Hub has "
+            f"the same base, set {where} to its id before pushing."
+        )
+        return False
+    return True
 
 
 def _source_of(model: Any, token: str | bool | None) -> tuple[str | None, dict[str, Any]]:

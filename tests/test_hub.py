@@ -29,9 +29,9 @@ from transformers import (
 from hf_ptune import PTuneConfig, PTuneForCausalLM, get_ptune_model
 from hf_ptune import hub as pushing
 from hf_ptune.cli import main, make_parser
-from hf_ptune.errors import AdapterFileError, HubError
+from hf_ptune.errors import AdapterFileError, ConfigError, HubError
 from hf_ptune.hub import adapter_files, push_folder
-from hf_ptune.publishing import facts_of, write_repository
+from hf_ptune.publishing import facts_of, push_finished, write_repository
 
 ADAPTER = "alice/adapter"
 TOKEN = "alice-writes"
@@ -225,6 +225,24 @@ def test_one_pull_request_is_opened_whatever_happens(
     assert loaded.config.method == "prefix_tuning"
     push_folder(finished, ADAPTER, token=token, revision="refs/pr/1")  # nothing has changed
     assert commits(server) == 1
+
+
+def test_another_model_is_not_pushed(server: HubServer, tmp_path: Path) -> None:
+    build("bert").save_pretrained(tmp_path / "whole")
+    with pytest.raises(ConfigError, match="has model_type='bert', expected .*: it describes no adapter"):
+        push_finished(tmp_path / "whole", ADAPTER, token=TOKEN)
+    assert commits(server) == 0
+
+
+@pytest.mark.parametrize(("base", "said"), [("here", "which nobody else has"), ("package:a/b", "needs that package")])
+def test_a_base_that_others_lack_is_told(
+    base: str, said: str, server: HubServer, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = finished / "config.json"
+    told = str(tmp_path) if base == "here" else base
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": told}))
+    push_finished(finished, ADAPTER, token=TOKEN)
+    assert said in caplog.text and commits(server) == 1
 
 
 def test_what_is_no_adapter_is_not_pushed(server: HubServer, finished: Path, tmp_path: Path) -> None:
