@@ -51,8 +51,8 @@ def load_rows(recipe: Recipe) -> Rows:
         parts = [Part(rows, places=[f"chatterbot, row {n}" for n in range(1, len(rows) + 1)], place="chatterbot")]
     else:
         parts = [_read(recipe, task, data.source, data.split)]
-    parts.append(_read_further(recipe, task, data.eval_source, data.eval_split))
-    parts.append(_read_further(recipe, task, data.test_source, data.test_split))
+    parts.append(_read_further(recipe, task, "eval"))
+    parts.append(_read_further(recipe, task, "test"))
     parts = _checked(parts, task, data.columns)
     if task.label_role is not None:
         name_labels(parts, task.label_role, task.known_labels())
@@ -98,12 +98,22 @@ def _check_everywhere(role: str, parts: Sequence[tuple[str, list[Row]]]) -> None
         )
 
 
-def _read_further(recipe: Recipe, task: Task, source: str | None, split: str | None) -> Part:
-    """Rows of another file, or of another split of the same dataset; none where neither is named."""
+def _read_further(recipe: Recipe, task: Task, which: str) -> Part:
+    """Rows of another file, or of another split of the same dataset; none where neither is named.
+
+    Args:
+        recipe: names them.
+        task: reads them.
+        which: "eval" or "test".
+    """
+    source, split = getattr(recipe.data, f"{which}_source"), getattr(recipe.data, f"{which}_split")
     if source is None and split is None:
         return Part([])
     if source is None and not recipe.data.source.startswith(HUB):
-        raise RecipeError(f"the split {split!r} is named, but {recipe.data.source} is a file; name another file.")
+        raise RecipeError(
+            f"data.{which}_split names the split {split!r}, but data.source {recipe.data.source} is a file. Name a "
+            f"file by data.{which}_source, or take the split out by data.{which}_split: null."
+        )
     return _read(recipe, task, source or recipe.data.source, split or recipe.data.split)
 
 

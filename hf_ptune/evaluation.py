@@ -53,7 +53,7 @@ def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, dict[str, 
     if trainer.is_world_process_zero():
         for name, metrics in found.items():
             shown = ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items())
-            print(f"{name}, {len(parts[name])} rows: {shown}", flush=True)
+            print(f"{name}, {min(len(parts[name]), len(features[name]))} rows: {shown}", flush=True)
     return found
 
 

@@ -8,8 +8,10 @@ from transformers.utils import logging
 from hf_ptune.errors import RecipeError
 from hf_ptune.tasks import Feature, Task
 from hf_ptune.tasks.causal_lm import CausalLM
+from hf_ptune.tasks.generation import GenerationTask
 
 logger = logging.get_logger(__name__)
+TRAINING = "training"
 
 
 def check_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, features: Sequence[Feature], what: str) -> None:
@@ -26,6 +28,8 @@ def check_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, features: Sequ
     Raises:
         RecipeError: nothing but special tokens is left of one.
     """
+    if isinstance(task, GenerationTask) and task.generate and what != TRAINING:
+        _check_answers(task, tokenizer, features, what)
     if hasattr(task, "stride") or isinstance(task, CausalLM):
         return
     # what stands for text is a special token too
@@ -47,6 +51,22 @@ def check_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, features: Sequ
     if (most := getattr(task, "max_target_length", None)) is not None:
         targets = sum(len(f["labels"]) >= most for f in features)
         _tell(targets, len(features), f"{what} targets", f"task_options.max_target_length={most}")
+
+
+def _check_answers(
+    task: GenerationTask, tokenizer: PreTrainedTokenizerBase, features: Sequence[Feature], what: str
+) -> None:
+    """Log how many answers could not be written whole, which bounds BLEU and ROUGE-L."""
+
+    def length(reference: str) -> int:
+        return len(tokenizer(reference, add_special_tokens=False)["input_ids"])
+
+    if cut := sum(min(map(length, f["references"])) > task.max_new_tokens for f in features):
+        logger.warning(
+            f"{cut} of {len(features)} {what} rows have no reference of at most task_options.max_new_tokens="
+            f"{task.max_new_tokens} tokens: what is written ends there, and BLEU and ROUGE-L count the rest as "
+            "missing; raise max_new_tokens."
+        )
 
 
 def _tell(reach: int, count: int, what: str, limit: str) -> None:

@@ -49,7 +49,7 @@ from hf_ptune.data import Rows, load_rows
 from hf_ptune.engines import last_checkpoint
 from hf_ptune.errors import PTuneError, RecipeError
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
-from hf_ptune.lengths import check_lengths
+from hf_ptune.lengths import TRAINING, check_lengths
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.overrides import split_overrides
@@ -270,7 +270,7 @@ def check_features(
         raise RecipeError(
             f"{empty} rows have no tokens for {type(tokenizer).__name__}; fill their texts, or drop them."
         )
-    check_lengths(task, tokenizer, features, "held-out" if held_out else "training")
+    check_lengths(task, tokenizer, features, "held-out" if held_out else TRAINING)
     writes = held_out and isinstance(task, GenerationTask)
     if blank := [n for n, f in enumerate(features, 1) if writes and not f["source_ids"]]:
         raise RecipeError(

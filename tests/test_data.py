@@ -106,7 +106,7 @@ def test_columns_and_files(tmp_path: Path) -> None:
         ({"source": "e.jsonl", "columns": columns}, "holds out 0 of 1 rows"),
         (
             {"source": "r.jsonl", "eval_split": "test", "columns": columns},
-            "the split 'test' is named, but r.jsonl is a",
+            "data.eval_split names the split 'test', but data.source r.jsonl is a",
         ),
         ({"source": "chatterbot", "columns": columns}, "needs neither columns"),
     ]

@@ -399,6 +399,26 @@ def test_rows_without_text_are_told(warned: pytest.LogCaptureFixture) -> None:
     assert "2 of 4 training rows have no text (row 2 of those that were drawn" in warned.text
 
 
+def test_answers_that_cannot_be_written_whole_are_counted(warned: pytest.LogCaptureFixture) -> None:
+    tokenizer = words_tokenizer()
+    rows = [{"prompt": "a", "references": [r, "a b c d e"]} for r in ("a b", "a b c", "a b c d")]
+    told = "2 of 3 held-out rows have no reference of at most task_options.max_new_tokens=2"
+    for generate in (False, True):
+        task = CausalLM(generate=generate, max_new_tokens=2)
+        features = task.encode([task.check_row(r, "here") for r in rows], tokenizer, [], held_out=True)
+        check_lengths(task, tokenizer, features, "training")
+        check_lengths(task, tokenizer, features, "held-out")
+        assert (told in warned.text) is generate
+    assert "training rows have no reference" not in warned.text
+
+
+@pytest.mark.parametrize("labels", [[0, 2, 10, 11], ["0", "2", "10", "11"]])
+def test_whole_numbers_keep_their_order_as_labels(labels: list[Any]) -> None:
+    task = SequenceClassification()
+    assert task.label_names([{"text": "a", "label": n} for n in labels]) == ["0", "2", "10", "11"]
+    assert task.label_names([{"text": "a", "label": n} for n in (*labels, "b")]) == ["0", "10", "11", "2", "b"]
+
+
 @pytest.mark.parametrize(("most", "row"), [(1, {}), (2, {}), (2, {"text_pair": "a"}), (3, {"text_pair": "a"})])
 def test_a_length_that_leaves_special_tokens_alone(most: int, row: dict[str, str]) -> None:
     tokenizer = words_tokenizer()

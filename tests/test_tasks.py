@@ -449,6 +449,7 @@ def test_conversations() -> None:
     before = "system g end user a end assistant b end user c end assistant"
     assert tokenizer.decode(feature["input_ids"]) == f"{before} d end"
     assert learned(tokenizer, feature) == "b end d end"
+    assert learned(tokenizer, task.encode([row], tokenizer, [], held_out=True)[0]) == "d end"  # is what is asked for
     kept = [n for n, i in enumerate(feature["labels"]) if i != IGNORED]
     assert [feature["input_ids"][n] for n in kept] == [feature["labels"][n] for n in kept]
     assert tokenizer.decode(feature["source_ids"]) == before and feature["references"] == ["d"]

@@ -273,6 +273,22 @@ def test_held_out_rows_are_measured_whole_and_in_order(task: str, tmp_path: Path
     assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
 
 
+@pytest.mark.parametrize(("family", "task"), [("gpt2", "CAUSAL_LM"), ("bert", "TOKEN_CLS"), ("bert", "SEQ_CLS")])
+def test_a_held_out_loss_is_the_mean_of_its_batch(family: str, task: str, tmp_path: Path) -> None:
+    """However many labels the batches of other ranks have; ranks' losses are averaged as means."""
+    base = write_base(tmp_path / "base", family, task)
+    recipe = make_recipe(write_recipe(tmp_path, task, base), folder=tmp_path)
+    rows, tokenizer = load_rows(recipe), load_tokenizer(base)
+    model = wrap_base(recipe, rows, tokenizer)
+    trainer = make_trainer(recipe, make_arguments(recipe), model, tokenizer, rows)
+    inputs = next(iter(trainer.get_eval_dataloader()))
+    items = torch.tensor(1000)
+    with torch.no_grad():
+        alone = model.eval()(**inputs).loss
+        assert torch.allclose(trainer.compute_loss(model, inputs, num_items_in_batch=items), alone)
+        assert trainer.compute_loss(model.train(), inputs, num_items_in_batch=items) < 0.5 * alone  # its share
+
+
 @pytest.mark.parametrize(
     ("family", "task"),
     [("bart", "SEQ_2_SEQ_LM"), ("t5", "SEQ_2_SEQ_LM"), ("gpt2", "CAUSAL_LM"), ("bert", "CLOZE"), ("bert", "SEQ_CLS")],

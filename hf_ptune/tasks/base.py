@@ -122,10 +122,11 @@ class Task:
         return [self.check_row(row, where) for row, where in zip(rows, places, strict=True)]
 
     def label_names(self, rows: Sequence[Row]) -> list[str]:
-        """Names of the labels in rows, sorted; none where the head has no names."""
+        """Names of the labels in rows, sorted, as numbers where all are; none where the head has no names."""
         if self.label_role is None:
             return []
-        return sorted({str(name) for row in rows for name in _as_list(row[self.label_role])})
+        names = {str(name) for row in rows for name in _as_list(row[self.label_role])}
+        return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
 
     def known_labels(self) -> list[str]:
         """Names of labels that the options tell; none where only rows do."""

@@ -77,7 +77,9 @@ class CausalLM(GenerationTask):
         encoded = []
         for row, target in pairs:
             told = self._tell(row, target, tokenizer)
-            encoded += [self._feature(row, *one, tokenizer) for one in (told[-1:] if held_out else told)]
+            if held_out:  # is asked for the last answer alone
+                told = [(ids, [IGNORED] * len(ids), answer) for ids, _, answer in told[-1:]]
+            encoded += [self._feature(row, *one, tokenizer) for one in told]
         if cut := sum(was_cut for _, was_cut in encoded):
             logger.warning(
                 f"{cut} of {len(encoded)} rows are longer than data.max_length={self.max_length}: of their prompts "

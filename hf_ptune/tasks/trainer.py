@@ -43,7 +43,13 @@ class TaskTrainer(Trainer):
         return self.task.compute_metrics(prediction, self.features, self.labels)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """What any Trainer computes; smoothed labels do not reach a model, whose decoder has its inputs of them."""
+        """What any Trainer computes; smoothed labels do not reach a model, whose decoder has its inputs of them.
+
+        A held-out loss is the mean over its own batch: shares of all ranks' batches would be averaged as if they were
+        means.
+        """
+        if not model.training:
+            kwargs["num_items_in_batch"] = None
         if self.label_smoother is not None and self.task.model_task == "SEQ_2_SEQ_LM":
             backbone = self.accelerator.unwrap_model(model).backbone
             prepare = getattr(backbone, "prepare_decoder_input_ids_from_labels", None)
