@@ -139,6 +139,13 @@ def test_a_card_claims_a_commit_only_where_one_is_pinned() -> None:
     assert "commit" not in text and "is fetched" not in text
 
 
+def test_a_card_says_that_the_package_has_to_be_installed() -> None:
+    text = make_card(RunFacts("p_tuning", "CAUSAL_LM")).text
+    assert "Without the package" not in text
+    assert "The line `import hf_ptune` can be left out where `trust_remote_code=True` is passed" in text
+    assert "the package has to be installed all the same" in text
+
+
 def test_a_fresh_adapter_is_not_said_to_be_trained(wrap: Wrap) -> None:
     facts = facts_of(wrap("bert", "p_tuning_v2", "SEQ_CLS"))
     assert "were trained" not in make_card(facts).text and "that train while the base stays frozen" in str(
