@@ -52,7 +52,7 @@ class RunFacts:
         adapter_bytes: size of the adapter's file.
         base_bytes: size of the base's weights, which full fine-tuning would write.
         base_parameters: those of the base, which full fine-tuning would train.
-        example: an input for the snippet.
+        example: an input for the snippet; of SEQ_CLS, where pairs were trained on, its `text` and `text_pair`.
         datasets: ids or names of what it was trained on.
         languages: ISO codes.
         license: of the base.
@@ -81,7 +81,7 @@ class RunFacts:
     adapter_bytes: int = 0
     base_bytes: int = 0
     base_parameters: int = 0
-    example: str = "Prompts are cheap."
+    example: str | dict[str, str] = "Prompts are cheap."
     datasets: list[str] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
     license: str | None = None
@@ -131,6 +131,10 @@ class RunFacts:
         plain = RunFacts(self.method, self.task)
         for f in fields(self):
             value, unset = getattr(self, f.name), getattr(plain, f.name)
+            if f.name == "example" and self.task == "SEQ_CLS" and isinstance(value, dict):
+                if value.keys() != {"text", "text_pair"} or not all(isinstance(v, str) for v in value.values()):
+                    raise ValueError(f"example is {value!r}; expected a text, or text and text_pair, which are texts")
+                continue
             kind = str if unset is None else type(unset)
             if not isinstance(value, kind) and (value is not None or unset is not None):
                 raise ValueError(f"{f.name} is {value!r}; expected a {kind.__name__}")
@@ -254,7 +258,7 @@ def draw_curves(facts: RunFacts, path: Path) -> str | None:
     return path.name
 
 
-def _cloze(facts: RunFacts) -> tuple[str, dict[str, str]] | None:
+def _cloze(facts: RunFacts) -> tuple[str, dict[str, Any]] | None:
     """What reads an adapter's template, and a row of its fields; none where it has no template with a gap."""
     template = facts.options.get("template")
     if not template or not (read := Template.parse(template)).has_mask:

@@ -330,6 +330,20 @@ def test_the_snippet_runs(family: str, task: str, wrap: Wrap, tmp_path: Path) ->
     exec(snippet, {})
 
 
+def test_the_snippet_of_a_model_of_pairs_asks_with_a_pair(
+    wrap: Wrap, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = facts_of(wrap("bert", "p_tuning_v2", "SEQ_CLS"))
+    facts.example = {"text": "It rains.", "text_pair": "Is it dry?"}
+    model = wrap("bert", "p_tuning_v2", "SEQ_CLS")
+    write_repository(model, tmp_path, "user/adapter", tokenizer=tokenizer_of("wordpiece"), facts=facts)
+    assert RunFacts.load(tmp_path).example == facts.example
+    snippet = re.findall(r"```python\n(.*?)```", ModelCard.load(tmp_path / "README.md").text, re.DOTALL)[0]
+    assert 'print(pipe({"text": "It rains.", "text_pair": "Is it dry?"}))' in snippet
+    exec(snippet.replace("user/adapter", str(tmp_path)), {})
+    assert "score" in capsys.readouterr().out
+
+
 def test_facts_that_are_none_get_one_error(tmp_path: Path) -> None:
     with pytest.raises(PTuneError, match="ModelCardCallback"):
         RunFacts.load(tmp_path)
@@ -392,6 +406,9 @@ def test_the_snippet_of_a_template_reads_it() -> None:
         ({"datasets": [1]}, "datasets holds 1; expected text"),
         ({"seeds": ["a"]}, "seeds holds 'a'"),
         ({"example": None}, "example is None; expected a str"),
+        ({"example": {"text": "a"}}, "expected a text, or text and text_pair"),
+        ({"example": {"text": "a", "text_pair": 1}}, "expected a text, or text and text_pair"),
+        ({"example": {"text": "a", "text_pair": "b"}, "task": "CAUSAL_LM"}, "expected a str"),
         ({"base": 3}, "base is 3; expected a str"),
     ],
 )

@@ -599,5 +599,7 @@ def test_cards_ask_as_the_model_has_learnt_to_be_asked() -> None:
     assert CausalLM().example(row, words_tokenizer()) == "Human: say a\n\nAssistant: "
     text = checked(SequenceClassification(), {"text": "a b", "label": "c"})[0]
     assert SequenceClassification().example(text, words_tokenizer()) == "a b"
+    pair = checked(SequenceClassification(), {"text": "a b", "text_pair": "d", "label": "c"})[0]
+    assert SequenceClassification().example(pair, words_tokenizer()) == {"text": "a b", "text_pair": "d"}
     tagged = checked(TokenClassification(), {"tokens": ["a"], "tags": ["O"]})[0]
     assert TokenClassification().example(tagged, words_tokenizer()) is None

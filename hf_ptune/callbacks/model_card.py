@@ -47,7 +47,7 @@ class ModelCardCallback(TrainerCallback):
         datasets: ids or names of the training data, the one that was evaluated on first.
         languages: ISO codes of its languages.
         license: of the adapter; the base's own goes here.
-        example: an input for the card's snippet.
+        example: an input for the card's snippet; a dict of `text` and `text_pair` where SEQ_CLS reads pairs.
         limits: sentences on what to know before use.
         base: the base's id on the Hub, where it was loaded by another name.
         hyperparameters: settings that no TrainingArguments tell, by their names.
@@ -61,7 +61,7 @@ class ModelCardCallback(TrainerCallback):
         datasets: list[str] | None = None,
         languages: list[str] | None = None,
         license: str | None = None,
-        example: str | None = None,
+        example: str | dict[str, str] | None = None,
         limits: list[str] | None = None,
         base: str | None = None,
         hyperparameters: dict[str, Any] | None = None,

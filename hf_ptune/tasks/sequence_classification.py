@@ -47,10 +47,15 @@ class SequenceClassification(Task):
     ) -> list[Feature]:
         number = {name: n for n, name in enumerate(labels)}
         return [
-            dict(tokenizer(*_texts(row), truncation=True, max_length=self.max_length))
+            dict(tokenizer(**_inputs(row), truncation=True, max_length=self.max_length))
             | {"labels": number[str(row["label"])]}
             for row in rows
         ]
+
+    def example(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str]:
+        """The text, or text and pair, as a pipeline takes them."""
+        inputs = _inputs(row)
+        return inputs if "text_pair" in inputs else inputs["text"]
 
     def compute_metrics(
         self, prediction: EvalPrediction, features: Sequence[Feature], labels: Sequence[str]
@@ -69,7 +74,7 @@ class SequenceClassification(Task):
         pipe = pipeline("text-classification", model=model, tokenizer=tokenizer)
         answers = []
         for row in rows:
-            inputs = dict(zip(("text", "text_pair"), _texts(row), strict=False))
+            inputs = _inputs(row)
             best = pipe([inputs], truncation=True, max_length=self.max_length)[0]
             answers.append(
                 Answer(" | ".join(inputs.values()), f"{best['label']} ({best['score']:.2f})", str(row["label"]))
@@ -77,5 +82,6 @@ class SequenceClassification(Task):
         return answers
 
 
-def _texts(row: Row) -> list[str]:
-    return [str(row[role]) for role in ("text", "text_pair") if role in row]
+def _inputs(row: Row) -> dict[str, str]:
+    """What a tokenizer, or a pipeline, is told of a row."""
+    return {role: str(row[role]) for role in ("text", "text_pair") if role in row}
