@@ -601,5 +601,8 @@ def test_cards_ask_as_the_model_has_learnt_to_be_asked() -> None:
     assert SequenceClassification().example(text, words_tokenizer()) == "a b"
     pair = checked(SequenceClassification(), {"text": "a b", "text_pair": "d", "label": "c"})[0]
     assert SequenceClassification().example(pair, words_tokenizer()) == {"text": "a b", "text_pair": "d"}
+    prefixed = Seq2SeqLM(prefix="shorten: ")
+    table = checked(prefixed, {"text": [["a", "b"], ["d"]], "target": "c"})[0]
+    assert prefixed.example(table, words_tokenizer()) == "shorten: a : b | d"
     tagged = checked(TokenClassification(), {"tokens": ["a"], "tags": ["O"]})[0]
     assert TokenClassification().example(tagged, words_tokenizer()) is None

@@ -36,12 +36,16 @@ class Seq2SeqLM(GenerationTask):
     def check_row(self, row: Row, where: str) -> Row:
         return super().check_row(row | {"text": one_line(row["text"])}, where)
 
+    def example(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The text with the prefix that stands before every one."""
+        return self.prefix + str(row["text"])
+
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
     ) -> list[Feature]:
         features = []
         for row, target in self.pairs(rows, held_out):
-            encoded = dict(tokenizer(self.prefix + row["text"], truncation=True, max_length=self.max_length))
+            encoded = dict(tokenizer(self.example(row, tokenizer), truncation=True, max_length=self.max_length))
             wanted = tokenizer(text_target=target, truncation=True, max_length=self.max_target_length)["input_ids"]
             known = {"labels": wanted, "source_ids": encoded["input_ids"], "references": row["references"]}
             features.append(encoded | known)
