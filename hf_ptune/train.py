@@ -175,7 +175,10 @@ def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedToke
     rates = zip(("backbone_learning_rate", "head_learning_rate", "learning_rate_decay"), own, strict=True)
     read = {"max_length": task.max_length, "training_rows": len(rows.train)}
     given["hyperparameters"] = {name: rate for name, rate in rates if rate is not None} | read
-    example = task.example(rows.held_out[0], tokenizer) if rows.held_out else None
+    if not rows.held_out:
+        return given
+    given["limits"] = [*given.get("limits", []), *task.limits(rows.held_out[0])]
+    example = task.example(rows.held_out[0], tokenizer)
     return given if example is None else given | {"example": example}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
+from huggingface_hub import ModelCard
 from test_data import words_tokenizer
 from transformers import AutoConfig, TrainerCallback
 from transformers.integrations import integration_utils
@@ -117,6 +118,20 @@ def test_recipe_to_answers(
     printed = capsys.readouterr().out
     for text in ("trainable params:", "before", "after training", "KiB", "answer:", "truth:"):
         assert text in printed
+
+
+def test_a_card_of_roles_says_how_a_predicate_is_told(tmp_path: Path) -> None:
+    def limits(task: str, **changes: Any) -> str:
+        base = write_base(tmp_path / task, "bert", "TOKEN_CLS")
+        changes |= {"training": {"max_steps": 1, "use_cpu": True, "report_to": "none"}}
+        content = write_recipe(tmp_path, task, base, **changes)
+        outcome = run(make_recipe(content, folder=tmp_path))
+        return ModelCard.load(outcome.folder / "README.md").text.split("## Limits")[1]
+
+    said = limits("roles", task_options={"predicate_marks": ["<", ">"]}, card={"limits": ["News alone."]})
+    assert "- News alone.\n" in said and "between the words `<` and `>`" in said and "as second segment" in said
+    assert "between" not in (said := limits("roles", task_options={"predicate_marks": []})) and "second segment" in said
+    assert "predicate" not in limits("TOKEN_CLS")
 
 
 @pytest.mark.parametrize(("family", "task"), [("gpt2", "CAUSAL_LM"), ("bart", "SEQ_2_SEQ_LM")])

@@ -207,6 +207,17 @@ class Task:
         text = next((row[role] for role in ("text", "prompt", "question") if role in row), None)
         return None if text is None else str(text)
 
+    def limits(self, row: Row) -> list[str]:
+        """Tell what a card says of how the model wants to be asked, where its snippet cannot show that.
+
+        Args:
+            row: a held-out one.
+
+        Returns:
+            Sentences.
+        """
+        return []
+
     def ask(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Answer]:
         """Let a trained model answer rows.
 

@@ -210,6 +210,17 @@ class TokenClassification(Task):
         spelled = [spelling[str(tag)] for tag in tags]
         return [_OUTSIDE if tag.partition("-")[2] in self.unscored else tag for tag in spelled]
 
+    def limits(self, row: Row) -> list[str]:
+        """Say how a predicate is told; a pipeline cannot tell it."""
+        if "predicate_index" not in row:
+            return []
+        between = " between the words `{}` and `{}`".format(*self.predicate_marks) if self.predicate_marks else ""
+        return [
+            f"It tags the roles of one predicate, which stands{between} in the sentence and once more behind it, as "
+            "second segment; where the base has token types, the predicate in the sentence has that segment's too. "
+            "A plain sentence, as in the snippet above, is not what it was trained on."
+        ]
+
     def ask(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Answer]:
         labels = [model.config.id2label[n] for n in range(model.config.num_labels)]
         answers = []
