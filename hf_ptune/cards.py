@@ -219,6 +219,7 @@ def make_card(facts: RunFacts, repo_id: str = "user/adapter", curves: str | None
         columns=list(dict.fromkeys(name for row in epochs for name in row)),
         curves=curves,
         human=human_bytes,
+        literal=_literal,
     )
     return card
 
@@ -264,6 +265,11 @@ def _cloze(facts: RunFacts) -> tuple[str, dict[str, Any]] | None:
     if not template or not (read := Template.parse(template)).has_mask:
         return None
     return "classify" if facts.options.get("verbalizer") else "predict_words", dict.fromkeys(read.fields, facts.example)
+
+
+def _literal(example: str | dict[str, Any]) -> str:
+    """An example as Python reads it, in its own letters."""
+    return json.dumps(example, ensure_ascii=False)
 
 
 def summarise(metrics: list[dict[str, float]]) -> dict[str, tuple[float, float | None]]:

@@ -1,5 +1,6 @@
 """Cards: what a run found out, said in a way that the Hub takes, and nothing of the machine it ran on."""
 
+import ast
 import getpass
 import json
 import platform
@@ -389,6 +390,21 @@ def test_the_snippet_of_a_template_reads_it() -> None:
     assert "from hf_ptune.cloze import classify" in card.text and '[{"first": "x", "second": "x"}]' in card.text
     card = make_card(RunFacts("p_tuning", "CAUSAL_LM", options=options | {"verbalizer": None}))
     assert "predict_words(model, tokenizer" in card.text and "pipeline" not in card.text.split("## Size")[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        *((task, {}) for task in ("SEQ_CLS", "CAUSAL_LM", "SEQ_2_SEQ_LM", "QUESTION_ANS", "MULTIPLE_CHOICE")),
+        ("MASKED_LM", {"template": "{text} [MASK]"}),
+    ],
+)
+def test_the_example_of_a_snippet_is_written_in_its_own_letters(task: str, options: dict[str, Any]) -> None:
+    example = '提供标语 "é" <a> & it\'s\n\\u \u2028\t🙂'
+    text = make_card(RunFacts("p_tuning", task, options=options, example=example)).text
+    snippet = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    assert "提供标语" in snippet and "<a> & it's" in snippet and "🙂" in snippet
+    assert example in [n.value for n in ast.walk(ast.parse(snippet)) if isinstance(n, ast.Constant)]
 
 
 @pytest.mark.parametrize(
