@@ -21,6 +21,7 @@ TIMES = ("runtime", "per_second", "preparation_time")  # how names end that meas
 CARD_NAME = "README.md"
 CURVES_NAME = "curves.png"
 _TEMPLATE = "adapter_card.md.jinja"
+_TEST = "test_"  # how names of metrics of test rows begin; others are of held-out rows
 _PIPELINES = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
@@ -306,8 +307,9 @@ def _metadata(facts: RunFacts, repo_id: str) -> ModelCardData:
             task_type=_PIPELINES[facts.task],
             dataset_type=_slug(facts.datasets[0]) if facts.datasets else "held-out",
             dataset_name=facts.datasets[0] if facts.datasets else "held-out rows",
-            metric_type=name,
-            metric_name=name,
+            dataset_split="test" if name.startswith(_TEST) else "validation",
+            metric_type=name.removeprefix(_TEST),
+            metric_name=name.removeprefix(_TEST),
             metric_value=round(mean, 4),
         )
         for name, (mean, _) in summarise(facts.metrics).items()
@@ -331,7 +333,8 @@ def _metadata(facts: RunFacts, repo_id: str) -> ModelCardData:
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^\w./-]+", "-", name).strip("-").lower() or "held-out"
+    """A name as an id may be written; an id of the Hub stays as it is."""
+    return re.sub(r"[^\w./-]+", "-", name).strip("-") or "held-out"
 
 
 def _by_epoch(history: list[dict[str, float]]) -> list[dict[str, Any]]:

@@ -268,6 +268,20 @@ def test_nothing_of_the_machine_is_told(wrap: Wrap, tmp_path: Path) -> None:
         assert re.search(rf"\b{re.escape(getpass.getuser())}\b", text) is None or getpass.getuser() in ("root", "user")
 
 
+def test_the_results_of_a_card_tell_held_out_rows_from_test_rows() -> None:
+    metrics = [{"loss": 1.0, "accuracy": 0.5, "test_loss": 2.0, "test_accuracy": 0.25}]
+    data = make_card(RunFacts("p_tuning_v2", "SEQ_CLS", datasets=["PolyAI/banking77"], metrics=metrics)).data.to_dict()
+    results = data["model-index"][0]["results"]
+    assert [r["dataset"] for r in results] == [
+        {"name": "PolyAI/banking77", "type": "PolyAI/banking77", "split": split} for split in ("validation", "test")
+    ]
+    assert [{m["type"]: m["value"] for m in r["metrics"]} for r in results] == [
+        {"loss": 1.0, "accuracy": 0.5},
+        {"loss": 2.0, "accuracy": 0.25},
+    ]
+    assert all(m["name"] == m["type"] for r in results for m in r["metrics"])
+
+
 @pytest.mark.parametrize("method", method_names())
 def test_every_method_has_a_card(method: str, wrap: Wrap, tmp_path: Path) -> None:
     model = wrap("bert", method, "SEQ_CLS")
