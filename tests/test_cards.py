@@ -209,6 +209,21 @@ def test_what_the_trainer_is_told_is_in_the_card(wrap: Wrap, tmp_path: Path) -> 
     assert {r.dataset_name for r in data.eval_results} == {"user/topics"}
 
 
+@pytest.mark.parametrize(
+    ("given", "kept", "left_out"),
+    [
+        ({"max_steps": 2, "num_train_epochs": 5}, "max_steps", "num_train_epochs"),
+        ({"max_steps": -1, "num_train_epochs": 1}, "num_train_epochs", "max_steps"),
+    ],
+)
+def test_a_card_tells_what_ended_a_training(
+    given: dict[str, Any], kept: str, left_out: str, wrap: Wrap, tmp_path: Path
+) -> None:
+    run = trained(wrap, tmp_path, ModelCardCallback(), **given)
+    settings = facts_of(run.model).hyperparameters
+    assert settings[kept] == given[kept] and left_out not in settings
+
+
 def test_a_trained_model_knows_its_run(wrap: Wrap, tmp_path: Path) -> None:
     """Whatever pushes it: the metrics of training, those measured afterwards, and what only the user knows."""
     run = trained(wrap, tmp_path / "out", ModelCardCallback(datasets=["user/topics"]), scores=(0.1, 0.2, 0.3))

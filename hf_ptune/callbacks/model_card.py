@@ -120,7 +120,10 @@ def gather_facts(
     unset = {f.name: getattr(f.default, "value", f.default) for f in fields(TrainingArguments)}
     chosen = {n: getattr(args, n) for n in _HYPERPARAMETERS}
     chosen = {n: getattr(v, "value", v) for n, v in chosen.items()}
-    always = ("learning_rate", "num_train_epochs", "per_device_train_batch_size")
+    # max_steps, where it is set, decides alone how long a training is
+    length, unread = ("max_steps", "num_train_epochs") if args.max_steps > 0 else ("num_train_epochs", "max_steps")
+    del chosen[unread]
+    always = ("learning_rate", length, "per_device_train_batch_size")
     chosen = {k: v for k, v in chosen.items() if k in always or (v and v != unset[k])}
     facts.hyperparameters = chosen | facts.hyperparameters  # which are those that were given
     facts.seeds = [args.seed]
