@@ -91,8 +91,8 @@ class PTuneConfig(PreTrainedConfig):
         encoder_reparameterization_type: "MLP" or "LSTM"; P-Tuning only.
         encoder_hidden_size: width inside the reparameterisation; the embedding width when unset.
         encoder_num_layers: LSTM layers; P-Tuning only.
-        encoder_dropout: dropout inside the reparameterisation, 0 to 1.
-        prefix_dropout: dropout on the encoded prompt while training, 0 to 1.
+        encoder_dropout: dropout inside the reparameterisation; 0 or more, less than 1.
+        prefix_dropout: dropout on the encoded prompt while training; 0 or more, less than 1.
         layers: layer numbers that take a prefix; all when unset.
         sites: attention sites of an encoder-decoder that take a prefix, of "encoder", "decoder", "cross".
         position_shift: whether own tokens stand after the virtual ones in the position count. Unset: yes in
