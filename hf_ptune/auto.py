@@ -20,17 +20,19 @@ _FOLLOWS = {
 }
 
 
+# ours import theirs, which import each other: what is half imported has not yet what is asked of it
+_HELD = ("hf_ptune.", "transformers.")
 _waiting: list[str] = []
-_running = 0  # modules of this package that are being executed
+_running = 0  # modules of either that are being executed
 
 
 class _Follower(MetaPathFinder):
-    """Import our module after theirs, once no module of this package is half imported."""
+    """Import our module after theirs, once no module of either package is half imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _FOLLOWS and not fullname.startswith("hf_ptune."):
+        if not fullname.startswith(_HELD):
             return None
         finders: list[Any] = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
         spec: ModuleSpec | None = next((s for f in finders if (s := f.find_spec(fullname, path, target))), None)
@@ -41,15 +43,13 @@ class _Follower(MetaPathFinder):
 
 
 def _then(execute: Callable[[ModuleType], None], name: str) -> Callable[[ModuleType], None]:
-    ours = name.startswith("hf_ptune.")
-
     def both(module: ModuleType) -> None:
         global _running
-        _running += ours
+        _running += 1
         try:
             execute(module)
         finally:
-            _running -= ours
+            _running -= 1
         if name in _FOLLOWS:
             _waiting.append(_FOLLOWS[name])
         while _waiting and not _running:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import batch, build
 from safetensors.torch import load_file, save_file
+from tokenizers_of import tokenizer_of
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -428,6 +429,36 @@ def test_auto_classes_know_ours_whatever_is_imported_first(lines: tuple[str, ...
     wrap("llama", "p_tuning_v2").save_pretrained(tmp_path)
     load = f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"
     assert in_a_fresh_process(*lines, load) == "PTuneForCausalLM"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("import hf_ptune", "from transformers import AutoTokenizer"),
+        ("import hf_ptune", "from transformers import AutoTokenizer, Trainer"),
+        ("import hf_ptune", "from transformers import AutoTokenizer, pipeline"),
+        ("import hf_ptune", "from transformers import AutoConfig", "from transformers import AutoTokenizer"),
+        ("import hf_ptune", "from transformers import AutoProcessor"),
+        ("import hf_ptune", "from transformers import EncoderDecoderModel"),
+        ("import transformers", "import hf_ptune", "from transformers import AutoTokenizer"),
+    ],
+)
+def test_auto_classes_and_pipelines_know_ours_when_the_tokenizers_are_imported_first(
+    lines: tuple[str, ...], wrap: Wrap, tmp_path: Path
+) -> None:
+    wrap("bert", "p_tuning_v2", "SEQ_CLS").save_pretrained(tmp_path)
+    tokenizer_of("wordpiece").save_pretrained(tmp_path)
+    said = in_a_fresh_process(
+        *lines,
+        "import sys",
+        "sys.stderr = sys.stdout",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline",
+        f"folder = {str(tmp_path)!r}",
+        "model = AutoModelForSequenceClassification.from_pretrained(folder)",
+        "ask = pipeline('text-classification', model=model, tokenizer=AutoTokenizer.from_pretrained(folder))",
+        "print(type(model).__name__, len(ask('a')))",
+    )
+    assert said.splitlines()[-1] == "PTuneForSequenceClassification 1" and "not supported" not in said
 
 
 @pytest.mark.parametrize(("family", "task"), [("llama", None), ("bert", "SEQ_CLS"), ("bart", None)])
