@@ -8,6 +8,7 @@ from hf_ptune.backbone import TASKS, is_hub_id
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.errors import RecipeError
 from hf_ptune.fresh_base import load_tokenizer
+from hf_ptune.hub import adapter_files
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.recipe import Recipe
 from hf_ptune.tasks import Task, TaskTrainer
@@ -29,7 +30,9 @@ def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, dict[str, 
         PTuneError: the adapter cannot be loaded, or was trained for other labels or another template.
     """
     source = adapter or str(Path(recipe.output_dir) / ADAPTER_FOLDER)
-    if not Path(source).is_dir() and not is_hub_id(source):
+    if Path(source).is_dir():
+        adapter_files(source)  # else transformers says something of its own
+    elif adapter is None or not is_hub_id(source):
         raise RecipeError(f"{source} is no folder; train the recipe first, or name an adapter with --adapter.")
     arguments = make_arguments(replace(recipe, training=recipe.training | {"push_to_hub": False}))
     task, rows = recipe.build_task(), load_rows(recipe)

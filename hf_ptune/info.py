@@ -15,7 +15,7 @@ from hf_ptune.adapter_file import is_foreign, read_tensors
 from hf_ptune.backbone import describe, read_tokenizer, resolve
 from hf_ptune.cards import FACTS_NAME, RunFacts, human_bytes, summarise
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import AdapterFileError, PTuneError
+from hf_ptune.errors import AdapterFileError, PTuneError, shorten
 from hf_ptune.loading import find_adapter
 from hf_ptune.methods import PromptKind, get_method
 
@@ -44,7 +44,14 @@ def describe_adapter(source: str, **hub: Any) -> str:
             f"{source} holds an adapter of PEFT's, not one of this package. To have it as one: "
             f"{shlex.join(['hf-ptune', 'convert', source, 'FOLDER'])}"
         )
-    config = AutoConfig.from_pretrained(source, **hub)
+    try:
+        config = AutoConfig.from_pretrained(source, **hub)
+    except PTuneError:
+        raise
+    except ValueError as error:  # a config.json that names no kind of model, or none at all
+        raise AdapterFileError(
+            f"{source} holds no adapter ({shorten(error, 120)}); name what a run, save_pretrained or a push wrote."
+        ) from error
     if not isinstance(config, PTuneConfig):
         raise AdapterFileError(f"{source} holds a {config.model_type}, not an adapter of this package.")
     path, _, _, config = find_adapter(source, config, **hub)

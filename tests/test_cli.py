@@ -329,6 +329,11 @@ def test_info_takes_what_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "task: MASKED_LM\n" in said and "metrics: not known" in said and "task is 'FOO'" in said
 
 
+def test_info_of_a_folder_without_an_adapter_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(tmp_path)]) == 2
+    assert f"error: {tmp_path} holds no adapter (" in capsys.readouterr().err
+
+
 def test_info_says_what_a_peft_folder_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_adapter(tmp_path / "ours", tmp_path / "base")
     folder = tmp_path / "of peft"

@@ -8,7 +8,7 @@ import yaml
 from test_train import write_base, write_recipe
 
 from hf_ptune.cli import main
-from hf_ptune.errors import RecipeError
+from hf_ptune.errors import AdapterFileError, RecipeError
 from hf_ptune.evaluation import evaluate
 from hf_ptune.recipe import make_recipe
 from hf_ptune.train import run
@@ -59,6 +59,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     turned = given | {"data": given["data"] | {"labels": ["late", "early"]}}
     with pytest.raises(RecipeError, match=r"for the labels \['early', 'late'\], and the rows have \['late', 'early'\]"):
         evaluate(make_recipe(turned, folder=tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AdapterFileError, match="holds no finished adapter: config.json, model.safetensors missing"):
+        evaluate(make_recipe(given, folder=tmp_path), str(tmp_path / "empty"))
     with pytest.raises(RecipeError, match="holds a BertForSequenceClassification, and no adapter"):
         evaluate(make_recipe(given, folder=tmp_path), given["base"])
 
