@@ -36,8 +36,9 @@ class _Follower(MetaPathFinder):
             return None
         finders: list[Any] = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
         spec: ModuleSpec | None = next((s for f in finders if (s := f.find_spec(fullname, path, target))), None)
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
+        loader: Any = spec and spec.loader
+        # a finder that loads by itself serves many modules: transformers' of former names does
+        if loader is not None and loader not in sys.meta_path:
             loader.exec_module = _then(loader.exec_module, fullname)
         return spec
 

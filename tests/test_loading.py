@@ -403,6 +403,16 @@ def in_a_fresh_process(*lines: str) -> str:
     ).stdout.strip()
 
 
+def test_a_loader_of_many_modules_stays_as_it_is() -> None:
+    """Transformers' finder of former names loads each by itself; changed for one, it would be changed for all."""
+    found = in_a_fresh_process(
+        "import hf_ptune, sys, transformers",
+        "import transformers.tokenization_utils_fast, transformers.tokenization_utils",
+        "print([f for f in sys.meta_path if not isinstance(f, type) and 'exec_module' in vars(f)])",
+    )
+    assert found.splitlines()[-1] == "[]"
+
+
 def test_importing_loads_nothing_more_than_transformers_does() -> None:
     found = in_a_fresh_process(
         "import importlib.abc, importlib.machinery, sys, transformers",
