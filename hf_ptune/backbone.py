@@ -33,6 +33,7 @@ from hf_ptune.adapter_file import MODEL_TYPE
 from hf_ptune.errors import DEVICE_FAILURES, AdapterFileError, BackboneError, PTuneError, shorten
 from hf_ptune.methods.bitfit import bias_names
 
+logger = hf_logging.get_logger(__name__)
 # task -> Auto class that loads the base, names of the classes that do the task, whether a fresh head comes with it
 _TABLE: dict[str, tuple[Any, str, bool]] = {
     "SEQ_CLS": (AutoModelForSequenceClassification, "SEQUENCE_CLASSIFICATION", True),
@@ -311,6 +312,21 @@ def head_names(backbone: PreTrainedModel, task: str, further: list[str] | None =
             raise BackboneError(f"modules_to_save names {module!r}, which {type(backbone).__name__} does not have.")
         chosen |= found
     return chosen
+
+
+def keep_pooler(config: Any, backbone: PreTrainedModel, base: str) -> None:
+    """Let an adapter train and save a pooler that its base's checkpoint lacks.
+
+    Args:
+        config: of the adapter.
+        backbone: the task model, with a fresh pooler.
+        base: its name, for the message.
+    """
+    config.modules_to_save = [*(config.modules_to_save or []), POOLER]
+    logger.warning(
+        f"the checkpoint of {base} has no pooler, through which a {type(backbone).__name__} reads it: a fresh one is "
+        "trained, and saved with the adapter (modules_to_save)."
+    )
 
 
 def has_fresh_pooler(backbone: PreTrainedModel, task: str) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_ptune.arguments import make_arguments
-from hf_ptune.backbone import TASKS, is_hub_id
+from hf_ptune.backbone import is_hub_id
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.errors import RecipeError
 from hf_ptune.fresh_base import load_tokenizer
@@ -12,7 +12,7 @@ from hf_ptune.hub import adapter_files
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.recipe import Recipe
 from hf_ptune.tasks import Task, TaskTrainer
-from hf_ptune.train import ADAPTER_FOLDER, check_features
+from hf_ptune.train import ADAPTER_FOLDER, check_features, load_adapter
 from hf_ptune.train import evaluate as measure
 
 
@@ -36,8 +36,7 @@ def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, dict[str, 
         raise RecipeError(f"{source} is no folder; train the recipe first, or name an adapter with --adapter.")
     arguments = make_arguments(replace(recipe, training=recipe.training | {"push_to_hub": False}))
     task, rows = recipe.build_task(), load_rows(recipe)
-    options = {name: value for name, value in recipe.base_options.items() if name != "revision"}
-    model = TASKS[task.model_task].from_pretrained(source, **options)
+    model = load_adapter(source, task, recipe.base_options)
     _check_fit(model, source, task, rows)
     tokenizer = load_tokenizer(source)
     parts = {"held-out": rows.held_out} | ({"test": rows.test} if rows.test else {})
@@ -65,13 +64,12 @@ def _check_fit(model: object, source: str, task: Task, rows: Rows) -> None:
     if not isinstance(model, PTunePreTrainedModel):
         raise RecipeError(f"{source} holds a {type(model).__name__}, and no adapter; name a folder that training left.")
     wanted = task.config_options()
-    own = {name: getattr(model.config, name) for name in ("template", "verbalizer")}
-    words = {label: [w] if isinstance(w, str) else list(w) for label, w in wanted.get("verbalizer", {}).items()}
-    for name, value in (("template", wanted.get("template")), ("verbalizer", words or None)):
-        if own[name] != value:
+    for name in ("template", "verbalizer"):
+        own, value = getattr(model.config, name), wanted.get(name)
+        if own != value:
             raise RecipeError(
-                f"{source} was trained with {name} {own[name]!r}, and the recipe has {value!r}; set task_options."
-                f"{name} to what the adapter has."
+                f"{source} was trained with {name} {own!r}, and the recipe has {value!r}; set task_options.{name} to "
+                "what the adapter has."
             )
     names = model.config.label_names
     if task.label_role is not None and not wanted and names != rows.labels:

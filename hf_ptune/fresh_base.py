@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from hf_ptune.backbone import (
     POOLER,
@@ -13,6 +12,7 @@ from hf_ptune.backbone import (
     check_family,
     head_names,
     is_hub_id,
+    keep_pooler,
     load_backbone,
     read_tokenizer,
     resolve,
@@ -21,8 +21,6 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, RecipeError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.tasks import Task
-
-logger = logging.get_logger(__name__)
 
 
 def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -84,11 +82,7 @@ def load_base(
         backbone, absent = load_backbone(task, base, config, **given)
     unknown = absent - head_names(backbone, task, None if adapter is None else adapter.modules_to_save)
     if adapter is not None and unknown and all(f".{POOLER}." in f".{name}" for name in unknown):
-        adapter.modules_to_save = [*(adapter.modules_to_save or []), POOLER]
-        logger.warning(
-            f"the checkpoint of {base} has no pooler, through which a {type(backbone).__name__} reads it: a fresh one "
-            "is trained, and saved with the adapter (modules_to_save)."
-        )
+        keep_pooler(adapter, backbone, base)
     elif unknown:
         raise BackboneError(
             f"the checkpoint of {base} has no weights for {sorted(unknown)[:5]}; it does not fit {task}."

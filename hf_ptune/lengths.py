@@ -11,7 +11,6 @@ from hf_ptune.tasks.causal_lm import CausalLM
 from hf_ptune.tasks.generation import GenerationTask
 
 logger = logging.get_logger(__name__)
-TRAINING = "training"
 
 
 def check_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, features: Sequence[Feature], what: str) -> None:
@@ -28,8 +27,6 @@ def check_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, features: Sequ
     Raises:
         RecipeError: nothing but special tokens is left of one.
     """
-    if isinstance(task, GenerationTask) and task.generate and what != TRAINING:
-        _check_answers(task, tokenizer, features, what)
     if hasattr(task, "stride") or isinstance(task, CausalLM):
         return
     # what stands for text is a special token too
@@ -53,17 +50,21 @@ def check_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, features: Sequ
         _tell(targets, len(features), f"{what} targets", f"task_options.max_target_length={most}")
 
 
-def _check_answers(
-    task: GenerationTask, tokenizer: PreTrainedTokenizerBase, features: Sequence[Feature], what: str
-) -> None:
-    """Log how many answers could not be written whole, which bounds BLEU and ROUGE-L."""
+def check_answers(task: GenerationTask, tokenizer: PreTrainedTokenizerBase, features: Sequence[Feature]) -> None:
+    """Log how many answers could not be written whole, which bounds BLEU and ROUGE-L.
+
+    Args:
+        task: whose `max_new_tokens` bounds them.
+        tokenizer: the base's.
+        features: held-out ones, with references.
+    """
 
     def length(reference: str) -> int:
         return len(tokenizer(reference, add_special_tokens=False)["input_ids"])
 
     if cut := sum(min(map(length, f["references"])) > task.max_new_tokens for f in features):
         logger.warning(
-            f"{cut} of {len(features)} {what} rows have no reference of at most task_options.max_new_tokens="
+            f"{cut} of {len(features)} held-out rows have no reference of at most task_options.max_new_tokens="
             f"{task.max_new_tokens} tokens: what is written ends there, and BLEU and ROUGE-L count the rest as "
             "missing; raise max_new_tokens."
         )

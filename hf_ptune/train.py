@@ -49,7 +49,7 @@ from hf_ptune.data import Rows, load_rows
 from hf_ptune.engines import last_checkpoint
 from hf_ptune.errors import PTuneError, RecipeError
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
-from hf_ptune.lengths import TRAINING, check_lengths
+from hf_ptune.lengths import check_answers, check_lengths
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.overrides import split_overrides
@@ -273,7 +273,7 @@ def check_features(
         raise RecipeError(
             f"{empty} rows have no tokens for {type(tokenizer).__name__}; fill their texts, or drop them."
         )
-    check_lengths(task, tokenizer, features, "held-out" if held_out else TRAINING)
+    check_lengths(task, tokenizer, features, "held-out" if held_out else "training")
     writes = held_out and isinstance(task, GenerationTask)
     if blank := [n for n, f in enumerate(features, 1) if writes and not f["source_ids"]]:
         raise RecipeError(
@@ -288,6 +288,7 @@ def check_features(
         check_positions(model, longest)
     if held_out and isinstance(task, GenerationTask) and task.generate:
         width = max(len(f["source_ids"]) for f in features)
+        check_answers(task, tokenizer, features)
         # the last token that is written is not read
         check_positions(model, {"input_ids": torch.zeros(1, width)}, further=task.max_new_tokens - 1)
 
@@ -310,6 +311,21 @@ def numbers(log: dict[str, Any], prefix: str) -> dict[str, float]:
     return {k: v for k, v in found.items() if not k.endswith(TIMES)}
 
 
+def load_adapter(source: str | Path, task: Task, base_options: Mapping[str, Any]) -> Any:
+    """Load an adapter by its task's Auto class.
+
+    Args:
+        source: folder, or id on the Hub.
+        task: what it was trained for.
+        base_options: how its base is loaded; the revision stands in the adapter.
+
+    Returns:
+        The model, in eval mode.
+    """
+    options = {name: value for name, value in base_options.items() if name != "revision"}
+    return TASKS[task.model_task].from_pretrained(source, **options).eval()
+
+
 def ask(
     folder: Path, task: Task, rows: Sequence[Row], seed: int, base_options: Mapping[str, Any] | None = None
 ) -> list[Answer]:
@@ -323,8 +339,7 @@ def ask(
         base_options: how its base is loaded; the revision stands in the folder.
     """
     with loading_alone():
-        options = {k: v for k, v in (base_options or {}).items() if k != "revision"}
-        model = TASKS[task.model_task].from_pretrained(folder, **options).eval()
+        model = load_adapter(folder, task, base_options or {})
     drawn = random.Random(seed).sample(rows, len(rows))
     if task.group_role is not None:
         drawn = list({row[task.group_role]: row for row in drawn}.values())  # one of each group

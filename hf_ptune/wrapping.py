@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_ptune import prompt_start
-from hf_ptune.backbone import POOLER, anchored, has_fresh_pooler, task_of
+from hf_ptune.backbone import POOLER, anchored, has_fresh_pooler, keep_pooler, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, shorten
 from hf_ptune.injection import complaint, prompts_agree
@@ -61,13 +61,9 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
     config.task = task_of(backbone)
     config.base_class = type(backbone).__name__
     config.set_base(backbone.config, backbone.dtype)
-    kept = config.modules_to_save or []
-    if POOLER not in kept and not config.train_backbone and has_fresh_pooler(backbone, config.task):
-        config.modules_to_save = [*kept, POOLER]
-        logger.warning(
-            f"the checkpoint of {backbone.name_or_path} has no pooler, through which a {type(backbone).__name__} reads "
-            "it: the fresh one is trained, and saved with the adapter (modules_to_save)."
-        )
+    saved = config.train_backbone or POOLER in (config.modules_to_save or [])
+    if not saved and has_fresh_pooler(backbone, config.task):
+        keep_pooler(config, backbone, backbone.name_or_path)
     name = config.base_model_name_or_path or backbone.name_or_path or None
     config.base_model_name_or_path = None if name is None else anchored(name)
     revision = config.base_model_revision

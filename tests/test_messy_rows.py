@@ -402,12 +402,14 @@ def test_rows_without_text_are_told(warned: pytest.LogCaptureFixture) -> None:
 def test_answers_that_cannot_be_written_whole_are_counted(warned: pytest.LogCaptureFixture) -> None:
     tokenizer = words_tokenizer()
     rows = [{"prompt": "a", "references": [r, "a b c d e"]} for r in ("a b", "a b c", "a b c d")]
+    model = get_ptune_model(build("gpt2"), PTuneConfig(num_virtual_tokens=2))
     told = "2 of 3 held-out rows have no reference of at most task_options.max_new_tokens=2"
     for generate in (False, True):
         task = CausalLM(generate=generate, max_new_tokens=2)
         features = task.encode([task.check_row(r, "here") for r in rows], tokenizer, [], held_out=True)
-        check_lengths(task, tokenizer, features, "training")
-        check_lengths(task, tokenizer, features, "held-out")
+        check_features(model, task, tokenizer, features)
+        assert told not in warned.text
+        check_features(model, task, tokenizer, features, held_out=True)
         assert (told in warned.text) is generate
     assert "training rows have no reference" not in warned.text
 

@@ -85,7 +85,8 @@ class _Cloze(Task):
         return self.model_task == "CAUSAL_LM"
 
     def config_options(self) -> dict[str, Any]:
-        return {"template": self.template} | ({"verbalizer": dict(self.verbalizer)} if self.verbalizer else {})
+        words = {label: [w] if isinstance(w, str) else list(w) for label, w in self.verbalizer.items()}
+        return {"template": self.template} | ({"verbalizer": words} if words else {})
 
     def known_labels(self) -> list[str]:
         return list(self.verbalizer)
