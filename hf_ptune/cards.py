@@ -53,7 +53,8 @@ class RunFacts:
         adapter_bytes: size of the adapter's file.
         base_bytes: size of the base's weights, which full fine-tuning would write.
         base_parameters: those of the base, which full fine-tuning would train.
-        example: an input for the snippet; of SEQ_CLS, where pairs were trained on, its `text` and `text_pair`.
+        example: an input for the snippet; of SEQ_CLS, where pairs were trained on, its `text` and `text_pair`, and of
+            a template with a gap its fields.
         datasets: ids or names of what it was trained on.
         languages: ISO codes.
         license: of the base.
@@ -123,6 +124,12 @@ class RunFacts:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise PTuneError(f"{path} holds no facts of a run ({error}); train with ModelCardCallback.") from error
 
+    def _example_names(self) -> tuple[str, ...]:
+        """Names of the texts that an example may consist of; none where it is one text."""
+        if (read := _gap_template(self)) is not None:
+            return tuple(read.fields)
+        return ("text", "text_pair") if self.task == "SEQ_CLS" else ()
+
     def _check(self) -> None:
         """Refuse what no card can be made of.
 
@@ -132,9 +139,11 @@ class RunFacts:
         plain = RunFacts(self.method, self.task)
         for f in fields(self):
             value, unset = getattr(self, f.name), getattr(plain, f.name)
-            if f.name == "example" and self.task == "SEQ_CLS" and isinstance(value, dict):
-                if value.keys() != {"text", "text_pair"} or not all(isinstance(v, str) for v in value.values()):
-                    raise ValueError(f"example is {value!r}; expected a text, or text and text_pair, which are texts")
+            if f.name == "example" and isinstance(value, dict) and (names := self._example_names()):
+                if value.keys() != set(names) or not all(isinstance(v, str) for v in value.values()):
+                    raise ValueError(
+                        f"example is {value!r}; expected a text, or {' and '.join(names)}, which are texts"
+                    )
                 continue
             kind = str if unset is None else type(unset)
             if not isinstance(value, kind) and (value is not None or unset is not None):
@@ -262,10 +271,16 @@ def draw_curves(facts: RunFacts, path: Path) -> str | None:
 
 def _cloze(facts: RunFacts) -> tuple[str, dict[str, Any]] | None:
     """What reads an adapter's template, and a row of its fields; none where it has no template with a gap."""
-    template = facts.options.get("template")
-    if not template or not (read := Template.parse(template)).has_mask:
+    if (read := _gap_template(facts)) is None:
         return None
-    return "classify" if facts.options.get("verbalizer") else "predict_words", dict.fromkeys(read.fields, facts.example)
+    row = facts.example if isinstance(facts.example, dict) else dict.fromkeys(read.fields, facts.example)
+    return "classify" if facts.options.get("verbalizer") else "predict_words", row
+
+
+def _gap_template(facts: RunFacts) -> Template | None:
+    """The template of an adapter, where it has one with a gap."""
+    template = facts.options.get("template")
+    return read if template and (read := Template.parse(template)).has_mask else None
 
 
 def _literal(example: str | dict[str, Any]) -> str:

@@ -66,6 +66,7 @@ logger = logging.get_logger(__name__)
 ADAPTER_FOLDER = "adapter"
 INTERRUPTED = 130  # the exit code, as shells have it
 _QUESTIONS = 3
+_TRAINING_SPLITS = ("train", "training")
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,7 @@ def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None, pairs:
 def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a recipe and its rows tell a card."""
     given = {k: v for k, v in asdict(recipe.card).items() if v is not None}
-    source = recipe.data.source
-    given.setdefault("datasets", [source.removeprefix(HUB) if source.startswith(HUB) else Path(source).stem])
+    given.setdefault("datasets", [_data_name(recipe.data.source)])
     own = (*recipe.rates(), recipe.learning_rate_decay)
     rates = zip(("backbone_learning_rate", "head_learning_rate", "learning_rate_decay"), own, strict=True)
     read = {"max_length": task.max_length, "training_rows": len(rows.train)}
@@ -180,6 +180,14 @@ def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedToke
     given["limits"] = [*given.get("limits", []), *task.limits(rows.held_out[0])]
     example = task.example(rows.held_out[0], tokenizer)
     return given if example is None else given | {"example": example}
+
+
+def _data_name(source: str) -> str:
+    """What data go by on a card: their id on the Hub, or a file's name, or its folder's where the file is a split."""
+    if source.startswith(HUB):
+        return source.removeprefix(HUB)
+    path = Path(source).absolute()
+    return path.parent.name or path.stem if path.stem in _TRAINING_SPLITS else path.stem
 
 
 def train_on(trainer: Trainer) -> None:

@@ -413,10 +413,14 @@ def test_facts_tell_what_a_prompt_started_from_and_what_ran_beside_it(tmp_path: 
     assert told["backbone_dropout"] is False and told["prompt_tuning_init_adapter"] == "earlier"
 
 
-def test_the_snippet_of_a_template_reads_it() -> None:
+def test_the_snippet_of_a_template_reads_it(tmp_path: Path) -> None:
     options = {"template": "[P2] {first} {second} [MASK]", "verbalizer": {"a": "b"}}
-    card = make_card(RunFacts("p_tuning", "MASKED_LM", options=options, example="x"))
+    facts = RunFacts("p_tuning", "MASKED_LM", options=options, example="x")
+    card = make_card(facts)
     assert "from hf_ptune.cloze import classify" in card.text and '[{"first": "x", "second": "x"}]' in card.text
+    facts.example = {"first": "it rains", "second": "it is wet"}
+    facts.save(tmp_path)
+    assert '[{"first": "it rains", "second": "it is wet"}]' in make_card(RunFacts.load(tmp_path)).text
     card = make_card(RunFacts("p_tuning", "CAUSAL_LM", options=options | {"verbalizer": None}))
     assert "predict_words(model, tokenizer" in card.text and "pipeline" not in card.text.split("## Size")[0]
 

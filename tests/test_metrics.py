@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import EvalPrediction
 
+from hf_ptune.errors import PTuneError
 from hf_ptune.metrics import Accuracy, Bleu, MacroF1, RougeL, Seqeval, SpanMatch
 from hf_ptune.tasks import IGNORED
 from hf_ptune.tasks.causal_lm import CausalLM
@@ -259,3 +260,15 @@ def test_rouge_equals_the_package_s() -> None:
     )
     found = RougeL(keep_in_memory=True).compute(predictions=predictions, references=references)
     assert found["rougeL"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("metric", [Accuracy, Bleu, MacroF1, RougeL, Seqeval, SpanMatch])
+def test_nothing_is_no_input_of_a_metric(metric: type) -> None:
+    with pytest.raises(PTuneError, match=f"{metric.__name__} was given no predictions"):
+        metric(keep_in_memory=True).compute(predictions=[], references=[])
+
+
+@pytest.mark.parametrize("metric", [Bleu, RougeL])
+def test_a_text_without_a_reference_is_named(metric: type) -> None:
+    with pytest.raises(PTuneError, match="prediction 1 has no reference"):
+        metric(keep_in_memory=True).compute(predictions=["a", "b"], references=[["a"], []])

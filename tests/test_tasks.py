@@ -22,6 +22,7 @@ from hf_ptune.errors import ConfigError, RecipeError
 from hf_ptune.tasks import IGNORED, Task, get_task, register_task, task_names
 from hf_ptune.tasks.base import run_model
 from hf_ptune.tasks.causal_lm import CausalLM
+from hf_ptune.tasks.cloze import ClozeMaskedLM
 from hf_ptune.tasks.masked_lm import MaskedLM
 from hf_ptune.tasks.multiple_choice import MultipleChoice
 from hf_ptune.tasks.question_answering import QuestionAnswering
@@ -604,5 +605,8 @@ def test_cards_ask_as_the_model_has_learnt_to_be_asked() -> None:
     prefixed = Seq2SeqLM(prefix="shorten: ")
     table = checked(prefixed, {"text": [["a", "b"], ["d"]], "target": "c"})[0]
     assert prefixed.example(table, words_tokenizer()) == "shorten: a : b | d"
+    cloze = ClozeMaskedLM(template="{first} ? [MASK] , {second}", verbalizer={"c": "b"})
+    facts = checked(cloze, {"first": "a b", "second": 1, "label": "c"})[0]
+    assert cloze.example(facts, words_tokenizer()) == {"first": "a b", "second": "1"}
     tagged = checked(TokenClassification(), {"tokens": ["a"], "tags": ["O"]})[0]
     assert TokenClassification().example(tagged, words_tokenizer()) is None

@@ -21,11 +21,11 @@ from hf_ptune import PTuneConfig, cli, train_multitask
 from hf_ptune.arguments import make_arguments
 from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts
-from hf_ptune.data import load_rows
+from hf_ptune.data import Rows, load_rows
 from hf_ptune.errors import BackboneError, RecipeError
 from hf_ptune.fresh_base import load_base, load_tokenizer
 from hf_ptune.recipe import make_recipe
-from hf_ptune.train import evaluate, main, make_config, make_trainer, run, wrap_base
+from hf_ptune.train import card_facts, evaluate, main, make_config, make_trainer, run, wrap_base
 
 ROOT = Path(__file__).parents[1]
 LETTERS = "abcdefgh"
@@ -147,6 +147,16 @@ def test_held_out_rows_are_answered(family: str, task: str, tmp_path: Path) -> N
     assert (facts.hyperparameters["max_length"], facts.hyperparameters["training_rows"]) == (128, 30)
     assert facts.metrics[0]["rougeL"] == outcome.after["rougeL"]
     assert facts.metrics[0]["test_rougeL"] == outcome.test["rougeL"]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("news/train.jsonl", "news"), ("news/Rows.csv", "Rows"), ("news/training.parquet", "news"), ("hub:a/b", "a/b")],
+)
+def test_a_split_s_file_goes_by_its_folder_on_a_card(source: str, name: str, tmp_path: Path) -> None:
+    recipe = make_recipe(write_recipe(tmp_path, "SEQ_CLS", "base", data={"source": source}))
+    rows = Rows([{"text": "a", "label": "x"}], [], [], ["x"])
+    assert card_facts(recipe, rows, recipe.build_task(), words_tokenizer())["datasets"] == [name]
 
 
 def test_a_package_s_base_keeps_its_name(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ class ModelCardCallback(TrainerCallback):
         datasets: ids or names of the training data, the one that was evaluated on first.
         languages: ISO codes of its languages.
         license: of the adapter; the base's own goes here.
-        example: an input for the card's snippet; a dict of `text` and `text_pair` where SEQ_CLS reads pairs.
+        example: an input for the card's snippet; a dict of `text` and `text_pair` where SEQ_CLS reads pairs, of
+            its fields where a template has a gap.
         limits: sentences on what to know before use.
         base: the base's id on the Hub, where it was loaded by another name.
         hyperparameters: settings that no TrainingArguments tell, by their names.

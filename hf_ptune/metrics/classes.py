@@ -7,27 +7,27 @@ import evaluate
 import numpy as np
 
 from hf_ptune.errors import PTuneError
-from hf_ptune.metrics.inputs import same_kind
+from hf_ptune.metrics.inputs import Metric, same_kind
 from hf_ptune.metrics.tags import spell_tags
 
 
-class Accuracy(evaluate.Metric):
+class Accuracy(Metric):
     """Count the part of predictions that equal their references."""
 
     def _info(self) -> evaluate.MetricInfo:
         return same_kind("Part of predictions that are right.", "", datasets.Value("int64"))
 
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+    def _score(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
-class MacroF1(evaluate.Metric):
+class MacroF1(Metric):
     """Average the F1 of every class, each class alike."""
 
     def _info(self) -> evaluate.MetricInfo:
         return same_kind("Mean over classes of F1.", "", datasets.Value("int64"))
 
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+    def _score(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         try:
             from sklearn.metrics import f1_score
         except ImportError as error:
@@ -35,7 +35,7 @@ class MacroF1(evaluate.Metric):
         return {"f1_macro": float(f1_score(references, predictions, average="macro", zero_division=0))}
 
 
-class Seqeval(evaluate.Metric):
+class Seqeval(Metric):
     """Score entities of tagged sequences: precision, recall, F1, and the accuracy of tags.
 
     Tags are of IOB, IOBES, BILOU, BMES or BMEWO, or plain classes, of which equal ones in a row are one entity.
@@ -45,7 +45,7 @@ class Seqeval(evaluate.Metric):
         citation = "Nakayama 2018, seqeval: a Python framework for sequence labeling evaluation"
         return same_kind("F1 of whole entities.", citation, datasets.Sequence(datasets.Value("string")))
 
-    def _compute(self, predictions: Sequence[list[str]], references: Sequence[list[str]]) -> dict[str, float]:
+    def _score(self, predictions: Sequence[list[str]], references: Sequence[list[str]]) -> dict[str, float]:
         try:
             from seqeval import metrics
         except ImportError as error:

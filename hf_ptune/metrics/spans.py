@@ -9,14 +9,14 @@ from typing import Any
 
 import evaluate
 
-from hf_ptune.metrics.inputs import EAST_ASIAN, texts_with_references
+from hf_ptune.metrics.inputs import EAST_ASIAN, Metric, texts_with_references
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _EAST_ASIAN = re.compile(f"([{EAST_ASIAN}])")
 _PUNCTUATION = set(string.punctuation)
 
 
-class SpanMatch(evaluate.Metric):
+class SpanMatch(Metric):
     """Compare answers as SQuAD's own scripts do, but from 0 to 1: the best of several references counts.
 
     A row without references has no answer: "" is right there. Where there are such rows, rows with and without
@@ -34,7 +34,7 @@ class SpanMatch(evaluate.Metric):
         citation = "Rajpurkar et al. 2016, SQuAD: 100,000+ Questions for Machine Comprehension of Text"
         return texts_with_references("Exact match and F1 of extracted answers.", citation)
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    def _score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         # a reference of articles and punctuation alone does not count
         wanted = [[r for r in rs if self._words(r)] or [""] for rs in references]
         pairs = list(zip(predictions, wanted, strict=True))

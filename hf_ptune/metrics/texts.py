@@ -7,12 +7,12 @@ from typing import Any
 import evaluate
 
 from hf_ptune.errors import PTuneError
-from hf_ptune.metrics.inputs import EAST_ASIAN, texts_with_references
+from hf_ptune.metrics.inputs import EAST_ASIAN, WrittenTextMetric, texts_with_references
 
 _WORDS = re.compile(rf"[{EAST_ASIAN}]|[^\W_{EAST_ASIAN}]+")
 
 
-class Bleu(evaluate.Metric):
+class Bleu(WrittenTextMetric):
     """BLEU of a corpus as sacrebleu and mteval count it, from 0 to 100.
 
     Args:
@@ -28,7 +28,7 @@ class Bleu(evaluate.Metric):
             "BLEU of a corpus.", "Papineni et al. 2002, BLEU; Post 2018, A Call for Clarity in Reporting BLEU"
         )
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    def _score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         try:
             from sacrebleu.metrics import BLEU
         except ImportError as error:
@@ -48,7 +48,7 @@ def bleu_tokenizers() -> list[str]:
     return [str(name) for name in BLEU.TOKENIZERS]
 
 
-class RougeL(evaluate.Metric):
+class RougeL(WrittenTextMetric):
     """ROUGE-L: F1 of the longest common subsequence of words, the best reference of each text, from 0 to 1.
 
     Words are lower-cased runs of letters and digits, as in the package rouge_score without its stemmer; every
@@ -60,7 +60,7 @@ class RougeL(evaluate.Metric):
             "F1 of longest common subsequences.", "Lin 2004, ROUGE: A Package for Automatic Evaluation"
         )
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    def _score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         scores = [
             max(_subsequence_f1(_words(p), _words(r)) for r in rs)
             for p, rs in zip(predictions, references, strict=True)

@@ -147,6 +147,9 @@ class _Cloze(Task):
             return {"p_at_1": results["accuracy"]}
         return results | MacroF1(keep_in_memory=True).compute(**pairs)
 
+    def example(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+        return {name: str(row[name]) for name in Template.parse(self.template).fields}
+
     def ask(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Answer]:
         read = Template.parse(self.template)
         if self.verbalizer:

@@ -92,15 +92,21 @@ class QuestionAnswering(Task):
         A window without the answer points at its first special token, as one of a row without answer does.
         """
         need_fast(tokenizer, "character")
-        features, out_of_reach = [], 0
+        features, out_of_reach, too_long = [], 0, 0
         for row in rows:
             windows = self._windows(row, tokenizer)
+            too_long += any(w["end_positions"] - w["start_positions"] >= self.max_answer_length for w in windows)
             out_of_reach += bool(row["answers"]["text"]) and all(w["start_positions"] == w["null"] for w in windows)
             features += [feature | {"row": row} for feature in windows]
         if out_of_reach:
             logger.warning(
                 f"{out_of_reach} of {len(rows)} rows have an answer that no window of {self.max_length} tokens holds "
                 "whole; they are learned as rows without one. Raise task_options.stride, or data.max_length."
+            )
+        if too_long:
+            logger.warning(
+                f"{too_long} of {len(rows)} rows have an answer of more than task_options.max_answer_length="
+                f"{self.max_answer_length} tokens, which is never given whole; raise it."
             )
         return features
 

@@ -1,6 +1,7 @@
 """Every recipe's small variant with several seeds: the table of recipes/README.md, and the cards in model_cards/.
 
 python recipes/benchmarks/recipes/run.py [--missing] [--recipes trec_p_tuning_v2,quickstart] [--seeds 0,1,2]
+    [--base HuggingFaceTB/SmolLM2-135M=FOLDER]
 
 Rows are read from recipes/data/<name>, as the variants say. Writes results.json beside this file after every run, then
 metric (mean ± deviation over seeds), peak memory and minutes into the table, and a card of all seeds. A run that fails
@@ -31,6 +32,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", default="", help="names, comma-separated; all when unset")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--base", action="append", default=[], help="ID=FOLDER: a base that is read from a folder")
     parser.add_argument("--missing", action="store_true", help="run only what has no record yet")
     parser.add_argument("--folder", default=str(Path(tempfile.gettempdir()) / "ptune_recipes"), help="of the runs")
     parser.add_argument("--report", action="store_true", help="write table and cards only")
@@ -42,11 +44,15 @@ def records() -> dict[str, Record]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
-def measure(name: str, seed: int, folder: Path) -> Record:
+def measure(name: str, seed: int, folder: Path, bases: dict[str, str]) -> Record:
     """Train a recipe in a process of its own, and tell what it came to."""
+    from hf_ptune.recipe import read_recipe
+
     path = ROOT / "recipes" / f"{name}.yaml"
-    small = ["--variant=small"] if re.search(r"^variants:", path.read_text(), re.MULTILINE) else []
-    command = [sys.executable, "-m", "hf_ptune.train", str(path), *small, f"--seed={seed}", f"--output_dir={folder}"]
+    changes = ["--variant=small"] if re.search(r"^variants:", path.read_text(), re.MULTILINE) else []
+    if (base := read_recipe(path, changes).base) in bases:
+        changes += [f"--base={bases[base]}", f"--card.base={base}"]
+    command = [sys.executable, "-m", "hf_ptune.train", str(path), *changes, f"--seed={seed}", f"--output_dir={folder}"]
     begin = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     minutes = round((time.perf_counter() - begin) / 60, 1)
@@ -115,12 +121,13 @@ def write_card(name: str, folders: list[Path]) -> None:
 def main() -> None:
     options = parse()
     names = options.recipes.split(",") if options.recipes else sorted(p.stem for p in ROOT.glob("recipes/*.yaml"))
+    bases = dict(one.split("=", 1) for one in options.base)
     for name in names:
         folders = []
         for seed in map(int, options.seeds.split(",")):
             key, folder = f"{name}/{seed}", Path(options.folder) / f"{name}-{seed}"
             if not options.report and not (options.missing and key in records()):
-                record = measure(name, seed, folder)
+                record = measure(name, seed, folder, bases)
                 RESULTS.write_text(json.dumps(records() | {key: record}, indent=1) + "\n")
                 print(key, json.dumps(record), flush=True)
             if (folder / "adapter" / "run_facts.json").exists():
