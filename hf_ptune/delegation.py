@@ -20,6 +20,11 @@ class Delegating(SavedAdapter):
         raise NotImplementedError
 
     @property
+    def base_model(self) -> nn.Module:
+        """The backbone's body, without its head; the prompt works where that is called by itself, too."""
+        return self.backbone.base_model
+
+    @property
     def loss_function(self) -> Any:
         """The backbone's, which computes the loss."""
         return self.backbone.loss_function

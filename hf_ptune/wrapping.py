@@ -66,6 +66,7 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
         keep_pooler(config, backbone, backbone.name_or_path)
     name = config.base_model_name_or_path or backbone.name_or_path or None
     config.base_model_name_or_path = None if name is None else anchored(name)
+    config.name_or_path = backbone.name_or_path  # scripts load what a model came from, as its own reference, by that
     revision = config.base_model_revision
     found = find_commit(backbone, name, revision)
     config.base_model_revision = found or revision

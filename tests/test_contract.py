@@ -67,6 +67,23 @@ def test_shapes_and_gradients(family: str, method: str, wrap: Wrap) -> None:
             assert parameter.grad is None, name
 
 
+@pytest.mark.parametrize(("family", "method"), [(f, m) for f, m in PROMPTED if f not in SEQ2SEQ])
+def test_the_body_alone_has_the_prompt(family: str, method: str, wrap: Wrap) -> None:
+    """Trainers that put their own loss behind the last states call `base_model`."""
+    model = wrap(family, method).eval()
+    inputs = batch(family)
+    inputs.pop("labels", None)
+    assert model.base_model is model.backbone.base_model
+    with torch.no_grad():
+        whole = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        alone = model.base_model(**inputs).last_hidden_state
+        with model.disable_adapter():
+            bare = model.base_model(**inputs).last_hidden_state
+    own = slice(1 if family in ENCODERS else 0, None)  # their heads read what is pooled in the first one's place
+    torch.testing.assert_close(alone[:, own], whole[:, own])
+    assert not torch.allclose(alone, bare)
+
+
 @every_pair
 def test_training_leaves_the_backbone_bytes_alone(family: str, method: str, wrap: Wrap) -> None:
     model, inputs = wrap(family, method), batch(family)

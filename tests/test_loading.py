@@ -515,3 +515,15 @@ def test_another_base_in_memory_is_refused(adapter: Path) -> None:
         PTuneForCausalLM.from_pretrained(adapter, backbone=build("llama", hidden_size=64, num_attention_heads=8))
     with pytest.raises(BackboneError, match="made for a LlamaForCausalLM"):
         PTuneForCausalLM.from_pretrained(adapter, backbone=build("gpt2"))
+
+
+def test_a_fresh_adapter_tells_where_its_base_came_from(tmp_path: Path) -> None:
+    """Trainers that compare with the model that training began from load that by its name."""
+    build("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_ptune_model(base, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=2))
+    assert model.name_or_path == model.config.name_or_path == str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    assert "name_or_path" not in json.loads((tmp_path / "adapter" / "config.json").read_text())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert loaded.name_or_path == str(tmp_path / "adapter")
