@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from families import build
+from huggingface_hub import ModelCard
 from test_data import words_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -122,3 +123,17 @@ def test_grpo_writes_with_the_prompt(
         reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
     )
     train(trainer)
+
+
+def test_a_push_has_our_card_and_a_checkpoint_none(
+    adapt: Callable[[str], PTunePreTrainedModel], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    args = trl.SFTConfig(str(tmp_path), **SETTINGS | {"save_strategy": "steps", "save_steps": 1})
+    rows = Dataset.from_list([{"text": "a b c"}] * 16)
+    trainer = trl.SFTTrainer(model=adapt("p_tuning_v2"), args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
+    trainer.create_model_card(dataset_name="user/chats", tags="small")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "P-Tuning v2" in card.text and card.data.datasets == ["user/chats"]
+    assert {"trl", "sft", "small"} <= set(card.data.tags)

@@ -35,6 +35,7 @@ _HYPERPARAMETERS = (
     "fp16",
     "gradient_checkpointing",
 )
+_CHECKPOINT = "_ptune_checkpoint"  # on a Trainer while it writes one
 _LIBRARIES = ("transformers", "torch", "accelerate", "datasets")
 _MEMORY = re.compile("mem_([a-z_]+)_mib(?:_rank([0-9]+))?")
 _SPEED = ("step_time_s", "tokens_per_second", "train_runtime")
@@ -189,7 +190,7 @@ def _told(arguments: dict[str, Any], repo_id: str) -> dict[str, Any]:
         "languages": listed("language"),
         "license": arguments.get("license"),
         "tags": listed("tags"),
-        "datasets": listed("dataset") or listed("dataset_tags"),
+        "datasets": listed("dataset") or listed("dataset_name") or listed("dataset_tags"),
         "dataset_ids": listed("dataset_tags"),
         "name": None if title == repo_id.split("/")[-1] else title,
     }
@@ -199,7 +200,7 @@ def _told(arguments: dict[str, Any], repo_id: str) -> dict[str, Any]:
 @replaces(Trainer, "create_model_card", only_split=False)
 def _create_model_card(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> None:
     """Let the Trainer finish a folder of ours in our way, and every other one in its own."""
-    if not trainer.is_world_process_zero():
+    if not trainer.is_world_process_zero() or _CHECKPOINT in vars(trainer):
         return
     model: Any = ours(trainer.model)
     # the Trainer has just gathered it into that file, and calls this rank alone
@@ -207,9 +208,30 @@ def _create_model_card(trainer: Any, original: Any, *args: Any, **kwargs: Any) -
     given = next((c.given for c in trainer.callback_handler.callbacks if isinstance(c, ModelCardCallback)), {})
     repo_id = trainer.hub_model_id or Path(trainer.args.output_dir).name
     told = _told(inspect.signature(original).bind(*args, **kwargs).arguments, repo_id)
+    if tags := [*told.get("tags", ()), *getattr(trainer, "_tag_names", ())]:
+        told["tags"] = list(dict.fromkeys(tags))
     if "datasets" in given:
         told.pop("dataset_ids", None)
     facts = gather_facts(trainer.args, trainer.state, model, told | given)
     inherit_license(facts, trainer.args.hub_token)
     model.__dict__[RUN] = facts
     finish_folder(model, Path(trainer.args.output_dir), repo_id, facts=facts, state_dict=tensors)
+
+
+def _save_checkpoint(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> None:
+    """Save without a card: the folder around the checkpoints is finished when training is."""
+    vars(trainer)[_CHECKPOINT] = True
+    try:
+        original(*args, **kwargs)
+    finally:
+        del vars(trainer)[_CHECKPOINT]
+
+
+@replaces(Trainer, "create_accelerator_and_postprocess", only_split=False)
+def _take_over_cards(trainer: Any, original: Any) -> None:
+    """Let our card stand where TRL's trainers write one of their own, which tells of no method."""
+    original()
+    for kind in (k for k in type(trainer).__mro__ if k.__module__.partition(".")[0] == "trl"):
+        for name, function in (("create_model_card", _create_model_card), ("_save_checkpoint", _save_checkpoint)):
+            if name in vars(kind):
+                replaces(kind, name, only_split=False)(function)
