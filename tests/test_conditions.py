@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import batch, build
+from families import SEQ2SEQ, batch, build
 from tokenizers_of import tokenizer_of
 from transformers import (
     AttentionInterface,
@@ -515,3 +515,26 @@ def test_a_start_that_fails_leaves_the_backbone_as_it_was() -> None:
     assert all(p.requires_grad for p in backbone.parameters())
     assert torch.equal(logits(backbone, **batch("llama")), before)
     get_ptune_model(backbone, PTuneConfig(num_virtual_tokens=3))
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "p_tuning_v2"])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_generating_reports_own_positions_of_the_encoder(
+    family: str, settings: dict[str, Any], method: str, wrap: Wrap
+) -> None:
+    model = wrap(family, method).eval()
+    model.set_attn_implementation("eager")
+    inputs = batch(family)
+    inputs.pop("labels")
+    inputs["attention_mask"][1, 5:] = 0
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    plan = {"max_new_tokens": 3, "return_dict_in_generate": True, **wanted, **settings}
+    told = model.generate(**inputs, **plan)
+    once = model(**inputs, decoder_input_ids=inputs["input_ids"][:, :1], **wanted)
+    with model.disable_adapter():
+        base = model.generate(**inputs, **plan)
+    for name in ("encoder_hidden_states", "encoder_attentions"):
+        assert [t.shape for t in told[name]] == [t.shape for t in base[name]]
+        for told_one, once_one in zip(told[name], once[name], strict=True):
+            torch.testing.assert_close(told_one, once_one)

@@ -87,6 +87,15 @@ class InputPrompt:
         at = self.places(mask, batch, output[0].device)
         return _map(output, lambda t: cut_tensor(t, at, virtual, length))
 
+    def cut_reports(self, output: Any, virtual: int, mask: Tensor | None) -> Any:
+        """Take them out of all but the last states, which a decoder goes on with; `mask` as in `cut`."""
+        last = output[0]
+        cut = self.cut(output, virtual, mask)
+        if isinstance(cut, ModelOutput):
+            cut[next(iter(cut.keys()))] = last
+            return cut
+        return (last, *cut[1:])
+
 
 def splice(own: Tensor, virtual: Tensor, at: Tensor) -> Tensor:
     """Insert `[B, P, ...]` into `[B, S, ...]` after `at` positions of each row."""
@@ -134,8 +143,8 @@ def normalises_embeddings(body: nn.Module) -> bool:
 
 
 def cut_encoder_fields(output: Any, at: Tensor, virtual: int, length: int) -> Any:
-    """Cut the virtual positions from what an encoder-decoder reports of its encoder."""
-    for name in ("encoder_last_hidden_state", "encoder_hidden_states", "encoder_attentions", "cross_attentions"):
+    """Cut the virtual positions from what an encoder-decoder reports of its encoder's last states."""
+    for name in ("encoder_last_hidden_state", "cross_attentions"):
         if output.get(name) is not None:
             output[name] = _map(output[name], lambda t: cut_tensor(t, at, virtual, length))
     return output

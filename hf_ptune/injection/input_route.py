@@ -43,6 +43,7 @@ class InputRoute:
             return
         decoder = backbone.base_model.get_decoder()
         self.handles += [
+            encoder.register_forward_hook(self._after_encoder_of_two, with_kwargs=True),
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True, prepend=True),
             backbone.register_forward_pre_hook(self._before_seq2seq, with_kwargs=True),
             backbone.register_forward_hook(self._after_seq2seq, with_kwargs=True),
@@ -58,6 +59,12 @@ class InputRoute:
         if not self.active():
             return None
         return self.inputs.cut(output, self.virtual, kwargs.get("attention_mask"))
+
+    def _after_encoder_of_two(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        # `generate` reports these as they are, and gives each row's last states to several sequences
+        if not self.active():
+            return None
+        return self.inputs.cut_reports(output, self.virtual, kwargs.get("attention_mask"))
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active():
