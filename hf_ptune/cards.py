@@ -57,7 +57,7 @@ class RunFacts:
             a template with a gap its fields.
         datasets: ids or names of what it was trained on.
         languages: ISO codes.
-        license: of the base.
+        license: of the adapter; that of its base on the Hub where unset.
         hyperparameters: of the training.
         seeds: one a run.
         metrics: final metrics, one dict a seed.

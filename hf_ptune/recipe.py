@@ -95,7 +95,7 @@ class CardRecipe:
         base: the base's id on the Hub, where it is loaded by another name.
         datasets: ids or names of the data; the name of `data.source` when unset.
         languages: ISO codes.
-        license: of the adapter.
+        license: of the adapter; that of its base on the Hub where unset.
         limits: sentences on what to know before use.
     """
 

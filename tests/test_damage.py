@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
 from hf_ptune import adapter_file as files
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
+from hf_ptune.injection import find_geometry
 
 Settings = dict[str, Any]
 Damage = Callable[[Path], Any]
@@ -558,8 +559,13 @@ def test_structure_comes_from_the_weights_and_all_else_from_the_configuration(
 
 
 def test_a_base_that_the_weights_vouch_for_is_not_watched(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_ptune.modeling_ptune.find_geometry", lambda _: pytest.fail("it was"))
+    watched = []
+    monkeypatch.setattr("hf_ptune.loading.find_geometry", lambda base: watched.append(base) or find_geometry(base))
     PTuneForCausalLM.from_pretrained(good)
+    assert not watched
+    monkeypatch.setattr("hf_ptune.loading.digest_of", lambda _: "another")
+    PTuneForCausalLM.from_pretrained(good)
+    assert len(watched) == 1
 
 
 def test_an_adapter_without_metadata_loads(good: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_causal_models(case: str, family: str) -> None:
 
 
 def test_counts_of_the_reference_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """The two printed lines of the mission, with the shape of bloom-389m-zh."""
+    """The two printed lines of the reference runs, with the shape of bloom-389m-zh."""
     config = BloomConfig(vocab_size=42437, hidden_size=1024, n_layer=24, n_head=16)
     with init_empty_weights():
         empty = BloomForCausalLM(config)

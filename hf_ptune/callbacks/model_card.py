@@ -47,7 +47,7 @@ class ModelCardCallback(TrainerCallback):
     Args:
         datasets: ids or names of the training data, the one that was evaluated on first.
         languages: ISO codes of its languages.
-        license: of the adapter; the base's own goes here.
+        license: of the adapter; that of its base on the Hub where unset.
         example: an input for the card's snippet; a dict of `text` and `text_pair` where SEQ_CLS reads pairs, of
             its fields where a template has a gap.
         limits: sentences on what to know before use.
