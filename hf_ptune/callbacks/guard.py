@@ -193,7 +193,8 @@ def _check_adapter_gradients(model: PTunePreTrainedModel) -> None:
             f"{len(leaked)} parameters of the backbone get gradient ({some(leaked)}), expected none. "
             "Freeze them: Trainer(callbacks=[FreezeBackboneCallback()]), or model.freeze_backbone()."
         )
-    due = {n: named[n].grad for n in adapter - held_back(model)}
+    # where ranks hold parts, what is asked of a gradient is asked of all of them, so in one order
+    due = {n: named[n].grad for n in sorted(adapter - held_back(model))}
     absent = {n for n, g in due.items() if g is None}
     if model.config.train_backbone:  # what the task does not use, such as a pooler, is the backbone's own affair
         absent = {n for n in absent if n.startswith("prompt.")}
