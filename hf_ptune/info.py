@@ -77,7 +77,7 @@ def describe_adapter(source: str, **hub: Any) -> str:
     lines += _metrics(source, hub)
     prompt = tensors.get("prompt.weight")
     if method.kind is PromptKind.EMBEDDINGS and prompt is not None:
-        lines += _nearest_tokens(prompt.float(), config)
+        lines += _nearest_tokens(prompt.float(), config, {k: v for k, v in hub.items() if k != "revision"})
     return "\n".join(lines)
 
 
@@ -92,14 +92,14 @@ def _metrics(source: str, hub: dict[str, Any]) -> list[str]:
     return [f"{name}: {value:.4f}" for name, (value, _) in found.items()]
 
 
-def _nearest_tokens(prompt: Tensor, config: PTuneConfig) -> list[str]:
+def _nearest_tokens(prompt: Tensor, config: PTuneConfig, hub: dict[str, Any]) -> list[str]:
     """The vocabulary's tokens of the highest cosine with each virtual token, where the base is at hand."""
-    found = _embedding_file(config)
+    found = _embedding_file(config, hub)
     if found is None:
         return ["nearest tokens: the base's embeddings are not at hand"]
     path, name = found
     try:
-        tokenizer = read_tokenizer(str(config.base_model_name_or_path), config.base_model_revision)
+        tokenizer = read_tokenizer(str(config.base_model_name_or_path), config.base_model_revision, **hub)
     except (OSError, ValueError):
         return ["nearest tokens: the base's tokenizer is not at hand"]
     prompt = torch.nn.functional.normalize(prompt, dim=-1)
@@ -120,14 +120,15 @@ def _nearest_tokens(prompt: Tensor, config: PTuneConfig) -> list[str]:
     return lines
 
 
-def _embedding_file(config: PTuneConfig) -> tuple[str, str] | None:
-    """The base's file with its word embeddings, and their name in it; other weights are not read."""
+def _embedding_file(config: PTuneConfig, hub: dict[str, Any]) -> tuple[str, str] | None:
+    """The base's file with its word embeddings, and their name in it; none is fetched, other weights are not read."""
     base = config.base_model_name_or_path
     if base is None:
         return None
     folder = resolve(base)
     try:
-        path = cached_file(folder, "model.safetensors", revision=config.base_model_revision or "main")
+        here = hub | {"revision": config.base_model_revision or "main", "local_files_only": True}
+        path = cached_file(folder, "model.safetensors", **here)
     except (OSError, ValueError):
         return None
     if path is None:

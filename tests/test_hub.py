@@ -31,6 +31,7 @@ from hf_ptune import hub as pushing
 from hf_ptune.cli import main, make_parser
 from hf_ptune.errors import AdapterFileError, ConfigError, HubError, PTuneError
 from hf_ptune.hub import adapter_files, push_folder
+from hf_ptune.info import describe_adapter
 from hf_ptune.publishing import facts_of, push_finished, write_repository
 
 ADAPTER = "alice/adapter"
@@ -564,3 +565,20 @@ def test_info_names_the_nearest_tokens(server: HubServer, tmp_path: Path, capsys
     assert main(["info", str(tmp_path / "prompt")]) == 0
     told = capsys.readouterr().out
     assert "  0: 'w7' 1.00" in told and "  1: 'w42' 1.00" in told
+
+
+def test_info_asks_for_no_weights_of_the_base(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    server.repos["alice/base"].private = True
+    backbone = build("llama").float()
+    backbone.name_or_path = "alice/base"
+    model = get_ptune_model(backbone, PTuneConfig(method="prompt_tuning", num_virtual_tokens=2))
+    model.save_pretrained(tmp_path / "prompt")
+    server.add_repo(ADAPTER, {p.name: p.read_bytes() for p in (tmp_path / "prompt").iterdir()}, private=True)
+    options = {"cache_dir": tmp_path / "cache", "token": TOKEN}
+    assert "the base's embeddings are not at hand" in describe_adapter(ADAPTER, **options)
+    assert not [entry.path for entry in server.log if "/alice/base/" in entry.path and "safetensors" in entry.path]
+    AutoModelForCausalLM.from_pretrained("alice/base", **options)
+    assert "nearest tokens by cosine:\n  0: " in describe_adapter(ADAPTER, **options)
