@@ -33,10 +33,13 @@ def make_optimizer(
         Class and arguments of the optimizer, or `None`: the Trainer makes it, with one rate.
 
     Raises:
-        ConfigError: a rate of a backbone that does not train.
+        ConfigError: a rate of 0 or less, or one of a backbone that does not train.
     """
     if backbone_learning_rate is None and head_learning_rate is None:
         return None
+    for name, rate in (("backbone", backbone_learning_rate), ("head", head_learning_rate)):
+        if rate is not None and not rate > 0:
+            raise ConfigError(f"{name}_learning_rate={rate}; expected more than 0. Leave it out for the prompt's rate.")
     config = model.config
     if backbone_learning_rate is not None and not config.train_backbone:
         raise ConfigError("backbone_learning_rate is for a backbone that trains: PTuneConfig(train_backbone=True).")
@@ -58,7 +61,7 @@ def make_optimizer(
         "params": [
             {
                 "params": parameters,
-                "lr": rates[kind] or args.learning_rate,
+                "lr": args.learning_rate if rates[kind] is None else rates[kind],
                 "weight_decay": args.weight_decay if decays else 0.0,
             }
             for (kind, decays), parameters in sorted(groups.items(), key=lambda pair: pair[0][0])

@@ -271,6 +271,9 @@ def test_rates_by_group_keep_heads_and_weight_decay_apart(tmp_path: Path) -> Non
     assert (groups[f"{query}.weight"]["lr"], groups[f"{query}.weight"]["weight_decay"]) == (0.01, 0.1)
     assert groups[f"{query}.bias"]["weight_decay"] == 0.0
     assert make_optimizer(arguments, model, None) is None
+    for name, rate in (("backbone_learning_rate", 0.0), ("head_learning_rate", -0.5)):
+        with pytest.raises(ConfigError, match=f"{name}={rate}; expected more than 0"):
+            make_optimizer(arguments, model, **{name: rate})
     frozen = get_ptune_model(build("bert", "SEQ_CLS"), PTuneConfig(method="p_tuning_v2", num_virtual_tokens=2))
     with pytest.raises(ConfigError, match="train_backbone=True"):
         make_optimizer(arguments, frozen, 0.01)
