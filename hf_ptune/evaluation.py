@@ -2,16 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hf_ptune.arguments import make_arguments
 from hf_ptune.backbone import is_hub_id
+from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.errors import RecipeError
-from hf_ptune.fresh_base import load_tokenizer
+from hf_ptune.fresh_base import let_pad
 from hf_ptune.hub import adapter_files
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
+from hf_ptune.publishing import tokenizer_of
 from hf_ptune.recipe import Recipe
 from hf_ptune.tasks import Task, TaskTrainer
+from hf_ptune.templates import name_virtual_tokens
 from hf_ptune.train import ADAPTER_FOLDER, check_features, load_adapter
 from hf_ptune.train import evaluate as measure
 
@@ -38,7 +42,7 @@ def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, dict[str, 
     task, rows = recipe.build_task(), load_rows(recipe)
     model = load_adapter(source, task, recipe.base_options)
     _check_fit(model, source, task, rows)
-    tokenizer = load_tokenizer(source)
+    tokenizer = _read_tokenizer(model.config, source)
     parts = {"held-out": rows.held_out} | ({"test": rows.test} if rows.test else {})
     features = {name: task.encode(part, tokenizer, rows.labels, held_out=True) for name, part in parts.items()}
     for part in features.values():
@@ -57,6 +61,19 @@ def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, dict[str, 
             shown = ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items())
             print(f"{name}, {min(len(parts[name]), len(features[name]))} rows: {shown}", flush=True)
     return found
+
+
+def _read_tokenizer(config: PTuneConfig, source: str) -> Any:
+    """The adapter's own tokenizer or its base's, with padding and the template's virtual tokens."""
+    tokenizer = tokenizer_of(config, source)
+    if tokenizer is None:
+        raise RecipeError(
+            f"{source} has no tokenizer, and neither has its base {config.base_model_name_or_path}; put the one that "
+            "it was trained with beside the adapter: tokenizer.save_pretrained(folder)."
+        )
+    let_pad(tokenizer, source)
+    name_virtual_tokens(config, tokenizer)
+    return tokenizer
 
 
 def _check_fit(model: object, source: str, task: Task, rows: Rows) -> None:

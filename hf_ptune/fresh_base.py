@@ -39,11 +39,24 @@ def load_tokenizer(base: str, revision: str | None = None) -> PreTrainedTokenize
         )
     with blaming(base):
         tokenizer: PreTrainedTokenizerBase = read_tokenizer(base, revision)
+    let_pad(tokenizer, base)
+    return tokenizer
+
+
+def let_pad(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Let a tokenizer without a padding token pad with its end token.
+
+    Args:
+        tokenizer: changed in place.
+        source: where it is from, for messages.
+
+    Raises:
+        BackboneError: it has neither.
+    """
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise BackboneError(f"the tokenizer of {base} has neither padding nor end token; give it one.")
+            raise BackboneError(f"the tokenizer of {source} has neither padding nor end token; give it one.")
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_base(

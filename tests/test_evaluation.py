@@ -53,6 +53,21 @@ def test_the_command_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "held-out, 10 rows: loss " in said and "test, 40 rows: loss " in said and "accuracy" in said
 
 
+def forget_tokenizer(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
+def test_an_adapter_without_a_tokenizer_is_measured_by_its_bases(tmp_path: Path) -> None:
+    given = content(tmp_path, "SEQ_CLS", "bert")
+    outcome = run(make_recipe(given, folder=tmp_path))
+    forget_tokenizer(outcome.folder)
+    assert evaluate(make_recipe(given, folder=tmp_path))["held-out"] == pytest.approx(outcome.after, rel=1e-5)
+    forget_tokenizer(Path(given["base"]))
+    with pytest.raises(RecipeError, match="has no tokenizer, and neither has its base"):
+        evaluate(make_recipe(given, folder=tmp_path))
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     given = content(tmp_path, "SEQ_CLS", "bert")
     run(make_recipe(given, folder=tmp_path))
@@ -71,7 +86,9 @@ def test_an_adapter_of_another_template_is_refused(tmp_path: Path) -> None:
     options = {"template": "[P2] {text} [MASK]", "verbalizer": {"early": "a", "late": "b"}}
     given = content(tmp_path, "SEQ_CLS", "bert", method="p_tuning", **kind, task_options=options, options={})
     run(make_recipe(given, folder=tmp_path))
-    evaluate(make_recipe(given, folder=tmp_path))
+    found = evaluate(make_recipe(given, folder=tmp_path))
+    forget_tokenizer(tmp_path / "out" / "adapter")  # that of the base does not know the virtual tokens
+    assert evaluate(make_recipe(given, folder=tmp_path)) == found
     other = given | {"task_options": options | {"template": "[P2] {text} b [MASK]"}}
     with pytest.raises(RecipeError, match="was trained with template '.P2. {text} .MASK.', and the recipe has"):
         evaluate(make_recipe(other, folder=tmp_path))
