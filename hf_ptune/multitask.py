@@ -15,6 +15,7 @@ from hf_ptune.adapter_file import check_tensors, find_weights, read_tensors
 from hf_ptune.backbone import head_names, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
+from hf_ptune.methods import get_method
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.placement import reading_for
 from hf_ptune.wrapping import get_ptune_model
@@ -128,26 +129,39 @@ def get_multitask_model(
         raise ConfigError(f"the task's name {wrong[0]!r} cannot be a folder's; use letters, digits, - and _.")
     if unknown := set(modules_to_save or ()) - set(backbones):
         raise ConfigError(f"modules_to_save names the task {min(unknown)!r}; expected one of {', '.join(backbones)}.")
+    if config.train_backbone:
+        raise ConfigError("train_backbone=True: tasks share a base that is frozen; leave it out.")
+    if get_method(config.method).kind is None:
+        raise ConfigError(f"{config.method} has no prompt that tasks could share; choose another method.")
     leading, first = next(iter(backbones.items()))
     trained = dict.fromkeys(backbones, config.modules_to_save) | dict(modules_to_save or {})
     modules = {task: list(named or []) for task, named in trained.items()}
-    for task, backbone in backbones.items():
-        share_base(first, backbone, task, modules[leading], modules[task])
-    if config.train_backbone:
-        raise ConfigError("train_backbone=True: tasks share a base that is frozen; leave it out.")
-    models = {}
-    for task, backbone in backbones.items():
-        own = type(config).from_dict(config.to_dict() | {"modules_to_save": modules[task] or None})
-        models[task] = get_ptune_model(backbone, reading_for(own, task_of(backbone)), tokenizer)
-    prompt = models[leading].prompt
+    before = [(m._parameters, dict(m._parameters)) for backbone in backbones.values() for m in backbone.modules()]
+    models: dict[str, PTunePreTrainedModel] = {}
+    try:
+        for task, backbone in backbones.items():
+            share_base(first, backbone, task, modules[leading], modules[task])
+        for task, backbone in backbones.items():
+            own = type(config).from_dict(config.to_dict() | {"modules_to_save": modules[task] or None})
+            models[task] = get_ptune_model(backbone, reading_for(own, task_of(backbone)), tokenizer)
+        _share_prompt(models)
+    except BaseException:
+        for model in reversed(models.values()):  # the first one froze what they share
+            model.unwrap()
+        for held, own_weights in before:
+            held.update(own_weights)
+        raise
+    return MultiTaskPrompt(models)
+
+
+def _share_prompt(models: Mapping[str, PTunePreTrainedModel]) -> None:
+    prompt = next(iter(models.values())).prompt
     for task, model in models.items():
-        if prompt is None or model.prompt is None or model._injector is None:
-            raise ConfigError(f"{config.method} has no prompt that tasks could share; choose another method.")
+        assert prompt is not None and model.prompt is not None and model._injector is not None
         shapes = [{n: t.shape for n, t in p.state_dict().items()} for p in (prompt, model.prompt)]
         if shapes[0] != shapes[1]:
             raise BackboneError(f"the task {task!r} needs another prompt than the first one: {shapes[1]}.")
         model.prompt = model._injector.prompt = prompt
-    return MultiTaskPrompt(models)
 
 
 def share_base(

@@ -10,10 +10,12 @@ from families import batch, build
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers_of import tokenizer_of
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
+from hf_ptune.multitask import get_multitask_model
 
 Wrap = Callable[..., PTunePreTrainedModel]
 
@@ -45,6 +47,28 @@ def test_a_base_is_as_it_was_after_a_refusal(family: str, method: str, options: 
     model = get_ptune_model(base, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=3))
     assert state_of(model, family)[0] != before[0]
     assert state_of(model.unwrap(), family) == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train_backbone": True},
+        {"method": "bitfit"},
+        {"layers": [9]},
+        {"prompt_tuning_init": "CLASS_LABELS"},  # the first task names its labels, the other does not
+        {"modules_to_save": ["nothing"]},
+    ],
+)
+def test_bases_of_several_tasks_are_as_they_were_after_a_refusal(options: dict[str, Any]) -> None:
+    names = {"id2label": {0: "early", 1: "late"}, "label2id": {"early": 0, "late": 1}}
+    bases = {"topic": build("bert", **names), "mood": build("bert")}
+    before = [state_of(base, "bert") for base in bases.values()]
+    weights = [dict(base.named_parameters()) for base in bases.values()]
+    with pytest.raises((BackboneError, ConfigError)):
+        get_multitask_model(bases, PTuneConfig(num_virtual_tokens=3, **options), tokenizer_of("wordpiece"))
+    assert [state_of(base, "bert") for base in bases.values()] == before
+    for base, own in zip(bases.values(), weights, strict=True):
+        assert all(parameter is own[name] for name, parameter in base.named_parameters())
 
 
 def test_a_base_in_memory_is_as_it_was_after_a_file_was_refused(tmp_path: Path) -> None:
