@@ -93,8 +93,10 @@ class PTuneConfig(PreTrainedConfig):
         encoder_num_layers: LSTM layers; P-Tuning only.
         encoder_dropout: dropout inside the reparameterisation; 0 or more, less than 1.
         prefix_dropout: dropout on the encoded prompt while training; 0 or more, less than 1.
-        layers: layer numbers that take a prefix; all when unset.
-        sites: attention sites of an encoder-decoder that take a prefix, of "encoder", "decoder", "cross".
+        layers: numbers of the layers that take a prefix, counted over those that have attention, for each kind of
+            site by itself; negative ones from the end of the kind that has most. All when unset.
+        sites: attention sites of an encoder-decoder that take a prefix, of "encoder", "decoder", "cross"; all when
+            unset.
         position_shift: whether own tokens stand after the virtual ones in the position count. Unset: yes in
             causal models that take `position_ids`, no in encoders, so that their full length stays usable.
         pooling: what an encoder's head reads in classification and multiple choice: "cls", what it reads by itself,
@@ -191,8 +193,11 @@ class PTuneConfig(PreTrainedConfig):
             raise ConfigError(
                 f"prompt_tuning_init='ADAPTER' needs a prompt to start, which {self.method} does not have."
             )
-        if method.kind is PromptKind.EMBEDDINGS and self.layers is not None:
-            raise ConfigError(f"layers is for prefixes; {self.method} puts its prompt into the input only.")
+        # one that names its geometry was saved when sites were taken, and changed nothing
+        asked = {"layers": self.layers, "sites": None if self.geometry else self.sites}
+        for name, value in asked.items():
+            if method.kind is PromptKind.EMBEDDINGS and value is not None:
+                raise ConfigError(f"{name} is for prefixes; {self.method} puts its prompt into the input only.")
         for name, (published, other) in READINGS.items():
             value = getattr(self, name)
             allowed = (published, other, *ASKED[name])

@@ -82,7 +82,10 @@ def choose_sites(config: PTuneConfig, kind: PromptKind, task: str) -> list[dict[
         count = 1 + max((s["layer"] for s in chosen), default=-1)
         wrong = [n for n in config.layers if not -count <= n < count]
         if wrong:
-            raise ConfigError(f"layers={config.layers} names {wrong}; {name} has layers 0 to {count - 1}.")
+            raise ConfigError(
+                f"layers={config.layers} names {wrong}; {name} has layers 0 to {count - 1}, or -{count} to -1 from the "
+                "end, counted over those with attention."
+            )
         layers = {n % count for n in config.layers}
         chosen = [s for s in chosen if s["layer"] in layers]
     if not chosen:

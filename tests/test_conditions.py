@@ -14,6 +14,8 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     DynamicCache,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -24,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
+from hf_ptune import PTuneConfig, PTuneForSeq2SeqLM, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
 
 Wrap = Callable[..., PTunePreTrainedModel]
@@ -213,6 +215,34 @@ def test_layers_and_sites(wrap: Wrap) -> None:
     assert wrap("t5", "p_tuning_v2", sites=["encoder"]).prompt.weight.shape == (4, 2 * 2 * 32)
     with pytest.raises(ConfigError, match="layers 0 to 1"):
         wrap("llama", "p_tuning_v2", layers=[5])
+
+
+def test_layers_are_counted_over_those_with_attention() -> None:
+    small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "vocab_size": 99}
+    kinds = ["conv", "conv", "full_attention", "full_attention"]
+    torch.manual_seed(0)
+    hybrid = Lfm2ForCausalLM(Lfm2Config(num_hidden_layers=4, num_key_value_heads=2, layer_types=kinds, **small))
+    for layers, expected in (([0], "layers.2."), ([-1], "layers.3.")):
+        model = get_ptune_model(hybrid, PTuneConfig(num_virtual_tokens=3, layers=layers))
+        assert model._injector is not None
+        assert [site.name for site in model._injector.sites] == [f"{expected}self_attn"]
+        model.unwrap()
+    for outside in (2, -3):
+        with pytest.raises(ConfigError, match="layers 0 to 1, or -2 to -1 from the end, counted over"):
+            get_ptune_model(hybrid, PTuneConfig(num_virtual_tokens=3, layers=[outside]))
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning"])
+def test_sites_are_for_prefixes(method: str, wrap: Wrap, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"sites is for prefixes; {method} puts its prompt into the input only"):
+        PTuneConfig(method=method, sites=["cross"])
+    model = wrap("t5", method)
+    model.config.sites = ["cross"]  # as was taken once, and changed nothing
+    model.save_pretrained(tmp_path)
+    loaded = PTuneForSeq2SeqLM.from_pretrained(tmp_path, backbone=model.unwrap())
+    assert loaded.config.sites == ["cross"]
+    with pytest.raises(ConfigError, match="sites is for prefixes"):
+        get_ptune_model(loaded.unwrap(), loaded.config)
 
 
 @pytest.mark.parametrize("start", ["RANDOM", "SAMPLE_VOCAB", "ZERO"])
