@@ -79,19 +79,22 @@ class PTuneConfig(PreTrainedConfig):
             virtual tokens of prompt_tuning and p_tuning (P-Tuning, Liu et al. 2021, section 3.1), `{field}` a field
             of the row, `[MASK]` the word to predict. One without `[Pn]` is words alone, for every method.
         verbalizer: label to the word, or words, that stand for it at the mask.
-        prompt_tuning_init: "RANDOM" (with the deviation of the backbone's own embeddings, or mean and deviation of
-            each channel of its own keys and values; with deviation 1 where an encoder normalises its embeddings),
-            "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO" or "ADAPTER" (where another adapter of the same base ended;
-            Vu et al. 2022, SPoT). A prefix takes the backbone's keys and values of the named tokens. "AUTO": sampled
-            words in decoders, where what is drawn at random, many layers deep, drowns the text; at random elsewhere,
-            and behind the networks of P-Tuning. `get_ptune_model` makes it one of the others.
+        prompt_tuning_init: "RANDOM" (with the deviation of the backbone's own embeddings, or with deviation 1 where
+            the module that holds these normalises them, as in BERT and its kin; prefixes with mean and deviation of
+            each channel of its own keys and values; behind the networks of P-Tuning and Prefix Tuning as these
+            initialise themselves), "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO" or "ADAPTER" (where another adapter
+            of the same base ended; Vu et al. 2022, SPoT). A prefix takes the backbone's keys and values of the named
+            tokens. "AUTO": sampled words in decoders, where what is drawn at random, many layers deep, drowns the
+            text; at random elsewhere, and behind the networks of P-Tuning. `get_ptune_model` makes it one of the
+            others.
         prompt_tuning_init_text: the text of "TEXT".
         prompt_tuning_init_adapter: folder or Hub id of "ADAPTER"; read once, when the base is wrapped.
         prompt_tuning_init_head: whether "ADAPTER" brings its head and other modules too; the labels must be the same.
         encoder_reparameterization_type: "MLP" or "LSTM"; P-Tuning only.
         encoder_hidden_size: width inside the reparameterisation; the embedding width when unset.
         encoder_num_layers: LSTM layers; P-Tuning only.
-        encoder_dropout: dropout inside the reparameterisation; 0 or more, less than 1.
+        encoder_dropout: dropout inside the MLP of Prefix Tuning, or between the layers of P-Tuning's LSTM; nothing
+            else reads it. 0 or more, less than 1.
         prefix_dropout: dropout on the encoded prompt while training; 0 or more, less than 1.
         layers: numbers of the layers that take a prefix, counted over those that have attention, for each kind of
             site by itself; negative ones from the end of the kind that has most. All when unset.

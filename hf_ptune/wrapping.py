@@ -82,6 +82,13 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
             "lost. Load the base without a dtype (a recipe: leave base_options.dtype out) and set bf16=True in the "
             "Trainer's arguments (training.bf16: true), to train it in full precision."
         )
+    parts = () if model.prompt is None else model.prompt.modules()
+    drops = {rate for part in parts for rate in (vars(part).get("p"), vars(part).get("dropout"))}
+    if config.encoder_dropout and config.encoder_dropout not in drops:
+        logger.warning(
+            f"encoder_dropout={config.encoder_dropout} changes nothing: it is for the MLP of prefix_tuning, and for an "
+            "LSTM of several layers in p_tuning. Leave it out, or take prefix_dropout, on the prompt itself."
+        )
     if model.prompt is not None and config.geometry["skipped"]:
         logger.warning(f"layers without attention take no prefix: {', '.join(config.geometry['skipped'])}")
     return model

@@ -128,6 +128,27 @@ def test_options_that_nothing_reads_are_told(monkeypatch: pytest.MonkeyPatch) ->
     assert [message.split(":")[0] for message in said] == ["PTuneConfig has no option 'finetuning_task'"]
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "told"),
+    [
+        ("p_tuning", {}, True),
+        ("p_tuning", {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 1}, True),
+        ("p_tuning", {"encoder_reparameterization_type": "LSTM"}, False),
+        ("prefix_tuning", {}, False),
+        ("p_tuning_v2", {}, True),
+        ("bitfit", {}, True),
+    ],
+)
+def test_a_dropout_that_nothing_reads_is_told(
+    method: str, options: dict[str, Any], told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("hf_ptune.wrapping.logger.warning", said.append)
+    config = PTuneConfig(method=method, num_virtual_tokens=3, encoder_dropout=0.1, **options)
+    get_ptune_model(build("bert"), config)
+    assert [message.split(":")[0] for message in said] == ["encoder_dropout=0.1 changes nothing"] * told
+
+
 def test_an_offloaded_base_trains(tmp_path: Path) -> None:
     base = build("llama").float()
     base.save_pretrained(tmp_path / "base")

@@ -61,7 +61,7 @@ class EncoderSpec:
         encoder_hidden_size: width inside the reparameterisation; `None` takes H.
         encoder_reparameterization_type: "MLP" or "LSTM" (P-Tuning only).
         encoder_num_layers: LSTM layers.
-        encoder_dropout: dropout inside the reparameterisation; 0 or more, less than 1.
+        encoder_dropout: inside the MLP of Prefix Tuning, or between the layers of an LSTM; 0 or more, less than 1.
     """
 
     num_virtual_tokens: int
