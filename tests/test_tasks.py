@@ -418,6 +418,10 @@ def test_chat_templates() -> None:
     assert tokenizer.decode(feature["input_ids"]) == "user a b end assistant c end"
     assert tokenizer.decode([i for i in feature["labels"] if i != IGNORED]) == "c end"
     assert tokenizer.decode(feature["source_ids"]) == "user a b end assistant"
+    with pytest.raises(RecipeError, match=r"instructions are written by the tokenizer's chat template; leave task_op"):
+        CausalLM(separator=" ").encode([row], tokenizer, [])
+    own = CausalLM(separator=" ", template="b {instruction}").encode([row], tokenizer, [])[0]
+    assert tokenizer.decode(own["input_ids"]).split()[:-1] == ["[CLS]", "b", "a", "b", "c"]
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "assistant a")
     with pytest.raises(RecipeError, match=r"set task_options\.template"):
         task.encode([row], tokenizer, [])

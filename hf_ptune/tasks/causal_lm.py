@@ -32,7 +32,7 @@ class CausalLM(GenerationTask):
 
     Args:
         separator: stands before every answer and is learned with it; " " for tokenizers that keep the space
-            before a word in the word's token.
+            before a word in the word's token. Not for what a chat template writes, which brings its own.
         template: of instructions, with `{instruction}` where the text goes. Where unset, the tokenizer's chat
             template is taken if it has one, else "Human: {instruction}\\n\\nAssistant: ".
     """
@@ -99,6 +99,11 @@ class CausalLM(GenerationTask):
                 prompt = prompt[:-1]
             answer = [*tokenizer(self.separator + target, add_special_tokens=False)["input_ids"], *end]
             return [(prompt, [IGNORED] * len(prompt), answer)]
+        if self.separator:
+            raise RecipeError(
+                "instructions are written by the tokenizer's chat template; leave task_options.separator out, which is "
+                "for prompts, or name a task_options.template."
+            )
         messages = self._conversation(row, target, tokenizer)
         try:
             texts = spoken(messages, tokenizer)
