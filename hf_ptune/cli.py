@@ -186,7 +186,15 @@ def make_parser() -> argparse.ArgumentParser:
 
     grid = add_parser("sweep", help="train by a recipe with several learning rates and lengths", epilog=_OVERRIDES)
     grid.add_argument("recipe", help="a YAML file")
-    grid.add_argument("--learning-rates", type=float, nargs="+", default=[], metavar="LR")
+    grid.add_argument(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="LR",
+        help="about 0.1, 0.3, 1 and 3 times training.learning_rate, or the method's own where the recipe names none, "
+        "when unset",
+    )
     grid.add_argument("--lengths", type=int, nargs="+", default=[], metavar="N", help="numbers of virtual tokens")
     grid.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="the recipe's own when unset")
     grid.add_argument("--folder", help="takes results, table and plot; outputs of the recipe with -sweep when unset")

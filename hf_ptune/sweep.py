@@ -167,7 +167,8 @@ def sweep(
     Args:
         recipe: what is run, with another learning rate, length and seed each time.
         folder: takes `results.json`, from which an interrupted sweep goes on, `results.md` and `sweep.png`.
-        rates: peak learning rates; a tenth, a third, once and three times the method's own when unset.
+        rates: peak learning rates; when unset that of the recipe's `training.learning_rate`, or of the method where it
+            names none, and about a tenth, a third and three times as much, each of one digit.
         lengths: numbers of virtual tokens; the recipe's when unset.
         seeds: the recipe's own when unset.
         command: the recipe's command line, for the last line of the table.
@@ -242,7 +243,8 @@ def _usual_rate(recipe: Recipe, rows: Rows) -> float:
 
 
 def _around(rate: float) -> list[float]:
-    return [float(f"{rate * factor:.1g}") for factor in (0.1, 0.3, 1, 3)]
+    tenth, third, triple = (float(f"{rate * factor:.1g}") for factor in (0.1, 0.3, 3))
+    return [tenth, third, rate, triple]
 
 
 def _lengths(recipe: Recipe, lengths: Sequence[int]) -> list[int | None]:

@@ -174,6 +174,8 @@ def test_what_a_grid_may_hold(recipe: Recipe, tmp_path: Path, monkeypatch: pytes
     assert sweep(heads, tmp_path / "heads").rates == [2e-3, 6e-3, 2e-2, 6e-2]
     named = make_recipe_with(heads, training=heads.training | {"learning_rate": 1e-3})
     assert sweep(named, tmp_path / "heads").rates == [1e-4, 3e-4, 1e-3, 3e-3]
+    between = make_recipe_with(heads, training=heads.training | {"learning_rate": 2.4e-2})
+    assert sweep(between, tmp_path / "heads").rates == [2e-3, 7e-3, 2.4e-2, 7e-2]
     assert sweep(heads, tmp_path / "heads").rates == [2e-3, 6e-3, 2e-2, 6e-2]
 
 
