@@ -12,7 +12,7 @@ class PTuneError(Exception):
 
 
 class ConfigError(PTuneError, ValueError):
-    """Raised when a configuration cannot describe a prompt."""
+    """Raised when options cannot be what was set: out of range, at odds with each other, or not for this backbone."""
 
 
 class BackboneError(PTuneError):
@@ -28,11 +28,11 @@ class HubError(PTuneError):
 
 
 class GuardError(PTuneError):
-    """Raised before training starts when one batch shows that training could not work."""
+    """Raised before training or measuring, when a batch or the rows show that it could not work."""
 
 
 class RecipeError(PTuneError, ValueError):
-    """Raised when a recipe file cannot be read as a recipe."""
+    """Raised when a recipe cannot be run as it is written: its keys, the rows it names, or both together."""
 
 
 class InjectionError(PTuneError):

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from hf_ptune.errors import RecipeError
+from hf_ptune.errors import ConfigError
 
 
 class DecayCallback(TrainerCallback):
@@ -21,12 +21,12 @@ class DecayCallback(TrainerCallback):
         factor: more than 0, and at most 1.
 
     Raises:
-        RecipeError: the factor is out of range.
+        ConfigError: the factor is out of range.
     """
 
     def __init__(self, factor: float) -> None:
         if not 0 < factor <= 1:
-            raise RecipeError(f"learning_rate_decay is {factor}; expected more than 0 and at most 1.")
+            raise ConfigError(f"DecayCallback: factor={factor}; expected more than 0 and at most 1.")
         self.factor = factor
 
     def on_train_begin(
@@ -35,17 +35,17 @@ class DecayCallback(TrainerCallback):
         """Take the schedule's place; a resumed run goes on where its steps are.
 
         Raises:
-            RecipeError: the schedule follows measurements, or the rows do not say how many of them an epoch has.
+            ConfigError: the schedule follows measurements, or the rows do not say how many of them an epoch has.
         """
         schedule, rows = kwargs["lr_scheduler"], kwargs["train_dataloader"]
         schedule = getattr(schedule, "scheduler", schedule)  # engines wrap it
         if not isinstance(schedule, LambdaLR):
-            raise RecipeError(
-                f"learning_rate_decay cannot be joined with {type(schedule).__name__}; set training.lr_scheduler_type: "
-                "constant, or leave one of them out."
+            raise ConfigError(
+                f"DecayCallback cannot be joined with {type(schedule).__name__}; set lr_scheduler_type to constant, or "
+                "leave one of them out."
             )
         if not has_length(rows):
-            raise RecipeError("learning_rate_decay counts epochs, but the rows have no length.")
+            raise ConfigError("DecayCallback counts epochs, but the rows have no length; leave it out.")
         steps = math.ceil(len(rows) / args.gradient_accumulation_steps)
         schedule.lr_lambdas = [self._falling(own, steps) for own in schedule.lr_lambdas]
 

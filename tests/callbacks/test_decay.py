@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from hf_ptune import DecayCallback
-from hf_ptune.errors import RecipeError
+from hf_ptune.errors import ConfigError
 
 
 def run(tmp_path: Path, factor: float = 0.5, **settings: Any) -> Trainer:
@@ -71,12 +71,12 @@ class Endless(IterableDataset[dict[str, Any]]):
 
 def test_what_it_refuses(tmp_path: Path) -> None:
     for factor in (0.0, -0.5, 1.5, float("nan")):
-        with pytest.raises(RecipeError, match="learning_rate_decay is .*expected more than 0 and at most 1"):
+        with pytest.raises(ConfigError, match="DecayCallback: factor=.*; expected more than 0 and at most 1"):
             DecayCallback(factor)
     measured = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}
-    with pytest.raises(RecipeError, match="cannot be joined with ReduceLROnPlateau"):
+    with pytest.raises(ConfigError, match="DecayCallback cannot be joined with ReduceLROnPlateau"):
         run(tmp_path, **measured).train()
     endless = run(tmp_path, max_steps=2)
     endless.train_dataset = Endless()
-    with pytest.raises(RecipeError, match="have no length"):
+    with pytest.raises(ConfigError, match="DecayCallback counts epochs, but the rows have no length"):
         endless.train()
