@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     further += overrides
     if further and given.command not in _OVERRIDDEN:
         parser.error(f"unrecognized arguments: {' '.join(further)}")
-    from hf_ptune.errors import PTuneError
+    from hf_ptune.errors import INTERRUPTED, PTuneError
 
     try:
         if given.command == "train":
@@ -288,11 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             own = (given.num_virtual_tokens, given.num_labels, given.revision)
             init(given.base, given.method, given.folder, given.task, *own)
     except KeyboardInterrupt:
-        if given.command != "sweep":
-            raise
-        print("interrupted; the same command goes on with the runs that are left.", file=sys.stderr)
-        from hf_ptune.train import INTERRUPTED
-
+        further_on = "; the same command goes on with the runs that are left" if given.command == "sweep" else ""
+        print(f"interrupted{further_on}.", file=sys.stderr)
         return INTERRUPTED
     except (PTuneError, OSError) as error:  # OSError: files, and the Hub's answers by way of transformers
         if isinstance(error, BrokenPipeError) and given.command in ("presets", "info"):

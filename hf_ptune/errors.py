@@ -5,6 +5,7 @@ import torch
 # what is tried out on a base may end in one of these, which says nothing of its family
 DEVICE_FAILURES: tuple[type[Exception], ...] = (torch.OutOfMemoryError,)
 DEVICE_FAILURES += (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
+INTERRUPTED = 130  # the exit code, as shells have it
 
 
 class PTuneError(Exception):

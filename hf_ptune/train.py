@@ -47,7 +47,7 @@ from hf_ptune.cards import TIMES
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.engines import last_checkpoint
-from hf_ptune.errors import PTuneError, RecipeError
+from hf_ptune.errors import INTERRUPTED, PTuneError, RecipeError
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
 from hf_ptune.lengths import check_answers, check_lengths
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
@@ -64,7 +64,6 @@ from hf_ptune.wrapping import get_ptune_model
 
 logger = logging.get_logger(__name__)
 ADAPTER_FOLDER = "adapter"
-INTERRUPTED = 130  # the exit code, as shells have it
 _QUESTIONS = 3
 _TRAINING_SPLITS = ("train", "training")
 
@@ -374,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the recipe's path, then overrides `--section.key=value`; those of the process when unset.
 
     Returns:
-        The exit code: 0, or 2 after an error that has been printed.
+        The exit code: 0, 2 after an error that has been printed, or 130 after an interruption.
     """
     return command(
         "hf_ptune.train", "Train an adapter by a recipe.", lambda *given: run(read_recipe(*given)), arguments

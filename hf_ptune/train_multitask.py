@@ -380,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the recipe's path, then overrides `--section.key=value`; those of the process when unset.
 
     Returns:
-        The exit code: 0, or 2 after an error that has been printed.
+        The exit code: 0, 2 after an error that has been printed, or 130 after an interruption.
     """
 
     def train(recipe: str, overrides: list[str]) -> None:

@@ -157,6 +157,11 @@ def test_an_interruption_says_how_to_go_on(
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "resume_from_checkpoint=true" in said and "checkpoint-3" in said
     assert main(["sweep", str(path)]) == 130 and "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr("hf_ptune.evaluation.evaluate", interrupted)
+    monkeypatch.setattr("hf_ptune.publishing.remake_card", interrupted)
+    monkeypatch.setattr(cli, "run_script", interrupted)
+    for command in (["evaluate", str(path)], ["card", str(tmp_path)], ["run", "script.py"]):
+        assert main(command) == 130 and capsys.readouterr().err == "interrupted.\n"
 
 
 def test_a_reader_that_has_gone_is_no_error() -> None:
