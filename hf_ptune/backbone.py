@@ -60,13 +60,29 @@ def task_of(backbone: PreTrainedModel) -> str:
         BackboneError: the class does none of the known tasks.
     """
     name = type(backbone).__name__
+    found = task_of_class(name, backbone.config.is_encoder_decoder)
+    if found is None:
+        raise BackboneError(
+            f"the task of {name} is not known. Load the backbone by an AutoModelFor… class of "
+            "sequence or token classification, question answering, multiple choice, masked, causal or seq2seq LM."
+        )
+    return found
+
+
+def task_of_class(name: str, is_encoder_decoder: bool) -> str | None:
+    """The task of a class of transformers, or `None` where it does none of the known ones.
+
+    Args:
+        name: of the class.
+        is_encoder_decoder: as its configuration says.
+    """
     found = []
     for task, (_, mapping, _) in _TABLE.items():
         names = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {})
         if name in {n for value in names.values() for n in (value if isinstance(value, (list, tuple)) else [value])}:
             found.append(task)
     # some classes are listed as both
-    other = "CAUSAL_LM" if backbone.config.is_encoder_decoder else "SEQ_2_SEQ_LM"
+    other = "CAUSAL_LM" if is_encoder_decoder else "SEQ_2_SEQ_LM"
     found = [task for task in found if task != other] or found
     if found:
         return found[0]
@@ -76,18 +92,12 @@ def task_of(backbone: PreTrainedModel) -> str:
         "ForQuestionAnswering": "QUESTION_ANS",
         "ForMultipleChoice": "MULTIPLE_CHOICE",
         "ForMaskedLM": "MASKED_LM",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM" if backbone.config.is_encoder_decoder else "CAUSAL_LM",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM",
         "ForCausalLM": "CAUSAL_LM",
         "LMHeadModel": "CAUSAL_LM",
         "Model": "FEATURE_EXTRACTION",
     }
-    for suffix, task in suffixes.items():
-        if name.endswith(suffix):
-            return task
-    raise BackboneError(
-        f"the task of {name} is not known. Load the backbone by an AutoModelFor… class of "
-        "sequence or token classification, question answering, multiple choice, masked, causal or seq2seq LM."
-    )
+    return next((task for suffix, task in suffixes.items() if name.endswith(suffix)), None)
 
 
 def resolve(base: str) -> str:

@@ -103,16 +103,17 @@ def init(
 def _task_of_base(base: str, revision: str | None) -> str:
     from transformers import AutoConfig
 
-    from hf_ptune.backbone import blaming, resolve
+    from hf_ptune.backbone import blaming, resolve, task_of_class
     from hf_ptune.errors import BackboneError
 
     with blaming(base):
         config = AutoConfig.from_pretrained(resolve(base), revision=revision or "main")
     architecture = (config.architectures or [""])[0]
+    found = task_of_class(architecture, config.is_encoder_decoder)
+    if found not in (None, "FEATURE_EXTRACTION"):  # of a body alone nothing is known
+        return found
     if config.is_encoder_decoder:
         return "SEQ_2_SEQ_LM"
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return "CAUSAL_LM"
     raise BackboneError(f"the task for {base} ({architecture or config.model_type}) is not told; pass --task.")
 
 

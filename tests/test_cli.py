@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import batch, build
-from test_train import write_base, write_recipe
+from test_train import words_tokenizer, write_base, write_recipe
 from tokenizers_of import tokenizer_of
 from transformers import (
     AutoConfig,
@@ -82,6 +82,17 @@ def test_init_tells_the_task_of_a_language_model(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
     ids = AutoTokenizer.from_pretrained(tmp_path / "new")("a b", return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=2, min_new_tokens=2).shape[1] == ids["input_ids"].shape[1] + 2
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("bert", "MASKED_LM"), ("bert", "TOKEN_CLS"), ("bart", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM"), ("gpt2", "CAUSAL_LM")],
+)
+def test_init_takes_the_task_that_a_base_was_trained_for(family: str, task: str, tmp_path: Path) -> None:
+    build(family, task).float().save_pretrained(tmp_path / "base")
+    words_tokenizer().save_pretrained(tmp_path / "base")
+    assert main(["init", "--base", str(tmp_path / "base"), "--method", "p_tuning_v2", str(tmp_path / "new")]) == 0
+    assert PTuneConfig.from_pretrained(tmp_path / "new").task == task
 
 
 def test_errors_are_messages(tmp_path: Path, argv: None, capsys: pytest.CaptureFixture[str]) -> None:
