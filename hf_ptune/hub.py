@@ -76,11 +76,12 @@ def push_folder(
     """
     files = adapter_files(folder) | dict(instead or {})
     api = HfApi(token=token)
-    with tqdm(total=2 + ATTEMPTS, desc=f"push to {repo_id}", unit="try", leave=False) as bar:
+    branch = None if revision is None or revision.startswith("refs/pr") else revision
+    with tqdm(total=2 if branch is None else 3, desc=f"push to {repo_id}", unit="step", leave=False) as bar:
         try:
             url = _persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), bar)
-            if revision is not None and not revision.startswith("refs/pr"):
-                _persist(lambda: api.create_branch(url.repo_id, branch=revision, exist_ok=True), bar)
+            if branch is not None:
+                _persist(lambda: api.create_branch(url.repo_id, branch=branch, exist_ok=True), bar)
             push = _Push(api, url.repo_id, revision, create_pr, files, commit_message, commit_description)
             _persist(push, bar)
         except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:

@@ -1,5 +1,6 @@
 """Push and pull against a Hub that fails: one commit, nothing lost, nothing half-written, no wrong answer."""
 
+import io
 import json
 import logging
 import shlex
@@ -17,6 +18,7 @@ from families import batch, build
 from hub import HubServer, client_environment, connect
 from huggingface_hub import HfApi, ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -541,6 +543,24 @@ def test_what_a_trainer_wrote_gets_card_and_shim(server: HubServer, model: Any, 
     assert b"auto_map" in files["config.json"].content and b"bsd-3-clause" in files["README.md"].content
     assert json.loads(files["run_facts.json"].content)["adapter_bytes"] > 0
     assert sorted((tmp_path / "out").iterdir()) == there
+
+
+@pytest.mark.parametrize(("revision", "steps"), [(None, 2), ("next", 3), ("refs/pr/1", 2)])
+def test_the_bar_of_a_push_ends_full(
+    server: HubServer, finished: Path, revision: str | None, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo = server.add_repo(ADAPTER)
+    repo.open_pull_request("another", "alice")
+    bars: list[Any] = []
+
+    def made(**given: Any) -> Any:
+        bars.append(tqdm(**given, file=io.StringIO()))
+        return bars[-1]
+
+    monkeypatch.setattr(pushing, "tqdm", made)
+    server.fail("POST", "/commit/", 503)
+    push_folder(finished, ADAPTER, token=TOKEN, revision=revision)
+    assert [(bar.n, bar.total, bar.unit) for bar in bars] == [(steps, steps, "step")]
 
 
 def test_info_and_card(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
