@@ -298,9 +298,8 @@ class GuardCallback(TrainerCallback):
 
     The batch is collated from the first rows of the training data, beside the data loader: order of the
     data, random states and parameters stay as they are without the guard. Where none of its labels counts, further
-    rows are taken until one does. It is not run where parameters are sharded over ranks (DeepSpeed, FSDP, Megatron),
-    nor on a stream of samples that cannot be started anew, nor on a loader of the user's own that cannot be indexed;
-    all are logged.
+    rows are taken until one does. It is not run where DeepSpeed runs the model, nor on a stream of samples that cannot
+    be started anew, nor on a loader of the user's own that cannot be indexed; all are logged.
 
     Args:
         compute_loss_func: the Trainer's, where it has one.

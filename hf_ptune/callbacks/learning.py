@@ -62,9 +62,8 @@ class LearningCallback(NumbersCallback):
 
     Losses of several tasks are judged by the mean of what each is beside its own first ones: `loss_<task>` in the logs,
     as `MultiTaskTrainer` writes them. Without those, a model of several tasks is judged by its prompt alone. Steps
-    without a label, whose loss is 0, do not count. Where parameters are sharded over ranks (DeepSpeed, FSDP, Megatron),
-    a run is judged by its losses alone: the prompt is not watched, so that there is no `prompt_change` and no
-    `too_low`.
+    without a label, whose loss is 0, do not count. Where DeepSpeed runs the model, a run is judged by its losses
+    alone: the prompt is not watched, so that there is no `prompt_change` and no `too_low`.
 
     Args:
         usual: the learning rate that cures lead to; what the model's method starts with on its task when unset.
