@@ -31,7 +31,7 @@ from transformers.utils import logging as hf_logging
 
 from hf_ptune.adapter_file import MODEL_TYPE
 from hf_ptune.errors import DEVICE_FAILURES, AdapterFileError, BackboneError, PTuneError, shorten
-from hf_ptune.methods.bitfit import bias_names
+from hf_ptune.methods import get_method
 
 logger = hf_logging.get_logger(__name__)
 # task -> Auto class that loads the base, names of the classes that do the task, whether a fresh head comes with it
@@ -358,25 +358,19 @@ def adapter_names(
 
     Args:
         backbone: the task model.
-        method: name of the method; BitFit trains the backbone's bias terms.
+        method: name of the method, which may train parameters of the backbone.
         task: a key of `TASKS`.
         further: names of further modules.
         whole: whether the backbone trains as a whole, as `train_backbone`.
 
     Raises:
-        BackboneError: BitFit on a backbone without bias terms.
+        BackboneError: a further module is not in the backbone, or nothing of what the method trains of it.
     """
     chosen = head_names(backbone, task, further)
     if whole:
         chosen |= {n for n, p in backbone.named_parameters() if p.is_floating_point()}
-    if method == "bitfit":
-        biases = set(bias_names(backbone))
-        if not biases:
-            raise BackboneError(
-                f"{type(backbone).__name__} has no bias terms for bitfit to train. "
-                "Methods that work there: p_tuning_v2, prefix_tuning, p_tuning, prompt_tuning."
-            )
-        chosen |= biases
+    if (of_base := get_method(method).of_base) is not None:
+        chosen |= of_base(backbone)
     return chosen
 
 

@@ -11,7 +11,7 @@ CHANGED = "_ptune_changed"  # on a backbone: names of parameters that an adapter
 
 
 class Before:
-    """Keep the biases that BitFit will train; what else an adapter trains of a base may be large, and is noted alone.
+    """Keep what a method itself trains of a base; what else an adapter trains of it may be large, and is noted alone.
 
     Args:
         backbone: about to be wrapped.
@@ -23,26 +23,26 @@ class Before:
         self.config = config
         self.task = task
         names: set[str] = set()
-        if config.method == "bitfit" and not config.train_backbone:
-            names = adapter_names(backbone, "bitfit", task, None) - head_names(backbone, task)
-        self.biases: dict[str, Tensor] = {
+        if not config.train_backbone:
+            names = adapter_names(backbone, config.method, task) - head_names(backbone, task)
+        self.kept: dict[str, Tensor] = {
             n: p.detach().clone() for n, p in backbone.named_parameters() if n in names and p.numel() and not p.is_meta
         }
 
     def put_back(self, backbone: PreTrainedModel, trained: bool = True) -> None:
-        """Give a backbone its biases of before; note what else of it has been trained, its head apart.
+        """Give a backbone what is kept of before; note what else of it has been trained, its head apart.
 
         Args:
             backbone: the same, as it is now.
             trained: whether anything can have been trained since then.
         """
         parameters, config = dict(backbone.named_parameters()), self.config
-        for name, value in self.biases.items():
+        for name, value in self.kept.items():
             if name in parameters and parameters[name].shape == value.shape:
                 write(parameters[name], value)
         if trained and (config.modules_to_save or config.train_backbone):
             names = adapter_names(
                 backbone, config.method, self.task, config.modules_to_save, whole=config.train_backbone
             )
-            kept = names - head_names(backbone, self.task) - set(self.biases)
-            backbone.__dict__[CHANGED] = {*kept, *backbone.__dict__.get(CHANGED, ())}
+            noted = names - head_names(backbone, self.task) - set(self.kept)
+            backbone.__dict__[CHANGED] = {*noted, *backbone.__dict__.get(CHANGED, ())}

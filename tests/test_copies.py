@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.methods import Method, registry
 
 Wrap = Callable[..., PTunePreTrainedModel]
 KINDS = [
@@ -106,6 +107,20 @@ def test_a_base_has_its_biases_of_before_again() -> None:
         change(get_ptune_model(base, PTuneConfig(method="bitfit")))
         again = get_ptune_model(base, PTuneConfig(num_virtual_tokens=2))
         assert torch.equal(again.unwrap()(**inputs).logits, expected)
+
+
+def test_a_method_of_anybody_says_what_of_the_base_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = {n for n, _ in build("llama").named_parameters() if "norm" in n}
+    method = Method("norms", "Norms", "nobody", None, None, of_base=lambda base: norms)
+    monkeypatch.setitem(registry._METHODS.things, "norms", method)
+    base, inputs = build("llama"), batch("llama")
+    with torch.no_grad():
+        expected = base(**inputs).logits
+        model = get_ptune_model(base, PTuneConfig(method="norms"))
+        assert norms and model.adapter_parameter_names() == {f"backbone.{n}" for n in norms}
+        change(model)
+        assert not torch.allclose(model(**inputs).logits, expected, atol=1e-3)
+        assert torch.equal(model.unwrap()(**inputs).logits, expected)
 
 
 def test_a_base_that_an_adapter_has_changed_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:

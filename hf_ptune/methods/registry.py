@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import nn
+
 from hf_ptune.methods.base import EncoderSpec, PromptEncoder, PromptKind
 from hf_ptune.registry import Registry
 
@@ -18,6 +20,7 @@ class Method:
         kind: what its encoder returns; `None` where no virtual token exists (BitFit).
         build: makes the encoder; `None` with `kind=None`.
         reparameterised: whether a network stands between the trained tensor and the prompt.
+        of_base: names the base's own parameters that the method trains; `None` where it trains none.
     """
 
     name: str
@@ -26,6 +29,7 @@ class Method:
     kind: PromptKind | None
     build: Callable[[EncoderSpec], PromptEncoder] | None
     reparameterised: bool = False
+    of_base: Callable[[nn.Module], set[str]] | None = None
 
 
 _METHODS = Registry[Method]("method")
