@@ -10,8 +10,8 @@ import hf_ptune
 
 ROOT = Path(hf_ptune.__file__).parent
 LAYERS = [
+    {"errors"},
     {
-        "errors",
         "cells",
         "shapes",
         "cross_entropy",
@@ -30,8 +30,9 @@ LAYERS = [
     {"config_checks"},
     {"configuration_ptune", "injection", "backbone"},
     {"cards", "placement", "loss_at_labels", "logits_at", "batch_share", "position_tables"},
-    {"generation_checks", "hub", "loading", "pinning", "prompt_transfer", "prompt_start", "restoring"},
-    {"publishing"},
+    {"generation_checks", "hub", "loading", "pinning", "restoring"},
+    {"prompt_transfer", "publishing"},
+    {"prompt_start"},
     {"saving"},
     {"delegation"},
     {"modeling_ptune"},
@@ -50,9 +51,13 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+# imported by name once transformers' own modules are there, with which they register themselves; nothing is asked of
+# them
+UPWARDS = {("auto", "configuration_ptune"), ("auto", "modeling_ptune"), ("auto", "callbacks"), ("auto", "interop")}
 
 
 def imported(tree: ast.AST) -> set[str]:
+    """Rooms that a module imports, or names in a string, as a module to be imported later."""
     rooms = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hf_ptune":
@@ -60,23 +65,23 @@ def imported(tree: ast.AST) -> set[str]:
             rooms |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
             rooms |= {a.name.split(".")[1] for a in node.names if a.name.startswith("hf_ptune.")}
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"hf_ptune(\.\w+)+", str(node.value)):
+            rooms.add(node.value.split(".")[1])
     return rooms & set(LEVEL)
 
 
 def test_imports_go_downwards_only() -> None:
-    wrong = []
+    wrong, upwards = [], set()
     for path in ROOT.rglob("*.py"):
         relative = path.relative_to(ROOT)
         room = relative.parts[0].removesuffix(".py")
         if room == "__init__":
             continue
         assert room in LEVEL, f"{room} has no layer yet"
-        wrong += [
-            f"{relative} imports {other}"
-            for other in imported(ast.parse(path.read_text()))
-            if other != room and LEVEL[other] > LEVEL[room]
-        ]
-    assert not wrong
+        rooms = {o for o in imported(ast.parse(path.read_text())) if o != room and LEVEL[o] >= LEVEL[room]}
+        upwards |= {(room, other) for other in rooms} & UPWARDS
+        wrong += [f"{relative} imports {other}" for other in rooms if (room, other) not in UPWARDS]
+    assert not wrong and upwards == UPWARDS
 
 
 def test_methods_import_no_transformers() -> None:
