@@ -99,7 +99,7 @@ def write_tensors(
     Args:
         folder: an existing folder; one that `staged` gave, where another adapter may be overwritten.
         tensors: adapter tensors only, by their names in the wrapper's state dict.
-        structure: what the tensors follow from, kept beside them.
+        structure: what the tensors, and what they do to outputs, follow from; kept beside them.
 
     Returns:
         Path of the written file.

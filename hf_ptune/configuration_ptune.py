@@ -18,7 +18,7 @@ from hf_ptune.methods.base import EncoderSpec, PromptEncoder, SiteShape, direct_
 from hf_ptune.templates import Template
 
 INITS = ("AUTO", "RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO", "ADAPTER")
-# what the tensors of an adapter follow from; kept beside them too
+# what an adapter's tensors, and what they do to outputs, follow from; kept beside the tensors too
 STRUCTURE = (
     "method",
     "num_virtual_tokens",
@@ -123,6 +123,15 @@ class PTuneConfig(PreTrainedConfig):
             al. 2021, section 4.2). It is part of the adapter then, and saved with it.
         flattened: whether the reparameterisation has been folded into the prompt.
         virtual_token_ids: ids of the template's virtual tokens in the tokenizer; `get_ptune_model` sets them.
+        task: what the base does, a key of `hf_ptune.backbone.TASKS`; `get_ptune_model` sets it.
+        base_model_name_or_path: id on the Hub, local folder, or `package:<module>/<folder>` of the base, which
+            `from_pretrained` loads; what the wrapped base was loaded from when unset.
+        base_model_revision: commit or branch of a base on the Hub; the commit that has the wrapped base's weights when
+            unset.
+        base_class: name of the base's class, which may be another one than the Auto class of its task makes;
+            `get_ptune_model` sets it.
+        base_config: the base's own configuration, as a dictionary; `get_ptune_model` sets it.
+        geometry: where and how the base attends, as `find_geometry` saw it; set when a base is wrapped or loaded.
     """
 
     model_type: ClassVar[str] = MODEL_TYPE
@@ -344,7 +353,7 @@ class PTuneConfig(PreTrainedConfig):
             ) from error
 
     def structure(self) -> dict[str, Any]:
-        """The fields that the adapter's tensors follow from."""
+        """The fields that the adapter's tensors, and what they do to outputs, follow from."""
         return {name: getattr(self, name) for name in STRUCTURE}
 
     def with_structure(self, structure: dict[str, Any]) -> "PTuneConfig":

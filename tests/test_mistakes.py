@@ -1,5 +1,6 @@
 """What users mistake often: each is one message that says what was expected, and no step is trained."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 from test_train import write_base, write_recipe
 
+from hf_ptune import PTuneConfig
 from hf_ptune.cli import main
 from hf_ptune.errors import BackboneError, RecipeError
 from hf_ptune.fresh_base import load_base
@@ -77,3 +79,9 @@ def test_files_of_the_hub_that_cannot_be_cast(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(RecipeError, match="hub:user/rows .*cannot be loaded: no float: 'x'. It needs"):
         read_hub("user/rows", None, "train")
+
+
+def test_every_option_of_a_configuration_is_described() -> None:
+    described = re.findall(r"^        (\w+): ", PTuneConfig.__doc__ or "", re.M)
+    options = [name for name in PTuneConfig.__annotations__ if name not in ("model_type", "sub_configs")]
+    assert sorted(described) == sorted(options)
