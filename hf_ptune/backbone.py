@@ -124,14 +124,14 @@ _A_BASE = "; expected a folder with a model and its tokenizer, an id on the Hub,
 
 @contextmanager
 def blaming(base: str, cure: str = _A_BASE) -> Iterator[None]:
-    """Say of every failure which base it was about.
+    """Say of a failure which base it was about; errors of ours, of imports and of the device tell more as they are.
 
     Args:
         base: its name.
         cure: what the message ends with.
 
     Raises:
-        BackboneError: whatever failed.
+        BackboneError: anything else failed.
     """
     try:
         yield
@@ -299,7 +299,7 @@ def has_head(task: str) -> bool:
 
 
 def head_names(backbone: PreTrainedModel, task: str, further: list[str] | None = None) -> set[str]:
-    """Names of the backbone's parameters and buffers that an adapter trains and keeps: its task head, and more.
+    """Names of the backbone's parameters that an adapter trains and keeps: its task head, and more.
 
     Args:
         backbone: the task model.

@@ -25,11 +25,12 @@ def find_commit(backbone: PreTrainedModel, base: str | None, revision: str | Non
     Args:
         backbone: as it was loaded.
         base: what it was loaded by.
-        revision: a branch or commit that is known; the main branch first, then all that are in the cache, when unset.
+        revision: a branch or commit that is known, taken without a look at its weights; the main branch first, then
+            all that are in the cache, when unset.
 
     Returns:
-        The commit; empty, with a warning, where none of those in the cache has these weights, and `None` where none is
-        there, so that it cannot be told.
+        The commit, which is the main branch's too where weights could not be compared; empty, with a warning, where
+        none of those in the cache has these weights; `None` where none is there, so that it cannot be told.
     """
     if base is None or not is_hub_id(base) or Path(base).exists():
         return None

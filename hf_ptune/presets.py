@@ -265,7 +265,9 @@ def fill_from_preset(content: Mapping[str, Any], where: str = "recipe") -> dict[
         where: the file's name, for messages.
 
     Returns:
-        A copy without `preset`, with method, base, options, training and data.max_length filled.
+        A copy without `preset`, with method, base, options, training and data.max_length filled, with
+        backbone_learning_rate where the backbone trains, and with learning_rate_decay where the preset's schedule is
+        kept.
 
     Raises:
         RecipeError: no such preset, or one of another method.

@@ -30,6 +30,7 @@ def initialise(model: Any, tokenizer: Any = None) -> None:
     Raises:
         ConfigError: a text or label start without a tokenizer or labels, or an adapter that does not fit.
         BackboneError: an adapter of another base.
+        AdapterFileError: an adapter's folder does not hold what its configuration describes.
     """
     config, prompt, injector = model.config, model.prompt, model._injector
     if prompt is None:

@@ -89,7 +89,8 @@ def check_checkpoint(model: Any, checkpoint: str) -> None:
 
     Raises:
         RecipeError: something differs; it says what.
-        ConfigError: the checkpoint's configuration describes no adapter.
+        AdapterFileError: the checkpoint's config.json cannot be read.
+        ConfigError: it describes no adapter.
     """
     parts = {Path(checkpoint): model}
     if hasattr(model, "model_of"):

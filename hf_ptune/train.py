@@ -88,6 +88,9 @@ def run(recipe: Recipe) -> Outcome:
     Args:
         recipe: what `read_recipe` returns.
 
+    Returns:
+        Metrics before and after, the folder, and on the first rank the answers of the adapter that it holds.
+
     Raises:
         PTuneError: data, base, method or first batch do not fit.
     """
@@ -193,8 +196,10 @@ def train_on(trainer: Trainer) -> None:
     """Train, from the checkpoint that is named, or of `true` from the last one of the output folder.
 
     Raises:
-        RecipeError: the checkpoint is of a run with another adapter, or with other learning rates of their own; or
-            `metric_for_best_model` names what is not measured.
+        RecipeError: the checkpoint is of a run with another adapter, on other rows, with another seed or optimizer,
+            or with other learning rates; or `metric_for_best_model` names what is not measured.
+        AdapterFileError: the checkpoint's config.json cannot be read.
+        ConfigError: it describes no adapter.
     """
     resume = trainer.args.resume_from_checkpoint
     checkpoint = last_checkpoint(str(trainer.args.output_dir)) if resume in (True, "true") else resume

@@ -83,9 +83,10 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], compute_loss_func: L
         compute_loss_func: the Trainer's, where it does not take the model's own loss.
 
     Raises:
-        GuardError: the prompt does not move the logits, a parameter of the adapter gets no gradient or one
-            that is not finite, the backbone gets gradient, the sequences do not fit the position table,
-            labels are out of range, or the loss is missing or not finite.
+        GuardError: rows lack virtual tokens of the template, the sequences do not fit the position table, labels are
+            out of range, the model is none of ours or returns no logits, the prompt does not move them, the loss is
+            missing, not finite or of nothing that trains, the backbone gets gradient, or a parameter of the adapter
+            gets none or one that is not finite, or the whole prompt or adapter one of zeros.
     """
     inner = unwrap_ptune_model(model, "the guard", GuardError)
     device = device_of(inner)
