@@ -29,7 +29,7 @@ def initialise(model: Any, tokenizer: Any = None) -> None:
 
     Raises:
         ConfigError: a text or label start without a tokenizer or labels, or an adapter that does not fit.
-        BackboneError: an adapter of another base.
+        BackboneError: an adapter of another base, or a base that does not say how many tokens it knows.
         AdapterFileError: an adapter's folder does not hold what its configuration describes.
     """
     config, prompt, injector = model.config, model.prompt, model._injector
