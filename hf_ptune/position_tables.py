@@ -65,7 +65,7 @@ def writing_room(model: Any, tokens: int) -> int | None:
 
     Args:
         model: a wrapped causal or encoder-decoder model.
-        tokens: T, of the longest row of `input_ids`.
+        tokens: S, of the longest row of `input_ids`.
     """
     if model.config.is_encoder_decoder:
         return min((t.rows for t in position_tables(model) if t.in_decoder), default=None)

@@ -1,8 +1,9 @@
 """Axis letters used across the package, and one shape check.
 
-B batch rows; S own (user's) tokens; T keys an own query sees; P virtual tokens; H embedding width;
-L attention sites; K key/value heads of a site; D width of a head; W width of all keys and values of a
-virtual token, the sum over sites of K * (key D + value D); V vocabulary.
+B batch rows; S own (user's) tokens; T keys an own query sees; P virtual tokens; H embedding width, or, of a
+query `[B, H, S, D]`, its heads; L attention sites; K key/value heads of a site; D width of a head; W width of all
+keys and values of a virtual token, the sum over sites of K * (key D + value D); V vocabulary; C classes, which in
+multiple choice are a row's choices; M and N what else the place at hand counts.
 """
 
 from collections.abc import Sequence

@@ -79,7 +79,7 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], compute_loss_func: L
 
     Args:
         model: a model of `get_ptune_model`, in whatever container accelerate put it.
-        batch: what the model's forward takes, labels included; `input_ids` is `[B, T]`.
+        batch: what the model's forward takes, labels included; `input_ids` is `[B, S]`.
         compute_loss_func: the Trainer's, where it does not take the model's own loss.
 
     Raises:
@@ -228,7 +228,7 @@ def _all_ignored(model: PTunePreTrainedModel, inputs: Mapping[str, Any]) -> bool
 
 
 def check_positions(model: PTunePreTrainedModel, inputs: Mapping[str, Any], further: int = 0) -> None:
-    """Compare T, and P where own tokens stand behind the prompt, with tables of absolute positions.
+    """Compare S, and P where own tokens stand behind the prompt, with tables of absolute positions.
 
     Args:
         model: a wrapped model.
@@ -267,7 +267,7 @@ def check_positions(model: PTunePreTrainedModel, inputs: Mapping[str, Any], furt
 def _length(inputs: Mapping[str, Any], names: tuple[str, ...]) -> int:
     for name in names:
         if isinstance(found := inputs.get(name), Tensor):
-            return int(found.shape[2 if name == "input_ids" and found.dim() == 3 else 1])  # [B, choices, T]
+            return int(found.shape[2 if name == "input_ids" and found.dim() == 3 else 1])  # [B, C, S]
     return 0
 
 

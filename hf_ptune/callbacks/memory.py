@@ -68,7 +68,7 @@ def optimizer_bytes(optimizer: Any) -> int:
 
 
 def count_tokens(kwargs: dict[str, Any]) -> Tensor | int:
-    """Tokens of a batch that are not padding: the sum of a mask `[B, T]`, else B * T; with choices, `[B, C, T]`."""
+    """Tokens of a batch that are not padding: the sum of a mask `[B, S]`, else B * S; with choices, `[B, C, S]`."""
     ids, embeddings, mask = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
     # a mask of more dimensions than its tokens says who attends to whom
     dims = ids.dim() if isinstance(ids, Tensor) else embeddings.dim() - 1 if isinstance(embeddings, Tensor) else 2

@@ -151,7 +151,7 @@ class Task:
             held_out: whether the rows are measured, not trained on.
 
         Returns:
-            Features with ids `[T]`, T at most `max_length`, and labels.
+            Features with ids `[S]`, S at most `max_length`, and labels.
 
         Raises:
             RecipeError: the tokenizer cannot do what the task needs.
@@ -159,7 +159,7 @@ class Task:
         raise NotImplementedError
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        """What pads features to a batch `[B, T]`."""
+        """What pads features to a batch `[B, S]`."""
         return make_collator(tokenizer, pad_behind(tokenizer))
 
     def scorer(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Scorer | None:
@@ -172,7 +172,7 @@ class Task:
         return None
 
     def preprocess_logits(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Any:
-        """What is kept of the logits of a held-out batch: the best class, `[B]` or `[B, T]`."""
+        """What is kept of the logits of a held-out batch: the best class, `[B]` or `[B, S]`."""
         first = logits[0] if isinstance(logits, tuple) else logits
         return first.argmax(dim=-1)
 
@@ -264,7 +264,7 @@ def pad_behind(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Feature]], 
             if isinstance(labels[0], list):
                 longest = max(map(len, labels))
                 labels = [one + [IGNORED] * (longest - len(one)) for one in labels]
-            batch["labels"] = torch.tensor(labels)  # [B], [B, T], or [B, S] of targets
+            batch["labels"] = torch.tensor(labels)  # [B], [B, S], or of targets [B, N]
         return batch
 
     return pad
@@ -294,6 +294,6 @@ def run_model(task: Task, model: Any, tokenizer: PreTrainedTokenizerBase, featur
 
 
 def kept_pairs(prediction: EvalPrediction) -> tuple[Any, Any, Any]:
-    """Predictions, labels and which labels count, as arrays `[N]` or `[N, T]`."""
+    """Predictions, labels and which labels count, as arrays `[N]` or `[N, S]`."""
     wanted = np.asarray(prediction.label_ids)
     return np.asarray(prediction.predictions), wanted, wanted != IGNORED

@@ -201,9 +201,9 @@ def token_metrics(found: Any, wanted: Any, kept: Any) -> dict[str, float]:
     """Accuracy of tokens, and the part of rows of which every token is right (exact_match).
 
     Args:
-        found: ids `[N, T]`.
-        wanted: ids `[N, T]`.
-        kept: which of them count, `[N, T]`.
+        found: ids `[N, S]`.
+        wanted: ids `[N, S]`.
+        kept: which of them count, `[N, S]`.
     """
     result: dict[str, float] = Accuracy(keep_in_memory=True).compute(predictions=found[kept], references=wanted[kept])
     right = ((found == wanted) | ~kept).all(axis=1)[kept.any(axis=1)]

@@ -111,7 +111,7 @@ class GenerationTask(Task):
         Args:
             model: of the task.
             tokenizer: its own.
-            sources: ids, `[T]` each.
+            sources: ids, `[S]` each.
             batch_size: sources at once; those of like length share a batch.
 
         Returns:

@@ -137,7 +137,7 @@ class MaskedLM(Task):
 
 
 def _overlap(offsets: Sequence[tuple[int, int]], begin: int, end: int) -> list[bool]:
-    """Which tokens are of the characters from `begin` up to `end`, `[T]`."""
+    """Which tokens are of the characters from `begin` up to `end`, `[S]`."""
     return [first < end and last > begin for first, last in offsets]
 
 

@@ -80,7 +80,7 @@ class MultipleChoice(Task):
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
     ) -> list[Feature]:
-        """Ids are `[C, T]`, a row of them for every choice."""
+        """Ids are `[C, S]`, a row of them for every choice."""
         counts = Counter(len(row["choices"]) for row in rows)
         if len(counts) > 1:
             most = counts.most_common(1)[0][0]
@@ -118,8 +118,8 @@ class MultipleChoice(Task):
         """Which tokens of a text and its choice are kept; `None` where the question alone is too long.
 
         Args:
-            offsets: characters that tokens are of, `[T]`.
-            segments: 0 of passage and question, 1 of the choice, `[T]`.
+            offsets: characters that tokens are of, `[S]`.
+            segments: 0 of passage and question, 1 of the choice, `[S]`.
             end: of the passage in the text.
             side: where the passage is cut.
         """
@@ -143,7 +143,7 @@ class MultipleChoice(Task):
         return f"{row['text']} {self._question(row)}".strip()
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        """Pads to `[B, C, T]`."""
+        """Pads to `[B, C, S]`."""
         inner = pad_behind(tokenizer)
 
         def pad(features: list[Feature]) -> Any:

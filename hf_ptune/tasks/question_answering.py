@@ -150,7 +150,7 @@ class QuestionAnswering(Task):
         return make_collator(tokenizer, pad_behind(tokenizer), ("start_positions", "end_positions"))
 
     def preprocess_logits(self, logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Any:
-        """Logits of starts and of ends, `[B, T]` each."""
+        """Logits of starts and of ends, `[B, S]` each."""
         return logits[0].float(), logits[1].float()
 
     def compute_metrics(
@@ -170,7 +170,7 @@ class QuestionAnswering(Task):
         """The answer of every row over its windows.
 
         Args:
-            starts: logits `[N, T]`; what is behind a feature's tokens is padding.
+            starts: logits `[N, S]`; what is behind a feature's tokens is padding.
             ends: likewise.
             features: N, windows of a row one behind the other.
 

@@ -156,7 +156,7 @@ class TokenClassification(Task):
     def _encode_words(
         self, words: list[str], numbers: list[int | None], second: str | None, tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[tuple[Feature, list[int | None]]]:
-        """Inputs of every window, and of which word of the sentence each of its tokens is, `[T]`.
+        """Inputs of every window, and of which word of the sentence each of its tokens is, `[S]`.
 
         Args:
             words: of the sentence, and marks.
@@ -290,7 +290,7 @@ def _keeps_words_apart(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _labels(
     places: Sequence[int | None], tags: Sequence[str], number: Mapping[str, int], seen: set[int], everywhere: bool
 ) -> Feature:
-    """Labels `[T]` of a window, and its labelled words by place; words seen in an earlier window have none."""
+    """Labels `[S]` of a window, and its labelled words by place; words seen in an earlier window have none."""
     labels = [IGNORED] * len(places)
     words: dict[int, int] = {}
     own: set[int] = set()
