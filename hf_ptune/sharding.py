@@ -94,8 +94,8 @@ def scatter(value: Tensor, like: DTensor) -> Tensor:
         value: the same on all ranks.
         like: has its shape and is split as it should be.
     """
-    whole = value.to(like.device, like.dtype)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    full = value.to(like.device, like.dtype)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 @contextmanager

@@ -92,11 +92,11 @@ class Injector:
         # prefix keys lie after the rotation, so that own tokens must not move with the pads before them
         rotary = any(_ROTATES.search(type(m).__name__) for m in self.body.modules())
         self.text = text_of(self.body, [c["name"] for c in geometry["sites"]])
-        self.places = shift or (rotary and "position_ids" in parameters_of(self.text))
+        self.gives_positions = shift or (rotary and "position_ids" in parameters_of(self.text))
         self.table = positions.learned_table(self.body) if shift and not self.causal else None
         # a site of several layers adds up their gradients, for which half precision would be too coarse
         self.casts_at_once = len(geometry["sites"]) >= getattr(self.body.config, "num_hidden_layers", math.inf)
-        self.moves_with_pads = rotary and self.causal and not self.places
+        self.moves_with_pads = rotary and self.causal and not self.gives_positions
         self.enabled = True
         self.within: set[int] = set()  # threads in which the body runs
         self.runners: set[int] = set()  # and those in which the prompt itself runs through it
@@ -188,7 +188,7 @@ class Injector:
             self.install()
             add(self.body.register_forward_pre_hook(self._before_body, with_kwargs=True, prepend=True))
             add(self.body.register_forward_hook(self._after_body, always_call=True))
-            if self.places or self.moves_with_pads:
+            if self.gives_positions or self.moves_with_pads:
                 add(self.text.register_forward_pre_hook(self._before_text, with_kwargs=True))
             words = embeddings.word_embeddings(self.backbone)
             if words is not None:
@@ -260,7 +260,7 @@ class Injector:
         if self.busy or not self.enabled or self.layout is not None:
             return None
         named = bind(module, args, kwargs)
-        if self.places and not (named.get("input_ids") is None and named.get("inputs_embeds") is None):
+        if self.gives_positions and not (named.get("input_ids") is None and named.get("inputs_embeds") is None):
             named["position_ids"] = self._shifted_positions(named)
         mask = named.get("attention_mask")
         if self.moves_with_pads and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):

@@ -66,8 +66,8 @@ class CausalLM(GenerationTask):
                 )
             row = row | {"messages": messages, "answer": messages[-1]["content"]}
         else:
-            asked = [str(row[role]).strip() for role in ("instruction", "input") if role in row]
-            row = row | {"instruction": "\n".join(filter(None, asked)), "answer": row["output"]}
+            texts = [str(row[role]).strip() for role in ("instruction", "input") if role in row]
+            row = row | {"instruction": "\n".join(filter(None, texts)), "answer": row["output"]}
         return super().check_row(row, where)
 
     def encode(
