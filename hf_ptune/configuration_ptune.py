@@ -338,11 +338,7 @@ class PTuneConfig(PreTrainedConfig):
         try:
             settings = without(config_dict, _UP_TO_THE_LOADER)
             check_counts(settings)
-            made = super().from_dict(settings, **kwargs)
-            config = made[0] if isinstance(made, tuple) else made
-            for name, value in kwargs.items():
-                tell(config.__dict__.get("_base"), name, value, set(cls.__annotations__))
-            return made
+            return super().from_dict(settings, **kwargs)
         except PTuneError:
             raise
         except Exception as error:  # whatever a field raises that holds something else
@@ -416,8 +412,10 @@ class PTuneConfig(PreTrainedConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if (live := self.__dict__.get("_live")) is not None:
-            tell(live.config, name, value, set(PTuneConfig.__annotations__))
+        live: Live | None = self.__dict__.get("_live")
+        # the copy too: a base is loaded as it says
+        for base in (None if live is None else live.config, self.__dict__.get("_base")):
+            tell(base, name, value, set(PTuneConfig.__annotations__))
 
     @property
     def base(self) -> PreTrainedConfig:
@@ -466,6 +464,8 @@ class PTuneConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         settings: dict[str, Any] = super().to_dict()
+        if (base := self.__dict__.get("_base")) is not None:
+            settings["base_config"] |= {n: v for n, v in base.to_dict().items() if n in settings["base_config"]}
         return {k: v for k, v in settings.items() if k not in _INNER}
 
     def to_diff_dict(self) -> dict[str, Any]:

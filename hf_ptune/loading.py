@@ -137,8 +137,6 @@ def load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[P
         # finding a module inside another runs the outer one
         raise BackboneError(f"the base {name!r} names no package; expected package:<module>/<folder>.")
     base = type(config.base).from_dict(config.base.to_dict())
-    for field in ("id2label", "label2id", "problem_type"):
-        setattr(base, field, getattr(config, field))
     attention = kwargs.pop("attn_implementation", None) or config._attn_implementation
     if attention is not None:
         kwargs["attn_implementation"] = attention

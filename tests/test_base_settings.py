@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import batch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_ptune import PTuneForCausalLM, PTuneForSequenceClassification, PTunePreTrainedModel
 
@@ -75,6 +75,32 @@ def test_options_of_loading_reach_the_base(loader: Any, wrap: Wrap, tmp_path: Pa
     assert {m.p for m in model.backbone.bert.modules() if isinstance(m, torch.nn.Dropout)} == {0.0, 0.3}
     assert model(input_ids=batch("bert")["input_ids"]).hidden_states is not None
     assert model.backbone.config.use_cache is False
+
+
+def test_what_is_set_on_a_configuration_before_loading_reaches_the_base(wrap: Wrap, tmp_path: Path) -> None:
+    wrap("bert", "p_tuning_v2").save_pretrained(tmp_path / "saved")
+    config = AutoConfig.from_pretrained(tmp_path / "saved")
+    config.pad_token_id = 7
+    config.update({"hidden_dropout_prob": 0.3, "output_hidden_states": True})
+    config.id2label = {0: "no", 1: "yes"}
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", config=config)
+    model.save_pretrained(tmp_path / "again")
+    config.save_pretrained(tmp_path / "alone")
+    read = AutoConfig.from_pretrained(tmp_path / "alone")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    for told in (model.config, model.backbone.config, loaded.config, loaded.backbone.config, read, read.base):
+        assert (told.pad_token_id, told.hidden_dropout_prob, told.output_hidden_states) == (7, 0.3, True)
+        assert told.id2label == {0: "no", 1: "yes"}
+    assert {m.p for m in model.backbone.bert.modules() if isinstance(m, torch.nn.Dropout)} == {0.0, 0.3}
+    assert model(input_ids=batch("bert")["input_ids"]).hidden_states is not None
+
+
+def test_the_configuration_of_a_wrapped_base_loads_what_was_set_on_it(wrap: Wrap, tmp_path: Path) -> None:
+    model = wrap("bert", "p_tuning_v2")
+    model.save_pretrained(tmp_path)
+    model.config.hidden_dropout_prob = 0.3
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, config=model.config)
+    assert loaded.backbone.config.hidden_dropout_prob == 0.3
 
 
 @pytest.mark.parametrize("loader", [AutoModelForCausalLM, PTuneForCausalLM])
