@@ -4,10 +4,14 @@ from typing import Any, Self, cast
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_ptune.errors import PTuneError
 from hf_ptune.injection import Injector
+from hf_ptune.loading import lost_embeddings
 from hf_ptune.saving import SavedAdapter
+
+logger = logging.get_logger(__name__)
 
 
 class Delegating(SavedAdapter):
@@ -71,6 +75,8 @@ class Delegating(SavedAdapter):
         resized = self.backbone.resize_token_embeddings(*args, **kwargs)
         self.config.set_base(self.backbone.config, self.backbone.dtype)
         self._reattach()
+        if (lost := lost_embeddings(self)) is not None:
+            logger.warning(lost)
         return cast(nn.Embedding, resized)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:

@@ -14,7 +14,7 @@ from hf_ptune.backbone import TASKS, blaming, load_backbone, resolve
 from hf_ptune.base_settings import tell
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, shorten
-from hf_ptune.injection import body_of, find_geometry
+from hf_ptune.injection import body_of, find_geometry, word_embeddings
 from hf_ptune.methods import get_method
 from hf_ptune.placement import choose_sites
 
@@ -165,6 +165,43 @@ def load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[P
         "unless modules_to_save names the embeddings."
     )
     return backbone, absent
+
+
+def lost_embeddings(model: Any) -> str | None:
+    """What to say where the vocabulary of a base has grown by tokens whose embeddings are no part of the adapter.
+
+    Args:
+        model: the wrapper.
+
+    Returns:
+        What is lost, and the cure; `None` where nothing is, or where the base's own configuration is not at hand.
+    """
+    config, backbone = model.config, model.backbone
+    name = config.base_model_name_or_path
+    if name is None:
+        return None
+    try:
+        own = AutoConfig.from_pretrained(
+            resolve(name), revision=config.base_model_revision or "main", local_files_only=True
+        ).get_text_config()
+    except (OSError, ValueError, BackboneError):
+        return None  # a base that is nowhere on this machine, or that only its own code describes
+    wanted, present = (getattr(c, "vocab_size", None) or 0 for c in (backbone.config.get_text_config(), own))
+    if not 0 < present < wanted:
+        return None
+    both = (word_embeddings(backbone), backbone.get_output_embeddings())
+    weights = {id(p) for m in both if m is not None for p in m.parameters() if p.dim() == 2}
+    names = [n for n, p in model.named_parameters() if id(p) in weights]
+    lost = [n for n in names if n not in model.adapter_parameter_names()]
+    if not lost:
+        return None
+    modules = {n: n.split(".")[-2] for n in names}
+    return (
+        f"the vocabulary has {wanted} tokens, that of the base {name!r} {present}: of the new ones "
+        f"{', '.join(modules[n] for n in lost)} would not be saved with the adapter, and are drawn anew wherever it is "
+        f"loaded. Wrap the base with modules_to_save={[*modules.values()]}, or save the resized base, and wrap what is "
+        "loaded from there."
+    )
 
 
 def tell_settings(backbone: PreTrainedModel, config: PTuneConfig) -> None:

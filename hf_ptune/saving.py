@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from hf_ptune.adapter_file import check_tensors, digest_of, is_foreign, read_tensors, staged, write_tensors
 from hf_ptune.backbone import anchored, check_target
@@ -17,6 +18,7 @@ from hf_ptune.loading import (
     check_prompt,
     find_adapter,
     load_base,
+    lost_embeddings,
     read_generation,
     settle_geometry,
     tell_settings,
@@ -27,6 +29,7 @@ from hf_ptune.placement import check_base, choose_sites, settled_reading
 from hf_ptune.publishing import SOURCE, publish
 from hf_ptune.sharding import running
 
+logger = logging.get_logger(__name__)
 # what a repository of ours may run says nothing of what its base may; the others are said of our own files
 _NOT_FOR_THE_BASE = (
     "trust_remote_code",
@@ -85,6 +88,8 @@ class SavedAdapter(PreTrainedModel):
             tensors = self._folded(tensors)
             config = type(config).from_dict(config.to_dict() | {"flattened": True})
         if is_main_process:
+            if (lost := lost_embeddings(self)) is not None:
+                logger.warning_once(lost)
             config.architectures = [self.architecture]
             type(config)._auto_class = None  # loaded by a repository's shim, transformers would copy our source
             with staged(save_directory) as aside:

@@ -227,6 +227,37 @@ def test_head_and_labels_come_back(wrap: Wrap, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kept", [None, ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_embeddings_that_are_not_saved_are_told_before_they_are_lost(
+    when: str, kept: list[str] | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build("llama").float().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if when == "before":
+        base.resize_token_embeddings(105)
+    model = get_ptune_model(base, PTuneConfig(num_virtual_tokens=3, modules_to_save=kept))
+    if when == "after":
+        model.resize_token_embeddings(105)
+    missing = [n for n in ("embed_tokens", "lm_head") if n not in (kept or [])]
+    told = f"base' 99: of the new ones {', '.join(missing)} would not be saved"
+    assert (told in caplog.text) is (when == "after" and missing != [])
+    caplog.clear()
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "adapter")
+    assert caplog.text.count(told) == bool(missing)
+    assert ("modules_to_save=['embed_tokens', 'lm_head']" in caplog.text) is (missing != [])
+
+
+def test_a_vocabulary_of_the_base_or_cut_short_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build("llama").float().save_pretrained(tmp_path / "base")
+    model = get_ptune_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), PTuneConfig(num_virtual_tokens=3))
+    model.save_pretrained(tmp_path / "adapter")
+    model.resize_token_embeddings(90)
+    model.save_pretrained(tmp_path / "adapter")
+    assert "tokens" not in caplog.text
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
 def test_a_resized_vocabulary_loads(when: str, base_folder: Any, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(base_folder("llama"))
     if when == "before":
