@@ -312,8 +312,7 @@ def head_names(backbone: PreTrainedModel, task: str, further: list[str] | None =
     names = {n for n, p in backbone.named_parameters()}
     chosen: set[str] = set()
     if _TABLE[task][2]:
-        prefix = backbone.base_model_prefix + "."
-        outside = {n for n in names if not n.startswith(prefix)} if backbone.base_model is not backbone else set()
+        outside = _outside_the_body(backbone, names)
         tied = set(getattr(backbone, "all_tied_weights_keys", {}) or {})
         chosen = outside - tied or {n for n in names if n.split(".")[0] in _HEAD_NAMES}
     for module in further or []:
@@ -322,6 +321,11 @@ def head_names(backbone: PreTrainedModel, task: str, further: list[str] | None =
             raise BackboneError(f"modules_to_save names {module!r}, which {type(backbone).__name__} does not have.")
         chosen |= found
     return chosen
+
+
+def _outside_the_body(backbone: PreTrainedModel, names: set[str]) -> set[str]:
+    prefix = backbone.base_model_prefix + "."
+    return {n for n in names if not n.startswith(prefix)} if backbone.base_model is not backbone else set()
 
 
 def keep_pooler(config: Any, backbone: PreTrainedModel, base: str) -> None:
@@ -364,13 +368,20 @@ def adapter_names(
         whole: whether the backbone trains as a whole, as `train_backbone`.
 
     Raises:
-        BackboneError: a further module is not in the backbone, or nothing of what the method trains of it.
+        BackboneError: a further module is not in the backbone, or nothing outside its head of what the method trains.
     """
     chosen = head_names(backbone, task, further)
     if whole:
         chosen |= {n for n, p in backbone.named_parameters() if p.is_floating_point()}
     if (of_base := get_method(method).of_base) is not None:
-        chosen |= of_base(backbone)
+        named = of_base(backbone)
+        # with the head's alone it would be a linear probe
+        if not named - _outside_the_body(backbone, named) - head_names(backbone, task):
+            raise BackboneError(
+                f"{type(backbone).__name__} has nothing outside its head for {method} to train (for bitfit: no bias "
+                "terms). Methods that work there: p_tuning_v2, prefix_tuning, p_tuning, prompt_tuning."
+            )
+        chosen |= named
     return chosen
 
 

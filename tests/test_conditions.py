@@ -508,8 +508,16 @@ def test_prompts_that_a_prefix_cannot_stand_for_are_refused(family: str) -> None
 
 
 def test_no_biases_are_refused() -> None:
-    with pytest.raises(BackboneError, match="no bias terms"):
+    with pytest.raises(BackboneError, match="nothing outside its head for bitfit to train"):
         get_ptune_model(build("llama"), PTuneConfig(method="bitfit"))
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "MASKED_LM"])
+def test_biases_of_a_head_alone_are_refused(task: str) -> None:
+    backbone = build("modernbert", task)
+    assert any(n.endswith("bias") for n, _ in backbone.named_parameters())
+    with pytest.raises(BackboneError, match="nothing outside its head"):
+        get_ptune_model(backbone, PTuneConfig(method="bitfit"))
 
 
 def test_wrapping_again_takes_over() -> None:

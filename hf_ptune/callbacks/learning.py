@@ -306,10 +306,11 @@ def _chance(model: Any, task: str) -> float:
 
 @torch.no_grad()
 def _values(model: Any) -> Tensor:
-    """What is watched: the encoded prompt, or what the adapter trains besides a head."""
+    """What is watched: the encoded prompt, or what the adapter trains besides a head, or the head where that is all."""
     if model.prompt is None:
         heads = head_names(model.backbone, model.task, model.config.modules_to_save)
-        watched = model.adapter_parameter_names() - {f"backbone.{n}" for n in heads}
+        trained = model.adapter_parameter_names()
+        watched = trained - {f"backbone.{n}" for n in heads} or trained
         parts = [p.detach().float().flatten() for n, p in model.named_parameters() if n in watched]
         return torch.cat([p.to(parts[0].device) for p in parts])
     was_training = model.prompt.training

@@ -234,6 +234,13 @@ def test_a_prompt_that_nothing_updates(tmp_path: Path, warnings: list[str]) -> N
     assert "changed by 0 %" in warnings[0] and "gets no update" in warnings[0]
 
 
+def test_an_adapter_of_further_modules_alone_is_watched_by_these(tmp_path: Path) -> None:
+    model = wrap(bert(), "bitfit", modules_to_save=["bert"])
+    run = trainer(model, tmp_path, [LearningCallback()], Rows(classes=3), max_steps=2)
+    run.train()
+    assert run.state.log_history[-1]["prompt_change"] > 0
+
+
 def test_a_flat_loss(tmp_path: Path, warnings: list[str]) -> None:
     callback, run = watched(tmp_path, rows=Noise(64), learning_rate=5e-3)
     assert list(callback.found) == ["flat"] and len(warnings) == 1
