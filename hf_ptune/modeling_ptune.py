@@ -172,7 +172,9 @@ class PTunePreTrainedModel(Delegating):
 
     def _encode(self) -> Tensor:
         assert self.prompt is not None
-        encoded: Tensor = self.prompt()
+        # few rows, whose weights are in full precision on purpose; and no LSTM runs in bfloat16 on every device
+        with torch.autocast(device_of(self.prompt).type, enabled=False):
+            encoded: Tensor = self.prompt()
         if self.config.prefix_dropout and self.prompt.training:
             encoded = nn.functional.dropout(encoded, self.config.prefix_dropout)
         return encoded

@@ -171,6 +171,25 @@ def test_a_prompt_that_was_made_under_autocast_is_not_used_outside_it(method: st
     assert not torch.allclose(half.float(), whole, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("reparameterization", ["MLP", "LSTM"])
+def test_a_prompt_is_encoded_in_full_precision_under_autocast(family: str, reparameterization: str, wrap: Wrap) -> None:
+    model = wrap(family, "p_tuning", encoder_reparameterization_type=reparameterization).float()
+    inputs, encoded = batch(family), model._encode()
+    with torch.no_grad():
+        whole = logits(model, **inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model._encode(), encoded)
+        half = logits(model, **inputs)
+        assert torch.equal(logits(model, **inputs), half)
+        model.train()(**inputs).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.prompt.parameters() if p.grad is not None)
+    assert any(p.grad is not None for p in model.prompt.parameters())
+    model.eval()
+    assert torch.equal(logits(model, **inputs), whole)
+    assert torch.allclose(half.float(), whole, atol=0.1 * whole.abs().max().item())
+
+
 def test_bf16_autocast_and_weights(wrap: Wrap) -> None:
     model, inputs = wrap("llama", "p_tuning"), batch("llama")
     model.backbone.to(torch.bfloat16)
