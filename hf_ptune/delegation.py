@@ -37,6 +37,15 @@ class Delegating(SavedAdapter):
     def loss_function(self, value: Any) -> None:
         self.backbone.loss_function = value
 
+    @property
+    def num_labels(self) -> int:
+        """The backbone's, where its class keeps it: scripts with a loss of their own ask the model for it."""
+        return cast(int, self.backbone.num_labels)
+
+    @num_labels.setter
+    def num_labels(self, value: int) -> None:
+        self.backbone.num_labels = value
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         self.backbone.to(*args, **kwargs)  # which refuses what its quantisation cannot take
         return cast(Self, super().to(*args, **kwargs))

@@ -44,6 +44,16 @@ def test_the_kind_of_problem_decides_the_loss(wrap: Wrap) -> None:
     assert torch.allclose(output.loss, torch.nn.functional.mse_loss(output.logits, wanted))
 
 
+def test_a_loss_of_a_script_finds_the_number_of_labels(wrap: Wrap) -> None:
+    model = wrap("bert", "p_tuning_v2", num_virtual_tokens=3)
+    assert model.num_labels == model.backbone.num_labels == 2
+    logits = model(input_ids=batch("bert")["input_ids"]).logits
+    assert logits.view(-1, model.num_labels).shape == logits.shape
+    model.num_labels = 5
+    assert model.backbone.num_labels == 5
+    assert not hasattr(wrap("gpt2", "p_tuning_v2"), "num_labels")
+
+
 def test_labels_named_after_wrapping_are_saved(wrap: Wrap, tmp_path: Path) -> None:
     model = wrap("bert", "p_tuning_v2")
     names = [f"topic {n}" for n in range(model.config.num_labels)]
