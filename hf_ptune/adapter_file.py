@@ -322,7 +322,10 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], source:
         ]
         cure = "Fetch or save it anew"
         if shapes and not (missing or unexpected or types) and all(s.startswith("backbone.") for s in shapes):
-            cure = "Leave num_labels out, or make an adapter for as many labels (hf-ptune init --num-labels)"
+            cure = (
+                "Leave num_labels out, pass ignore_mismatched_sizes=True for a fresh head beside the prompt, or make "
+                "an adapter for as many labels (hf-ptune init --num-labels)"
+            )
         raise AdapterFileError(
             f"{source} does not hold the adapter that its config.json describes: "
             f"{shorten('; '.join(p for p in parts if p), 1000)}. {cure}."

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import check_tensors, digest_of, is_foreign, read_tensors, staged, write_tensors
-from hf_ptune.backbone import anchored, check_target
+from hf_ptune.backbone import anchored, check_target, head_names
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError
 from hf_ptune.loading import (
@@ -175,7 +175,9 @@ class SavedAdapter(PreTrainedModel):
             backbone: the base, where it is in memory already; it is not loaded then, and what the adapter keeps of
                 it (a head, biases) is written into it.
             kwargs: `revision` is the adapter's; `cache_dir`, `token`, `local_files_only` serve both; dtype,
-                device_map, attn_implementation, quantization_config and the like go to the base.
+                device_map, attn_implementation, quantization_config and the like go to the base. With
+                `ignore_mismatched_sizes=True` a head of another number of labels starts anew, beside the adapter's
+                prompt.
 
         Raises:
             AdapterFileError: the folder does not hold what its configuration describes.
@@ -216,11 +218,19 @@ class SavedAdapter(PreTrainedModel):
         model: Any = cls(config, backbone)
         try:
             expected = model.adapter_state_dict()
-            check_tensors(found, expected, source)
+            fresh = _other_head(found, expected, model) if kwargs.get("ignore_mismatched_sizes") else {}
+            kept = {n: t for n, t in found.items() if n not in fresh}
+            check_tensors(kept, {n: t for n, t in expected.items() if n not in fresh}, source)
             if unknown := sorted(n for n in absent if f"backbone.{n}" not in expected):
                 base = config.base_model_name_or_path
                 raise BackboneError(f"the base {base!r} has no weights for {unknown[:5]}: it is not the adapter's own.")
-            model.load_adapter_state_dict(prompt | read_tensors(path, set(found) - set(prompt)))
+            model.load_adapter_state_dict(prompt | read_tensors(path, set(kept) - set(prompt)) | fresh)
+            if fresh:
+                info["mismatched_keys"] = {(n, found[n].shape, t.shape) for n, t in fresh.items()}
+                logger.warning(
+                    f"{source}: {', '.join(sorted(fresh))} are of other labels than those asked for, and stay as the "
+                    "base has them, drawn anew if it has none; the prompt is the adapter's. Train it before use."
+                )
             if given is not None:
                 model.load_adapter_state_dict(model.adapter_state_dict(given))
         except BaseException:
@@ -232,3 +242,9 @@ class SavedAdapter(PreTrainedModel):
         if model.can_generate():
             model.generation_config = backbone.generation_config = read_generation(source, backbone, own)
         return (model, info) if with_info else model
+
+
+def _other_head(found: dict[str, Tensor], expected: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Tensors of a model's head that a file has in another shape, as the model has them."""
+    head = {f"backbone.{n}" for n in head_names(model.backbone, model.task)}
+    return {n: t for n, t in expected.items() if n in head and n in found and found[n].shape != t.shape}

@@ -257,6 +257,42 @@ def test_a_vocabulary_of_the_base_or_cut_short_loses_nothing(tmp_path: Path, cap
     assert "tokens" not in caplog.text
 
 
+@pytest.mark.parametrize("given", ["options", "config"])
+def test_other_labels_take_a_fresh_head_where_that_is_asked_for(
+    given: str, base_folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(base_folder("bert", "SEQ_CLS"))
+    saved = get_ptune_model(base, PTuneConfig(num_virtual_tokens=3))
+    saved.save_pretrained(tmp_path)
+    options: dict[str, Any] = {"num_labels": 3}
+    if given == "config":
+        options = {"config": AutoConfig.from_pretrained(tmp_path, num_labels=3)}
+    with pytest.raises(AdapterFileError, match="ignore_mismatched_sizes=True"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, **options)
+    if given == "config":
+        options = {"config": AutoConfig.from_pretrained(tmp_path, num_labels=3)}
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    names = {f"backbone.classifier.{n}" for n in ("weight", "bias")}
+    assert {key[0] for key in info["mismatched_keys"]} == names and all(n in caplog.text for n in names)
+    assert torch.equal(model.prompt.weight, saved.prompt.weight)
+    assert model.config.num_labels == model.num_labels == 3
+    assert model(**batch("bert")).logits.shape == (2, 3)
+    assert names < model.adapter_parameter_names()
+    model.save_pretrained(tmp_path / "new")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new")
+    assert torch.equal(loaded.backbone.classifier.weight, model.backbone.classifier.weight)
+
+
+def test_a_prompt_of_another_shape_is_no_matter_of_other_labels(base_folder: Any, tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(base_folder("bert", "SEQ_CLS"))
+    get_ptune_model(base, PTuneConfig(num_virtual_tokens=3)).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({"prompt.weight": torch.zeros(3, 5)}))
+    with pytest.raises(AdapterFileError, match="other shapes"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_resized_vocabulary_loads(when: str, base_folder: Any, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(base_folder("llama"))
