@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 _SIZES = re.compile("size|dim|layer|head|expert|embd|width|depth|inner|rank|state|kernel|proj|ff|position")
 _DRAWN = re.compile("LABEL_[0-9]+")  # what transformers calls labels without a name
-_NO_SIZES = ("id2label", "label2id", "task_specific_params", "vocab_size")
+_NO_SIZES = ("chunk_size_feed_forward", "id2label", "label2id", "task_specific_params", "vocab_size")
 
 
 def find_adapter(
@@ -256,7 +256,7 @@ def _check_sizes(said: PreTrainedConfig, own: PreTrainedConfig, base: str) -> No
     if wrong:
         raise BackboneError(
             f"base_config in config.json is not that of the base {base!r}: {', '.join(wrong[:5])}. Name the base that "
-            "the adapter was trained on, or restore config.json."
+            "the adapter was trained on, restore config.json, or correct what was given besides."
         )
 
 

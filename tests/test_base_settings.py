@@ -11,6 +11,7 @@ from families import batch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_ptune import PTuneForCausalLM, PTuneForSequenceClassification, PTunePreTrainedModel
+from hf_ptune.errors import BackboneError
 
 Wrap = Callable[..., PTunePreTrainedModel]
 
@@ -103,6 +104,21 @@ def test_what_is_set_on_a_configuration_before_loading_reaches_the_base(wrap: Wr
         assert told.id2label == {0: "no", 1: "yes"}
     assert {m.p for m in model.backbone.bert.modules() if isinstance(m, torch.nn.Dropout)} == {0.0, 0.3}
     assert model(input_ids=batch("bert")["input_ids"]).hidden_states is not None
+
+
+def test_a_base_runs_its_feed_forward_in_chunks_where_that_is_asked_for(wrap: Wrap, tmp_path: Path) -> None:
+    model, ids = wrap("bert", "p_tuning_v2").float(), batch("bert")["input_ids"][:, :4]
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, chunk_size_feed_forward=2)
+    assert {layer.chunk_size_feed_forward for layer in loaded.backbone.bert.encoder.layer} == {2}
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5)
+
+
+def test_a_size_that_the_base_does_not_have_may_be_the_callers(wrap: Wrap, tmp_path: Path) -> None:
+    wrap("bert", "p_tuning_v2").save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="hidden_size=64 instead of 32.*correct what was given besides"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, hidden_size=64)
 
 
 def test_the_configuration_of_a_wrapped_base_loads_what_was_set_on_it(wrap: Wrap, tmp_path: Path) -> None:
