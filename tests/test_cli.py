@@ -95,6 +95,29 @@ def test_init_takes_the_task_that_a_base_was_trained_for(family: str, task: str,
     assert PTuneConfig.from_pretrained(tmp_path / "new").task == task
 
 
+@pytest.mark.parametrize("own_class", ["RobertaTokenizer", "TokenizersBackend"])
+def test_words_to_be_tagged_keep_their_spaces_in_the_tokenizer_of_init(
+    own_class: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_base(tmp_path / "base", "roberta", "TOKEN_CLS", vocab_size=600)
+    tokenizer_of("bytes").save_pretrained(base)
+    path = Path(base, "tokenizer_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": own_class}))
+    words, options = ["hello", "Rome", "x"], ["--base", base, "--method", "p_tuning_v2", "--num-labels", "2"]
+    plain = AutoTokenizer.from_pretrained(base)
+    in_a_text, one_by_one = plain(" hello Rome x")["input_ids"], plain(words, is_split_into_words=True)["input_ids"]
+    assert in_a_text != one_by_one
+    for task, wanted in [("TOKEN_CLS", in_a_text), ("SEQ_CLS", one_by_one)]:
+        folder = str(tmp_path / task)
+        assert main(["init", *options, "--task", task, folder]) == 0
+        assert ("add_prefix_space" in capsys.readouterr().out) == (task == "TOKEN_CLS")
+        saved = AutoTokenizer.from_pretrained(folder)
+        assert saved(words, is_split_into_words=True)["input_ids"] == wanted
+    if own_class == "RobertaTokenizer":
+        spaced = AutoTokenizer.from_pretrained(base, add_prefix_space=True)
+        assert spaced(words, is_split_into_words=True)["input_ids"] == in_a_text
+
+
 def test_errors_are_messages(tmp_path: Path, argv: None, capsys: pytest.CaptureFixture[str]) -> None:
     base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
     new = str(tmp_path / "new")
