@@ -83,6 +83,7 @@ def init(
     from hf_ptune.configuration_ptune import PTuneConfig
     from hf_ptune.errors import PTuneError
     from hf_ptune.fresh_base import keep_spaces, load_base, load_tokenizer
+    from hf_ptune.publishing import fit_tokenizer
     from hf_ptune.wrapping import get_ptune_model
 
     folder = Path(folder)
@@ -98,6 +99,7 @@ def init(
     if task == "TOKEN_CLS" and keep_spaces(tokenizer):
         print("the tokenizer puts a space before every word (add_prefix_space=True), as words in a text have it")
     tokenizer.save_pretrained(folder)
+    fit_tokenizer(model, folder)
     model.print_trainable_parameters()
     print(f"written: {folder}. Train it with any script: hf-ptune run SCRIPT --model_name_or_path {folder}")
 

@@ -10,7 +10,7 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import PTuneError
 from hf_ptune.interop import load_peft, save_peft, save_prompt_embeds
 from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel
-from hf_ptune.publishing import tokenizer_of
+from hf_ptune.publishing import fit_tokenizer, tokenizer_of
 from hf_ptune.templates import name_virtual_tokens
 
 FilePath = str | os.PathLike[str]
@@ -47,6 +47,7 @@ def convert(source: FilePath, target: FilePath, form: str, **kwargs: Any) -> Non
             if (tokenizer := tokenizer_of(model.config, source, **own)) is not None:
                 name_virtual_tokens(model.config, tokenizer)
                 tokenizer.save_pretrained(path)
+                fit_tokenizer(model, path)
             model.save_pretrained(path, flatten=True)
     except BaseException:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import cached_file, logging
 
 from hf_ptune.adapter_file import WEIGHTS_NAME, find_weights, read_tensors, staged
@@ -22,6 +23,7 @@ from hf_ptune.errors import PTuneError, shorten
 from hf_ptune.hub import adapter_files, commit_of, license_of, push_folder
 from hf_ptune.methods import get_method
 from hf_ptune.pinning import UNPINNED
+from hf_ptune.position_tables import positions_of_prompt, token_room
 from hf_ptune.templates import name_virtual_tokens
 
 logger = logging.get_logger(__name__)
@@ -76,7 +78,7 @@ def finish_folder(
     facts: RunFacts | None = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Write adapter, shim, facts and card into a folder that may hold a tokenizer already.
+    """Write adapter, shim, facts and card into a folder that may hold a tokenizer already, which is fitted to it.
 
     Args:
         model: a wrapped model.
@@ -90,6 +92,7 @@ def finish_folder(
         The folder.
     """
     model.save_pretrained(folder, flatten=not keep_encoder, state_dict=state_dict)
+    fit_tokenizer(model, folder)
     add_shim(folder, type(model).task)
     facts = facts or facts_of(model, folder, state_dict)
     facts.adapter_bytes = (folder / WEIGHTS_NAME).stat().st_size
@@ -97,6 +100,24 @@ def finish_folder(
     curves = draw_curves(facts, folder / CURVES_NAME)
     make_card(facts, repo_id, curves).save(folder / CARD_NAME)
     return folder
+
+
+def fit_tokenizer(model: Any, folder: Path) -> None:
+    """Let the tokenizer in a folder cut texts to what the prompt leaves of the base's positions, where it takes some.
+
+    Args:
+        model: a wrapped model.
+        folder: has a tokenizer, or none.
+    """
+    path, room = folder / TOKENIZER_CONFIG_FILE, token_room(model)
+    if room is None or not positions_of_prompt(model) or not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if (settings.get("model_max_length") or room + 1) <= room:
+        return
+    text = json.dumps(settings | {"model_max_length": room}, indent=2, sort_keys=True, ensure_ascii=False)
+    with staged(folder) as aside:
+        (aside / path.name).write_text(text + "\n", encoding="utf-8")
 
 
 def add_shim(folder: Path, task: str) -> None:

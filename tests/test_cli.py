@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    pipeline,
 )
 
 import hf_ptune
@@ -116,6 +117,39 @@ def test_words_to_be_tagged_keep_their_spaces_in_the_tokenizer_of_init(
     if own_class == "RobertaTokenizer":
         spaced = AutoTokenizer.from_pretrained(base, add_prefix_space=True)
         assert spaced(words, is_split_into_words=True)["input_ids"] == in_a_text
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "room"),
+    [
+        ("gpt2", "prompt_tuning", 123),
+        ("gpt2", "p_tuning_v2", 123),
+        ("bart", "p_tuning", 59),
+        ("bert", "p_tuning", None),
+    ],
+)
+def test_texts_are_cut_to_what_the_prompt_leaves(family: str, method: str, room: int | None, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", family, "SEQ_CLS", eos_token_id=3)
+    folders = [str(tmp_path / name) for name in ("fresh", "pushed", "converted")]
+    options = ["--method", method, "--num-virtual-tokens", "5", "--num-labels", "2"]
+    assert main(["init", "--base", base, *options, folders[0]]) == 0
+    write_repository(AutoModelForSequenceClassification.from_pretrained(folders[0]), folders[1], "user/adapter")
+    assert main(["convert", folders[1], folders[2]]) == 0
+    limit = AutoTokenizer.from_pretrained(base).model_max_length
+    for folder in folders:
+        classify = pipeline("text-classification", folder)
+        assert classify.tokenizer.model_max_length == (room or limit)
+        if room:
+            assert classify(" ".join("abcdefgh" * 40), truncation=True)[0]["label"].startswith("LABEL_")
+
+
+def test_a_tokenizer_that_cuts_shorter_than_a_prompt_asks_stays(tmp_path: Path) -> None:
+    base, folder = write_base(tmp_path / "base", "gpt2", "SEQ_CLS"), str(tmp_path / "fresh")
+    words = load_tokenizer(base)
+    words.model_max_length = 9
+    words.save_pretrained(base)
+    assert main(["init", "--base", base, "--method", "p_tuning_v2", "--num-labels", "2", folder]) == 0
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == 9
 
 
 def test_errors_are_messages(tmp_path: Path, argv: None, capsys: pytest.CaptureFixture[str]) -> None:
