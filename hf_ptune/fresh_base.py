@@ -59,28 +59,6 @@ def let_pad(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def keep_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Let words that come one by one have the space before them, where a byte-level tokenizer would leave it out.
-
-    Scripts ask for this by the base's family, which an adapter's folder does not tell them.
-
-    Args:
-        tokenizer: changed in place.
-
-    Returns:
-        Whether it was changed.
-    """
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    splitter: Any = getattr(backend, "pre_tokenizer", None)
-    if getattr(splitter, "add_prefix_space", True):
-        return False
-    splitter.add_prefix_space = True
-    backend.pre_tokenizer = splitter
-    # families with a class of their own split as their settings say
-    tokenizer.add_prefix_space = tokenizer.init_kwargs["add_prefix_space"] = True
-    return True
-
-
 def load_base(
     base: str,
     task: str,
@@ -123,6 +101,28 @@ def load_base(
             f"the checkpoint of {base} has no weights for {sorted(unknown)[:5]}; it does not fit {task}."
         )
     return backbone
+
+
+def keep_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Let words that come one by one have the space before them, where a byte-level tokenizer would leave it out.
+
+    Scripts ask for this by the base's family, which an adapter's folder does not tell them.
+
+    Args:
+        tokenizer: changed in place.
+
+    Returns:
+        Whether it was changed.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    splitter: Any = getattr(backend, "pre_tokenizer", None)
+    if getattr(splitter, "add_prefix_space", True):
+        return False
+    splitter.add_prefix_space = True
+    backend.pre_tokenizer = splitter
+    # families with a class of their own split as their settings say
+    tokenizer.add_prefix_space = tokenizer.init_kwargs["add_prefix_space"] = True
+    return True
 
 
 def check_direction(model: PTunePreTrainedModel, task: Task) -> None:
