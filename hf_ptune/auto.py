@@ -14,6 +14,7 @@ from typing import Any
 
 _FOLLOWS = {
     "transformers.models.auto.configuration_auto": "hf_ptune.configuration_ptune",
+    "transformers.models.auto.tokenization_auto": "hf_ptune.tokenization",
     "transformers.models.auto.modeling_auto": "hf_ptune.modeling_ptune",
     "transformers.trainer": "hf_ptune.callbacks.model_card",
     "hf_ptune.modeling_ptune": "hf_ptune.interop",
@@ -61,8 +62,8 @@ def _then(execute: Callable[[ModuleType], None], name: str) -> Callable[[ModuleT
 
 def register() -> None:
     """Register configuration and task classes, now or as soon as there is something to register with."""
-    for theirs, ours in _FOLLOWS.items():
-        if theirs in sys.modules:
-            importlib.import_module(ours)
     if not any(isinstance(finder, _Follower) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Follower())
+    for theirs, ours in _FOLLOWS.items():  # ours may bring more of theirs along
+        if theirs in sys.modules:
+            importlib.import_module(ours)

@@ -29,7 +29,7 @@ LAYERS = [
     {"adapter_file"},
     {"config_checks"},
     {"configuration_ptune", "injection", "backbone"},
-    {"cards", "placement", "loss_at_labels", "logits_at", "batch_share", "position_tables"},
+    {"cards", "placement", "loss_at_labels", "logits_at", "batch_share", "position_tables", "tokenization"},
     {"generation_checks", "hub", "loading", "pinning", "restoring"},
     {"prompt_transfer", "publishing"},
     {"prompt_start"},
@@ -53,7 +53,7 @@ LAYERS = [
 LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 # imported by name once transformers' own modules are there, with which they register themselves; nothing is asked of
 # them
-UPWARDS = {("auto", "configuration_ptune"), ("auto", "modeling_ptune"), ("auto", "callbacks"), ("auto", "interop")}
+UPWARDS = {("auto", o) for o in ("configuration_ptune", "tokenization", "modeling_ptune", "callbacks", "interop")}
 
 
 def imported(tree: ast.AST) -> set[str]:

@@ -17,8 +17,10 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BitsAndBytesConfig,
     CLIPVisionConfig,
     LlamaConfig,
@@ -594,3 +596,58 @@ def test_a_fresh_adapter_tells_where_its_base_came_from(tmp_path: Path) -> None:
     assert "name_or_path" not in json.loads((tmp_path / "adapter" / "config.json").read_text())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert loaded.name_or_path == str(tmp_path / "adapter")
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Path:
+    """An adapter without a tokenizer, and its base that has one."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    build("distilbert", "SEQ_CLS").float().save_pretrained(base)
+    tokenizer_of("wordpiece").save_pretrained(base)
+    backbone = AutoModelForSequenceClassification.from_pretrained(base)
+    get_ptune_model(backbone, PTuneConfig(method="p_tuning_v2")).save_pretrained(adapter)
+    return adapter
+
+
+def test_an_adapter_without_a_tokenizer_has_its_base_s(classifier: Path) -> None:
+    said = in_a_fresh_process(
+        "import hf_ptune",
+        "from transformers import AutoTokenizer, pipeline",
+        f"folder = {str(classifier)!r}",
+        "tokenizer = AutoTokenizer.from_pretrained(folder, padding_side='left')",
+        "ask = pipeline('text-classification', folder)",
+        "print(tokenizer.padding_side, tokenizer('good x')['input_ids'] == ask.tokenizer('good x')['input_ids'])",
+        "print(tokenizer.tokenize('good x'), ask('good x')[0]['label'][:6])",
+    )
+    assert said.splitlines()[-2:] == ["left True", "['good', 'x'] LABEL_"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_tokenizer_beside_an_adapter_is_taken_before_the_base_s(named: bool, classifier: Path) -> None:
+    tokenizer_of("wordpiece", further="further").save_pretrained(classifier)
+    if not named:
+        (classifier / "tokenizer_config.json").write_text("{}")
+    assert AutoTokenizer.from_pretrained(classifier).tokenize("further") == ["further"]
+    (classifier / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="Expecting property name"):
+        AutoTokenizer.from_pretrained(classifier)
+
+
+def test_an_adapter_without_a_tokenizer_or_base_says_so(classifier: Path) -> None:
+    path = classifier / "config.json"
+    settings = json.loads(path.read_text())
+    for base in (None, str(classifier)):
+        path.write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+        with pytest.raises(AdapterFileError, match=r"has no tokenizer.*tokenizer\.save_pretrained"):
+            AutoTokenizer.from_pretrained(classifier)
+
+
+def test_virtual_tokens_of_a_template_come_to_the_base_s_tokenizer(tmp_path: Path) -> None:
+    tokenizer, base = tokenizer_of("wordpiece"), tmp_path / "base"
+    build("bert", "MASKED_LM").float().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    config = PTuneConfig(method="prompt_tuning", template="[P2] {text} [MASK]")
+    model = get_ptune_model(AutoModelForMaskedLM.from_pretrained(base), config, tokenizer)
+    model.save_pretrained(tmp_path / "adapter")
+    found = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+    assert found.convert_tokens_to_ids(["<|prompt_0|>", "<|prompt_1|>"]) == model.config.virtual_token_ids
