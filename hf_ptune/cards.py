@@ -70,6 +70,8 @@ class RunFacts:
         limits: what to know before use.
         tags: further ones of the card.
         dataset_ids: of datasets on the Hub, where `datasets` has other names for them.
+        dataset_args: which part of each of them, as GLUE has several.
+        split: of the rows that were held out, as their dataset calls it.
         name: the card's title; the repository's own when unset.
     """
 
@@ -99,6 +101,8 @@ class RunFacts:
     limits: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     dataset_ids: list[str] = field(default_factory=list)
+    dataset_args: list[str] = field(default_factory=list)
+    split: str = "validation"
     name: str | None = None
 
     def save(self, folder: str | Path) -> Path:
@@ -151,7 +155,7 @@ class RunFacts:
         get_method(self.method)
         if self.task not in TASKS:
             raise ValueError(f"task is {self.task!r}; expected one of {', '.join(TASKS)}")
-        for name in ("datasets", "languages", "limits", "tags", "dataset_ids"):
+        for name in ("datasets", "languages", "limits", "tags", "dataset_ids", "dataset_args"):
             if strange := [v for v in getattr(self, name) if not isinstance(v, str)]:
                 raise ValueError(f"{name} holds {strange[0]!r}; expected text")
         if strange := [v for v in self.seeds if not isinstance(v, int)]:
@@ -317,12 +321,15 @@ def human_bytes(size: float) -> str:
 
 
 def _metadata(facts: RunFacts, repo_id: str) -> ModelCardData:
+    ids = [*facts.dataset_ids, *facts.datasets]
+    part: Any = next(iter(facts.dataset_args), None)  # a name, as the Trainer's own cards have it
     results = [
         EvalResult(
             task_type=_PIPELINES[facts.task],
-            dataset_type=_slug(facts.datasets[0]) if facts.datasets else "held-out",
+            dataset_type=_slug(ids[0]) if ids else "held-out",
             dataset_name=facts.datasets[0] if facts.datasets else "held-out rows",
-            dataset_split="test" if name.startswith(_TEST) else "validation",
+            dataset_split="test" if name.startswith(_TEST) else facts.split,
+            dataset_args=part,
             metric_type=name.removeprefix(_TEST),
             metric_name=name.removeprefix(_TEST),
             metric_value=round(mean, 4),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from families import batch, build
 from huggingface_hub import ModelCard
 from tokenizers_of import tokenizer_of
@@ -206,6 +207,38 @@ def test_what_the_trainer_is_told_is_in_the_card(wrap: Wrap, tmp_path: Path) -> 
     data = ModelCard.load(tmp_path / "README.md").data
     assert (data.language, data.license) == (["de"], "mit") and data.datasets == ["user/topics"]
     assert {r.dataset_name for r in data.eval_results} == {"user/topics"}
+
+
+def test_the_results_of_a_card_name_data_and_base_as_the_trainer_is_told(wrap: Wrap, tmp_path: Path) -> None:
+    """As run_glue.py tells it; a folder is no name of a base, and what the adapter itself names comes first."""
+    told = {"dataset": "GLUE SST2", "dataset_tags": "glue", "dataset_args": "sst2"}
+    rows = Dataset.from_dict({k: v.tolist() for k, v in batch("bert", rows=4).items()}, split="test")
+    run = trained(wrap, tmp_path, eval_dataset=rows)
+    run.create_model_card(finetuned_from="google-bert/bert-base-uncased", **told)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert {(r.dataset_type, r.dataset_name, r.dataset_args, r.dataset_split) for r in data.eval_results} == {
+        ("glue", "GLUE SST2", "sst2", "test")
+    }
+    assert data.base_model == "google-bert/bert-base-uncased"
+    assert "base of your own" not in (tmp_path / "README.md").read_text()
+    run.create_model_card(finetuned_from=str(tmp_path), **told)
+    assert ModelCard.load(tmp_path / "README.md").data.base_model is None
+    run.model.config.base_model_name_or_path = "user/base"
+    run.create_model_card(finetuned_from="user/adapter", **told)
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == "user/base"
+    run.add_callback(ModelCardCallback(datasets=["user/topics"]))
+    run.create_model_card(**told)
+    found = ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert {(r.dataset_type, r.dataset_args) for r in found} == {("user/topics", None)}
+
+
+def test_facts_know_the_split_that_was_measured(wrap: Wrap, tmp_path: Path) -> None:
+    rows = {k: v.tolist() for k, v in batch("bert", rows=4).items()}
+    for split in ("test", None):
+        callback = ModelCardCallback()
+        trained(wrap, tmp_path, callback, eval_dataset=Dataset.from_dict(rows, split=split))
+        card = make_card(RunFacts.load(tmp_path))
+        assert {r.dataset_split for r in card.data.eval_results} == {split or "validation"}
 
 
 @pytest.mark.parametrize(

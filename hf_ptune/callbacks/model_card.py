@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 import hf_ptune
 from hf_ptune.adapter_file import WEIGHTS_NAME, read_tensors
+from hf_ptune.backbone import is_hub_id
 from hf_ptune.cards import TIMES, RunFacts, public_name
 from hf_ptune.engines import engine_name, ours, replaces, splits
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
@@ -84,18 +85,20 @@ class ModelCardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the facts, on the first rank of all, and leave them on the model, for whoever pushes that."""
-        self._tell(args, state, kwargs["model"])
+        self._tell(args, state, kwargs)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add what is measured after training."""
         if any("train_runtime" in entry for entry in state.log_history):
-            self._tell(args, state, kwargs["model"])
+            self._tell(args, state, kwargs)
 
-    def _tell(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
-        model = extract_model_from_parallel(model, keep_torch_compile=False)
+    def _tell(self, args: TrainingArguments, state: TrainerState, known: dict[str, Any]) -> None:
+        model = extract_model_from_parallel(known["model"], keep_torch_compile=False)
         if not state.is_world_process_zero or not isinstance(model, PTunePreTrainedModel):
             return
-        self.facts = model.__dict__[RUN] = gather_facts(args, state, model, self.given)
+        self.facts = model.__dict__[RUN] = gather_facts(
+            args, state, model, _split_of(getattr(known.get("eval_dataloader"), "dataset", None)) | self.given
+        )
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         self.facts.save(args.output_dir)
 
@@ -178,6 +181,12 @@ def _version(name: str) -> str:
         return "not installed"
 
 
+def _split_of(rows: Any) -> dict[str, Any]:
+    """Which split the rows that were evaluated on are, as a field of `RunFacts`; none where they do not tell."""
+    split = getattr(rows, "split", None)
+    return {} if split is None or callable(split) else {"split": str(split)}
+
+
 def _told(arguments: dict[str, Any], repo_id: str) -> dict[str, Any]:
     """What the arguments of the Trainer's own card say of a run, as fields of `RunFacts`."""
 
@@ -186,12 +195,15 @@ def _told(arguments: dict[str, Any], repo_id: str) -> dict[str, Any]:
         return [value] if isinstance(value, str) else list(value)
 
     title = arguments.get("model_name")  # which a push fills in with the repository's
+    base: Any = arguments.get("finetuned_from")
     found = {
         "languages": listed("language"),
         "license": arguments.get("license"),
         "tags": listed("tags"),
         "datasets": listed("dataset") or listed("dataset_name") or listed("dataset_tags"),
         "dataset_ids": listed("dataset_tags"),
+        "dataset_args": listed("dataset_args"),
+        "base": base if is_hub_id(base) and not Path(base).exists() else None,
         "name": None if title == repo_id.split("/")[-1] else title,
     }
     return {k: v for k, v in found.items() if v}
@@ -211,8 +223,10 @@ def _create_model_card(trainer: Any, original: Any, *args: Any, **kwargs: Any) -
     if tags := [*told.get("tags", ()), *getattr(trainer, "_tag_names", ())]:
         told["tags"] = list(dict.fromkeys(tags))
     if "datasets" in given:
-        told.pop("dataset_ids", None)
-    facts = gather_facts(trainer.args, trainer.state, model, told | given)
+        told = {k: v for k, v in told.items() if k not in ("dataset_ids", "dataset_args")}
+    if is_hub_id(model_facts(model).base):
+        told.pop("base", None)  # scripts name what they loaded, which may be an adapter
+    facts = gather_facts(trainer.args, trainer.state, model, _split_of(trainer.eval_dataset) | told | given)
     inherit_license(facts, trainer.args.hub_token)
     model.__dict__[RUN] = facts
     finish_folder(model, Path(trainer.args.output_dir), repo_id, facts=facts, state_dict=tensors)
