@@ -181,9 +181,9 @@ def lost_embeddings(model: Any) -> str | None:
     if name is None:
         return None
     try:
-        own = AutoConfig.from_pretrained(
-            resolve(name), revision=config.base_model_revision or "main", local_files_only=True
-        ).get_text_config()
+        # told not to trust, transformers asks nobody
+        where = {"revision": config.base_model_revision or "main", "local_files_only": True}
+        own = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False, **where).get_text_config()
     except (OSError, ValueError, BackboneError):
         return None  # a base that is nowhere on this machine, or that only its own code describes
     wanted, present = (getattr(c, "vocab_size", None) or 0 for c in (backbone.config.get_text_config(), own))
