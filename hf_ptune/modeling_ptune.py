@@ -268,6 +268,7 @@ class PTunePreTrainedModel(Delegating):
         if getattr(self, "_is_replica", False):
             raise PTuneError("torch.nn.DataParallel is not supported; start one process per device: accelerate launch.")
         self._check_holding()
+        self._check_tracing()
         items = kwargs.get("num_items_in_batch")
         count = None if items is None else count_labels(kwargs, self.task == "CAUSAL_LM")
         if isinstance(labels := kwargs.get("labels"), Tensor):
@@ -281,6 +282,13 @@ class PTunePreTrainedModel(Delegating):
     def _check_holding(self) -> None:
         if self.prompt is not None and self._injector is None:
             raise PTuneError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
+
+    def _check_tracing(self) -> None:
+        if torch.jit.is_tracing() and self._injector is not None and self._injector.enabled:  # type: ignore[attr-defined]
+            raise InjectionError(
+                "torch.jit.trace cannot record a prompt, which meets each batch by the sizes of that batch; use "
+                "torch.export.export, or trace without the prompt: with model.disable_adapter()."
+            )
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if (places := kwargs.pop("logits_at", None)) is not None:

@@ -14,7 +14,7 @@ from tokenizers_of import tokenizer_of
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
-from hf_ptune.errors import BackboneError, ConfigError, PTuneError
+from hf_ptune.errors import BackboneError, ConfigError, InjectionError, PTuneError
 from hf_ptune.multitask import get_multitask_model
 
 Wrap = Callable[..., PTunePreTrainedModel]
@@ -166,3 +166,21 @@ def test_an_offloaded_base_trains(tmp_path: Path) -> None:
     rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4
     Trainer(model, arguments, train_dataset=rows).train()
     assert any(not torch.equal(before[n], t) for n, t in model.adapter_state_dict().items())
+
+
+@pytest.mark.parametrize(("family", "method"), [("bert", "p_tuning_v2"), ("bert", "p_tuning"), ("llama", "p_tuning")])
+def test_tracing_is_refused_in_words_and_export_works(family: str, method: str, wrap: Wrap) -> None:
+    model, inputs = wrap(family, method), {k: v for k, v in batch(family).items() if k != "labels"}
+    model.backbone.config.use_cache = False  # torch.export knows no outputs of that type
+    with torch.no_grad():
+        with pytest.raises(InjectionError, match=r"torch\.jit\.trace.*torch\.export"):
+            torch.jit.trace(model, tuple(inputs.values()), strict=False)
+        exported = torch.export.export(model, (), inputs, strict=False).module()
+        assert torch.allclose(exported(**inputs).logits, model(**inputs).logits, atol=1e-9)
+
+
+def test_without_its_prompt_a_model_is_traced(wrap: Wrap) -> None:
+    model, inputs = wrap("bert", "p_tuning_v2"), batch("bert")["input_ids"]
+    with torch.no_grad(), model.disable_adapter():
+        traced = torch.jit.trace(model, (inputs,), strict=False)
+        assert torch.allclose(traced(inputs)["logits"], model(inputs).logits, atol=1e-9)
