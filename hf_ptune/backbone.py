@@ -104,11 +104,13 @@ def resolve(base: str) -> str:
     """Find the folder of a base named `package:<module>/<folder>`; other names pass through.
 
     Raises:
-        BackboneError: the package is not installed, or has no such folder.
+        BackboneError: no package is named, it is not installed, or it has no such folder.
     """
     if not base.startswith(_PACKAGE):
         return base
     module, _, folder = base.removeprefix(_PACKAGE).partition("/")
+    if not module.isidentifier():  # finding a module inside another runs the outer one
+        raise BackboneError(f"the base {base!r} names no package; expected package:<module>/<folder>.")
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise BackboneError(f"the base {base!r} is in the package {module}, which is not installed; install it.")

@@ -410,6 +410,13 @@ class PTuneConfig(PreTrainedConfig):
         """Let a wrapped backbone's configuration have what is written here from now on, as scripts and trainers do."""
         object.__setattr__(self, "_live", Live(backbone))
 
+    def __copy__(self) -> "PTuneConfig":
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        if (base := self.__dict__.get("_base")) is not None:
+            made.__dict__["_base"] = copy.copy(base)  # it is written with the configuration
+        return made
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         live: Live | None = self.__dict__.get("_live")
@@ -438,7 +445,9 @@ class PTuneConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         base = self._known_base()
-        if base is None or name.startswith("_") or name in _NOT_OF_A_BASE:
+        if name == "auto_map":
+            return {}  # no code of its own, as loaders ask
+        if base is None or name.startswith("_") or name in _NOT_OF_A_BASE or name == "tokenizer_class":
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         try:
             return getattr(base, name)

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_ptune.arguments import make_arguments
-from hf_ptune.backbone import is_hub_id
+from hf_ptune.backbone import is_hub_id, read_tokenizer
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.data import Rows, load_rows
-from hf_ptune.errors import RecipeError
+from hf_ptune.errors import RecipeError, shorten
 from hf_ptune.fresh_base import let_pad
 from hf_ptune.hub import adapter_files
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
@@ -16,6 +16,7 @@ from hf_ptune.publishing import tokenizer_of
 from hf_ptune.recipe import Recipe
 from hf_ptune.tasks import Task, TaskTrainer
 from hf_ptune.templates import name_virtual_tokens
+from hf_ptune.tokenization import has_tokenizer
 from hf_ptune.train import ADAPTER_FOLDER, check_features, load_adapter
 from hf_ptune.train import evaluate as measure
 
@@ -65,7 +66,13 @@ def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, dict[str, 
 
 def _read_tokenizer(config: PTuneConfig, source: str) -> Any:
     """The adapter's own tokenizer or its base's, with padding and the template's virtual tokens."""
-    tokenizer = tokenizer_of(config, source)
+    try:
+        tokenizer = read_tokenizer(source) if has_tokenizer(source) else tokenizer_of(config)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"the tokenizer of {source} cannot be read ({shorten(error)}); put the one that it was trained with beside "
+            "the adapter: tokenizer.save_pretrained(folder)."
+        ) from error
     if tokenizer is None:
         raise RecipeError(
             f"{source} has no tokenizer, and neither has its base {config.base_model_name_or_path}; put the one that "

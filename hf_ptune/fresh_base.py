@@ -104,7 +104,7 @@ def load_base(
 
 
 def keep_spaces(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Let words that come one by one have the space before them, where a byte-level tokenizer would leave it out.
+    """Let words that come one by one have the space before them, where a byte-level splitter would leave it out.
 
     Scripts ask for this by the base's family, which an adapter's folder does not tell them.
 

@@ -98,6 +98,7 @@ def _nearest_tokens(prompt: Tensor, config: PTuneConfig, hub: dict[str, Any]) ->
     if found is None:
         return ["nearest tokens: the base's embeddings are not at hand"]
     path, name = found
+    hub = hub | {"trust_remote_code": False}
     try:
         tokenizer = read_tokenizer(str(config.base_model_name_or_path), config.base_model_revision, **hub)
     except (OSError, ValueError):

@@ -133,9 +133,6 @@ def load_base(task: str, config: PTuneConfig, kwargs: dict[str, Any]) -> tuple[P
     given = sorted({*kwargs} - {*HUB_KEYS, "revision", "trust_remote_code"})
     if not name:
         raise ConfigError("config.json names no base_model_name_or_path; set it to the base's folder or id.")
-    if name.startswith("package:") and not name.removeprefix("package:").partition("/")[0].isidentifier():
-        # finding a module inside another runs the outer one
-        raise BackboneError(f"the base {name!r} names no package; expected package:<module>/<folder>.")
     base = type(config.base).from_dict(config.base.to_dict())
     attention = kwargs.pop("attn_implementation", None) or config._attn_implementation
     if attention is not None:
@@ -184,8 +181,8 @@ def lost_embeddings(model: Any) -> str | None:
         # told not to trust, transformers asks nobody
         where = {"revision": config.base_model_revision or "main", "local_files_only": True}
         own = AutoConfig.from_pretrained(resolve(name), trust_remote_code=False, **where).get_text_config()
-    except (OSError, ValueError, BackboneError):
-        return None  # a base that is nowhere on this machine, or that only its own code describes
+    except Exception:  # whatever a base that is not at hand, of its own code or damaged raises: this is advice
+        return None
     wanted, present = (getattr(c, "vocab_size", None) or 0 for c in (backbone.config.get_text_config(), own))
     if not 0 < present < wanted:
         return None

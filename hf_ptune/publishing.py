@@ -25,6 +25,7 @@ from hf_ptune.methods import get_method
 from hf_ptune.pinning import UNPINNED
 from hf_ptune.position_tables import positions_of_prompt, token_room
 from hf_ptune.templates import name_virtual_tokens
+from hf_ptune.tokenization import has_tokenizer
 
 logger = logging.get_logger(__name__)
 SHIM = "modeling_hf_ptune"
@@ -408,15 +409,17 @@ def tokenizer_of(config: PTuneConfig, source: str | os.PathLike[str] | None = No
         The tokenizer, or `None` with a warning where neither has one.
     """
     if source is not None:
+        hub = {k: v for k, v in hub.items() if v is not None}
         try:
-            return read_tokenizer(os.fspath(source), **{k: v for k, v in hub.items() if v is not None})
+            if has_tokenizer(source, **hub):
+                return read_tokenizer(os.fspath(source), **hub)
         except Exception as error:  # whatever a damaged file raises, the base has one too
-            logger.info(f"{source} has no tokenizer of its own ({shorten(error)}); the base's is taken.")
+            logger.warning(f"the tokenizer of {source} cannot be read ({shorten(error)}); the base's is taken.")
     base = config.base_model_name_or_path
     if base is None:
         return None
     try:
-        return read_tokenizer(base, config.base_model_revision)
+        return read_tokenizer(base, config.base_model_revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         logger.warning(f"no tokenizer was found beside the base ({shorten(error)}); pass tokenizer=….")
         return None

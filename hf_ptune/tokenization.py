@@ -11,9 +11,26 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError
 from hf_ptune.templates import name_virtual_tokens
 
-_FILES = (TOKENIZER_CONFIG_FILE, *TokenizersBackend.vocab_files_names.values())
+_FILES = (
+    TOKENIZER_CONFIG_FILE,
+    *TokenizersBackend.vocab_files_names.values(),
+    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model", "source.spm"),
+)
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 _OF_THE_SOURCE = ("revision", "subfolder", "_commit_hash", "_from_auto")
+
+
+def has_tokenizer(source: str | os.PathLike[str], **hub: Any) -> bool:
+    """Whether a tokenizer stands beside an adapter.
+
+    Args:
+        source: folder or Hub id of the adapter.
+        hub: revision, subfolder, token, cache_dir and local_files_only of the source.
+
+    Raises:
+        OSError: the Hub does not tell.
+    """
+    return any(cached_file(source, f, _raise_exceptions_for_missing_entries=False, **hub) for f in _FILES)
 
 
 class AdapterTokenizer:
@@ -22,6 +39,8 @@ class AdapterTokenizer:
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *inputs: Any, **kwargs: Any) -> Any:
         """Read the tokenizer beside an adapter, or its base's, with the template's virtual tokens, where there is none.
+
+        The base's cuts texts to the base's length, which a prompt may leave less of; code of a base is not run.
 
         Args:
             source: folder or Hub id of the adapter.
@@ -35,7 +54,7 @@ class AdapterTokenizer:
         from hf_ptune.backbone import read_tokenizer  # torch and models, which a tokenizer beside the adapter needs not
 
         hub = {k: kwargs[k] for k in (*_HUB, "revision", "subfolder") if kwargs.get(k) is not None}
-        if any(cached_file(source, f, _raise_exceptions_for_missing_entries=False, **hub) for f in _FILES):
+        if has_tokenizer(source, **hub):
             return TokenizersBackend.from_pretrained(source, *inputs, **kwargs)
         config = PTuneConfig.from_pretrained(source, **hub)
         base = config.base_model_name_or_path
@@ -45,7 +64,7 @@ class AdapterTokenizer:
                 f"{base!r}); put the one that it was trained with beside it: tokenizer.save_pretrained(folder)."
             )
         rest = {k: v for k, v in kwargs.items() if k not in _OF_THE_SOURCE}
-        tokenizer = read_tokenizer(base, config.base_model_revision, **rest)
+        tokenizer = read_tokenizer(base, config.base_model_revision, **rest | {"trust_remote_code": False})
         name_virtual_tokens(config, tokenizer)
         return tokenizer
 

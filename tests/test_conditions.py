@@ -595,3 +595,14 @@ def test_generating_reports_own_positions_of_the_encoder(
         assert [t.shape for t in told[name]] == [t.shape for t in base[name]]
         for told_one, once_one in zip(told[name], once[name], strict=True):
             torch.testing.assert_close(told_one, once_one)
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+def test_cross_attentions_keep_all_written_positions(family: str, wrap: Wrap) -> None:
+    """Also where as many are written as the encoder reads, virtual ones included."""
+    model = wrap(family, "prompt_tuning").eval()
+    model.set_attn_implementation("eager")
+    ids = batch(family, length=6)["input_ids"]
+    written = torch.full((2, 6 + model.config.num_virtual_tokens), 5)
+    found = model(input_ids=ids, decoder_input_ids=written, output_attentions=True).cross_attentions
+    assert all(one.shape[2:] == (written.shape[1], 6) for one in found)

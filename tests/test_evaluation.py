@@ -61,6 +61,12 @@ def forget_tokenizer(folder: Path) -> None:
 def test_an_adapter_without_a_tokenizer_is_measured_by_its_bases(tmp_path: Path) -> None:
     given = content(tmp_path, "SEQ_CLS", "bert")
     outcome = run(make_recipe(given, folder=tmp_path))
+    damaged = outcome.folder / "tokenizer.json"
+    whole = damaged.read_text()
+    damaged.write_text(whole[:99])
+    with pytest.raises(RecipeError, match="the tokenizer of .* cannot be read"):
+        evaluate(make_recipe(given, folder=tmp_path))
+    damaged.write_text(whole)
     forget_tokenizer(outcome.folder)
     assert evaluate(make_recipe(given, folder=tmp_path))["held-out"] == pytest.approx(outcome.after, rel=1e-5)
     forget_tokenizer(Path(given["base"]))

@@ -1,5 +1,6 @@
 """Loading and saving: every trap of wrapping a base, each with its test."""
 
+import copy
 import json
 import pickle
 import subprocess
@@ -651,3 +652,55 @@ def test_virtual_tokens_of_a_template_come_to_the_base_s_tokenizer(tmp_path: Pat
     model.save_pretrained(tmp_path / "adapter")
     found = AutoTokenizer.from_pretrained(tmp_path / "adapter")
     assert found.convert_tokens_to_ids(["<|prompt_0|>", "<|prompt_1|>"]) == model.config.virtual_token_ids
+
+
+@pytest.mark.parametrize("trust", [None, False])
+def test_a_base_s_code_is_neither_run_nor_asked_about_for_its_tokenizer(
+    trust: bool | None, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody is asked"))
+    base = tmp_path / "base"
+    (base / "code.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    mapped = {"model_type": "unheard", "auto_map": {"AutoConfig": "code.C", "AutoTokenizer": ["code.T", None]}}
+    (base / "config.json").write_text(json.dumps(mapped))
+    (base / "tokenizer_config.json").write_text(json.dumps({"auto_map": mapped["auto_map"]}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoTokenizer.from_pretrained(classifier, trust_remote_code=trust)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_package_is_run_for_a_base_s_tokenizer(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outer" / "inner" / "x").mkdir(parents=True)
+    (tmp_path / "outer" / "__init__.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+    (tmp_path / "outer" / "inner" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    path = classifier / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "package:outer.inner/x"}))
+    with pytest.raises(BackboneError, match="names no package"):
+        AutoTokenizer.from_pretrained(classifier)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_base_that_names_its_tokenizer_s_class_gives_its_tokenizer(classifier: Path, tmp_path: Path) -> None:
+    for folder, at in ((tmp_path / "base", None), (classifier, "base_config")):
+        settings = json.loads((folder / "config.json").read_text())
+        (settings if at is None else settings[at])["tokenizer_class"] = "BertTokenizer"
+        (folder / "config.json").write_text(json.dumps(settings))
+    assert AutoTokenizer.from_pretrained(classifier).tokenize("good x") == ["good", "x"]
+
+
+def test_a_base_whose_configuration_is_damaged_costs_no_adapter(classifier: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(classifier)
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dim": "x"}))
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").exists()
+
+
+def test_a_copy_of_a_configuration_is_set_by_itself(classifier: Path) -> None:
+    config = PTuneConfig.from_pretrained(classifier)
+    other = copy.copy(config)
+    other.id2label = {0: "a", 1: "b", 2: "c"}
+    assert (config.num_labels, config.base.num_labels) == (2, 2) and (other.num_labels, other.base.num_labels) == (3, 3)

@@ -15,7 +15,7 @@ from transformers import EvalPrediction
 from hf_ptune.errors import PTuneError
 from hf_ptune.metrics import Accuracy, Bleu, MacroF1, RougeL, Seqeval, SpanMatch
 from hf_ptune.tasks import IGNORED
-from hf_ptune.tasks.causal_lm import CausalLM
+from hf_ptune.tasks.causal_lm import CausalLM, token_metrics
 from hf_ptune.tasks.sequence_classification import SequenceClassification
 from hf_ptune.tasks.token_classification import TokenClassification
 
@@ -272,3 +272,8 @@ def test_nothing_is_no_input_of_a_metric(metric: type) -> None:
 def test_a_text_without_a_reference_is_named(metric: type) -> None:
     with pytest.raises(PTuneError, match="prediction 1 has no reference"):
         metric(keep_in_memory=True).compute(predictions=["a", "b"], references=[["a"], []])
+
+
+def test_nothing_is_known_of_rows_without_a_label() -> None:
+    ids = np.ones((2, 3), dtype=int)
+    assert all(math.isnan(value) for value in token_metrics(ids, ids, ids == 0).values())

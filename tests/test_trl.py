@@ -111,6 +111,17 @@ def test_dpo_compares_with_the_base(
     train(trainer)
 
 
+def test_dpo_of_a_saved_adapter_compares_with_it(
+    adapt: Callable[[str], PTunePreTrainedModel], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    adapt("p_tuning_v2").save_pretrained(tmp_path / "adapter")
+    args = trl.DPOConfig(str(tmp_path / "out"), per_device_train_batch_size=2, **SETTINGS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    trainer = trl.DPOTrainer(model=model, args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer)
+    assert torch.equal(trainer.ref_model.prompt.weight, model.prompt.weight)
+    train(trainer)
+
+
 def test_grpo_writes_with_the_prompt(
     adapt: Callable[[str], PTunePreTrainedModel], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

@@ -224,8 +224,9 @@ def _create_model_card(trainer: Any, original: Any, *args: Any, **kwargs: Any) -
         told["tags"] = list(dict.fromkeys(tags))
     if "datasets" in given:
         told = {k: v for k, v in told.items() if k not in ("dataset_ids", "dataset_args")}
-    if is_hub_id(model_facts(model).base):
-        told.pop("base", None)  # scripts name what they loaded, which may be an adapter
+    # scripts name what they loaded, which may be an adapter
+    if is_hub_id(model_facts(model).base) or told.get("base") == model.name_or_path:
+        told.pop("base", None)
     facts = gather_facts(trainer.args, trainer.state, model, _split_of(trainer.eval_dataset) | told | given)
     inherit_license(facts, trainer.args.hub_token)
     model.__dict__[RUN] = facts
@@ -238,7 +239,7 @@ def _save_checkpoint(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> 
     try:
         original(*args, **kwargs)
     finally:
-        del vars(trainer)[_CHECKPOINT]
+        vars(trainer).pop(_CHECKPOINT, None)
 
 
 @replaces(Trainer, "create_accelerator_and_postprocess", only_split=False)

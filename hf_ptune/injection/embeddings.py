@@ -108,10 +108,13 @@ def splice(own: Tensor, virtual: Tensor, at: Tensor) -> Tensor:
     return both.gather(1, _like(order, both))
 
 
-def cut_tensor(tensor: Tensor, at: Tensor, virtual: int, length: int) -> Tensor:
-    """Take `virtual` positions after `at` out of every axis of states `[B, S, H]` or attentions `[B, H, S, S]`."""
-    axes = [1] if tensor.dim() == 3 else [2, 3] if tensor.dim() == 4 else []
-    for axis in axes:
+def cut_tensor(tensor: Tensor, at: Tensor, virtual: int, length: int, keys_alone: bool = False) -> Tensor:
+    """Take `virtual` positions after `at` out of every axis of states `[B, S, H]` or attentions `[B, H, S, S]`.
+
+    Of attentions to another sequence, `[B, H, N, S]`, out of the last one (`keys_alone`).
+    """
+    axes = {3: [1], 4: [3] if keys_alone else [2, 3]}
+    for axis in axes.get(tensor.dim(), []):
         if tensor.shape[axis] == length + virtual:
             place = torch.arange(length, device=tensor.device)[None]
             order = torch.where(place < at.to(tensor.device)[:, None], place, place + virtual)
@@ -146,7 +149,7 @@ def cut_encoder_fields(output: Any, at: Tensor, virtual: int, length: int) -> An
     """Cut the virtual positions from what an encoder-decoder reports of its encoder's last states."""
     for name in ("encoder_last_hidden_state", "cross_attentions"):
         if output.get(name) is not None:
-            output[name] = _map(output[name], lambda t: cut_tensor(t, at, virtual, length))
+            output[name] = _map(output[name], lambda t: cut_tensor(t, at, virtual, length, keys_alone=True))
     return output
 
 

@@ -333,12 +333,15 @@ class Injector:
             cached = self.cached
             if cached is None or cached.version != self._version(cached.trained):
                 trained: list[Tensor] = []
-                if (
-                    self.kind is PromptKind.EMBEDDINGS and self.in_attention
-                ):  # it runs through the body, which may train
+                if self.runs_the_body:  # which may train
                     trained = [p for p in self.body.parameters() if p.requires_grad]
                 cached = self.cached = Encoded(self._version(trained), trained, settle(make()))
         return cached.value
+
+    @property
+    def runs_the_body(self) -> bool:
+        """Whether the prompt becomes keys and values by a pass of the body."""
+        return self.kind is PromptKind.EMBEDDINGS and self.in_attention
 
     def _forget(self, module: nn.Module, incompatible: Any) -> None:
         """Let the prompt be made anew from weights that have been loaded."""
@@ -348,7 +351,8 @@ class Injector:
         """What tells whether the encoded prompt is still what it would become."""
         tensors = [*self.prompt.parameters(), *self.prompt.buffers(), *trained]
         written = ((t.data_ptr(), version_of(t), t.device) for t in tensors)
-        kinds = {t.device.type for t in tensors}
+        # a prompt is encoded without autocast; the body that makes keys and values of one runs under it
+        kinds = {t.device.type for t in tensors} if self.runs_the_body else ()
         cast = (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in sorted(kinds))
         return (self.backbone.dtype, _passes_with_gradients, *cast, *written)
 

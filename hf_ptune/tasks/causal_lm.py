@@ -1,5 +1,6 @@
 """CAUSAL_LM: an answer after a prompt or an instruction; the loss is on the answer's tokens alone."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -203,8 +204,10 @@ def token_metrics(found: Any, wanted: Any, kept: Any) -> dict[str, float]:
     Args:
         found: ids `[N, S]`.
         wanted: ids `[N, S]`.
-        kept: which of them count, `[N, S]`.
+        kept: which of them count, `[N, S]`; where none does, nothing is known (NaN).
     """
+    if not kept.any():
+        return {"accuracy": math.nan, "exact_match": math.nan}
     result: dict[str, float] = Accuracy(keep_in_memory=True).compute(predictions=found[kept], references=wanted[kept])
     right = ((found == wanted) | ~kept).all(axis=1)[kept.any(axis=1)]
     return result | {"exact_match": float(np.mean(right))}
