@@ -34,6 +34,7 @@ def specialised(cls: Any, backbone_class: Any) -> type:
 
         functools.update_wrapper(forward, backbone_class.forward)
         vars(forward)["__signature__"] = inspect.signature(backbone_class.forward)
+        del vars(forward)["__wrapped__"]  # accelerate would follow it to the backbone's, which has another self
         names = {"forward": forward, "__module__": cls.__module__, "backbone_class": backbone_class}
         _SPECIALISED[cls, backbone_class] = type(cls.__name__, (cls,), names)
     return _SPECIALISED[cls, backbone_class]

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from families import batch, build
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from tokenizers_of import tokenizer_of
 from transformers import Trainer, TrainingArguments
 
@@ -76,7 +77,7 @@ def test_the_trainer_s_card_gives_way(wrap: Wrap, tmp_path: Path) -> None:
     assert facts.metrics == callback.facts.metrics and facts.speed["step_time_s"] > 0
     assert facts.adapter_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["flattened"] and config["auto_map"]["AutoConfig"] == "modeling_hf_ptune.PTuneConfig"
+    assert not config["flattened"] and config["auto_map"]["AutoConfig"] == "modeling_hf_ptune.PTuneConfig"
 
 
 def results(folder: Path) -> dict[str, float]:
@@ -303,6 +304,32 @@ def test_other_models_keep_the_trainer_s_card(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text()
     assert "generated automatically" in text or "generated_from_trainer" in text
     assert "prompt-learning" not in text
+
+
+def test_a_card_alone_leaves_the_reparameterisation(wrap: Wrap, tmp_path: Path) -> None:
+    run = trained(wrap, tmp_path)
+    run.save_model()
+    before = load_file(tmp_path / "model.safetensors")
+    run.create_model_card()
+    after = load_file(tmp_path / "model.safetensors")
+    assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in after)
+    assert not PTuneConfig.from_pretrained(tmp_path).flattened
+    run.create_model_card(keep_encoder=False)
+    assert PTuneConfig.from_pretrained(tmp_path).flattened
+
+
+def test_tags_of_datasets_are_told_beside_the_names_of_files(wrap: Wrap, tmp_path: Path) -> None:
+    run = trained(wrap, tmp_path, ModelCardCallback(datasets=["rows.jsonl"]))
+    run.create_model_card(dataset_tags="nyu-mll/glue")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.datasets == ["nyu-mll/glue"] and {r.dataset_name for r in data.eval_results} == {"rows.jsonl"}
+
+
+def test_a_card_tells_the_batch_size_that_was_found(wrap: Wrap, tmp_path: Path) -> None:
+    run = trained(wrap, tmp_path, auto_find_batch_size=True)
+    run.state.train_batch_size = 1  # as where two rows have no room
+    run.create_model_card()
+    assert RunFacts.load(tmp_path).hyperparameters["per_device_train_batch_size"] == 1
 
 
 def test_nothing_of_the_machine_is_told(wrap: Wrap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -391,6 +391,9 @@ def test_the_trainer_pushes_a_finished_adapter(server: HubServer, model: Any, tm
     card = ModelCard.load(ADAPTER, token=TOKEN)
     assert "hf_ptune" in card.data.tags and "generated_from_trainer" not in card.content
     assert len(server.requests("POST", "/api/repos/create")) == 1
+    trainer.push_to_hub(keep_encoder=True)
+    whole = AutoModelForCausalLM.from_pretrained(ADAPTER, cache_dir=tmp_path / "third", token=TOKEN)
+    assert not whole.config.flattened and type(whole.prompt) is type(model.prompt)
 
 
 @pytest.mark.parametrize("storage", ["lfs", "regular"])

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from families import VOCABULARY, batch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -186,3 +188,15 @@ def test_functions_for_one_method_of_the_trainer_are_all_called_and_each_once(wr
     model = wrap("bert", "p_tuning_v2", "SEQ_CLS").float()
     Mine(model, TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)).create_optimizer()
     assert called == ["second", "first"]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_accelerate_takes_its_wrapper_of_precision_off(family: str, wrap: Wrap, request: Any) -> None:
+    AcceleratorState._reset_state()  # there is one for all tests, which has another precision
+    request.addfinalizer(AcceleratorState._reset_state)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = wrap(family, "p_tuning_v2").float().eval()
+    with torch.no_grad():
+        wanted = model(**batch(family)).logits
+        plain = accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=False)
+        torch.testing.assert_close(plain.eval()(**batch(family)).logits, wanted)

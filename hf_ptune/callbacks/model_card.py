@@ -37,6 +37,7 @@ _HYPERPARAMETERS = (
     "gradient_checkpointing",
 )
 _CHECKPOINT = "_ptune_checkpoint"  # on a Trainer while it writes one
+_PUSH = "_ptune_push"  # on a Trainer while it pushes
 _LIBRARIES = ("transformers", "torch", "accelerate", "datasets")
 _MEMORY = re.compile("mem_([a-z_]+)_mib(?:_rank([0-9]+))?")
 _SPEED = ("step_time_s", "tokens_per_second", "train_runtime")
@@ -125,6 +126,8 @@ def gather_facts(
     unset = {f.name: getattr(f.default, "value", f.default) for f in fields(TrainingArguments)}
     chosen = {n: getattr(args, n) for n in _HYPERPARAMETERS}
     chosen = {n: getattr(v, "value", v) for n, v in chosen.items()}
+    if args.auto_find_batch_size and state.train_batch_size:
+        chosen["per_device_train_batch_size"] = state.train_batch_size // max(1, args.n_gpu)  # what was found
     # max_steps, where it is set, decides alone how long a training is
     length, unread = ("max_steps", "num_train_epochs") if args.max_steps > 0 else ("num_train_epochs", "max_steps")
     del chosen[unread]
@@ -211,7 +214,11 @@ def _told(arguments: dict[str, Any], repo_id: str) -> dict[str, Any]:
 
 @replaces(Trainer, "create_model_card", only_split=False)
 def _create_model_card(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> None:
-    """Let the Trainer finish a folder of ours in our way, and every other one in its own."""
+    """Let the Trainer finish a folder of ours in our way, and every other one in its own.
+
+    A push flattens the adapter, unless it is given `keep_encoder=True`; a card alone leaves it as it trains.
+    """
+    keep_encoder = kwargs.pop("keep_encoder", _PUSH not in vars(trainer))
     if not trainer.is_world_process_zero() or _CHECKPOINT in vars(trainer):
         return
     model: Any = ours(trainer.model)
@@ -222,7 +229,7 @@ def _create_model_card(trainer: Any, original: Any, *args: Any, **kwargs: Any) -
     told = _told(inspect.signature(original).bind(*args, **kwargs).arguments, repo_id)
     if tags := [*told.get("tags", ()), *getattr(trainer, "_tag_names", ())]:
         told["tags"] = list(dict.fromkeys(tags))
-    if "datasets" in given:
+    if any("/" in name and is_hub_id(name) for name in map(public_name, given.get("datasets") or ())):
         told = {k: v for k, v in told.items() if k not in ("dataset_ids", "dataset_args")}
     # scripts name what they loaded, which may be an adapter
     if is_hub_id(model_facts(model).base) or told.get("base") == model.name_or_path:
@@ -230,7 +237,18 @@ def _create_model_card(trainer: Any, original: Any, *args: Any, **kwargs: Any) -
     facts = gather_facts(trainer.args, trainer.state, model, _split_of(trainer.eval_dataset) | told | given)
     inherit_license(facts, trainer.args.hub_token)
     model.__dict__[RUN] = facts
-    finish_folder(model, Path(trainer.args.output_dir), repo_id, facts=facts, state_dict=tensors)
+    folder = Path(trainer.args.output_dir)
+    finish_folder(model, folder, repo_id, keep_encoder=keep_encoder, facts=facts, state_dict=tensors)
+
+
+@replaces(Trainer, "push_to_hub", only_split=False)
+def _push_to_hub(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let the card of a push know that it is of one."""
+    vars(trainer)[_PUSH] = True
+    try:
+        return original(*args, **kwargs)
+    finally:
+        vars(trainer).pop(_PUSH, None)
 
 
 def _save_checkpoint(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> None:
