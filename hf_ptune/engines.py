@@ -31,6 +31,7 @@ from hf_ptune.errors import PTuneError
 from hf_ptune.methods import get_method
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.publishing import RUN
+from hf_ptune.resuming import check_checkpoint
 from hf_ptune.sharding import read_master, scatter, write_master
 
 logger = logging.get_logger(__name__)
@@ -260,7 +261,7 @@ def _create_optimizer(trainer: Any, original: Any, *args: Any, **kwargs: Any) ->
 
 @replaces(Trainer, "train", only_split=False)
 def _train(trainer: Any, original: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Resume from whole checkpoints only, and let DistributedDataParallel not look for unused parameters.
+    """Resume from whole checkpoints of such an adapter only, and let DDP not look for unused parameters.
 
     A prompt is used in every step; what a callback has made part of the adapter by now may not be.
     """
@@ -278,6 +279,8 @@ def _train(trainer: Any, original: Any, resume_from_checkpoint: Any = None, *arg
             f"{resume_from_checkpoint} is no whole checkpoint: its {TRAINER_STATE_NAME}, which is written last, cannot "
             "be read. " + (f"Resume from {other}." if other else "Start anew.")
         )
+    if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+        check_checkpoint(ours(trainer.model), os.fspath(resume_from_checkpoint), of_a_recipe=False)
     return original(resume_from_checkpoint, *args, **kwargs)
 
 

@@ -11,7 +11,7 @@ from transformers.utils import CONFIG_NAME
 
 from hf_ptune.backbone import place_of
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import RecipeError
+from hf_ptune.errors import PTuneError, RecipeError
 from hf_ptune.methods import get_method
 from hf_ptune.placement import settled_reading
 
@@ -80,15 +80,16 @@ def _told(checkpoint: str | Path, differ: list[str]) -> str:
     )
 
 
-def check_checkpoint(model: Any, checkpoint: str) -> None:
+def check_checkpoint(model: Any, checkpoint: str, of_a_recipe: bool = True) -> None:
     """Refuse a checkpoint of a run with another base, method or labels, or with other sizes of the prompt.
 
     Args:
         model: about to train: a wrapped model, or one of several tasks.
         checkpoint: folder of a Trainer's checkpoint.
+        of_a_recipe: whether a recipe says how it trains; else the base is not compared, which may be a moved one.
 
     Raises:
-        RecipeError: something differs; it says what.
+        RecipeError: something differs; it says what. Without a recipe a PTuneError.
         AdapterFileError: the checkpoint's config.json cannot be read.
         ConfigError: it describes no adapter.
     """
@@ -98,22 +99,23 @@ def check_checkpoint(model: Any, checkpoint: str) -> None:
     for folder, part in parts.items():
         if not (folder / CONFIG_NAME).is_file():
             continue
-        if differ := _differences(PTuneConfig.from_pretrained(folder), part.config):
-            raise RecipeError(_told(folder, differ))
+        if differ := _differences(PTuneConfig.from_pretrained(folder), part.config, of_a_recipe):
+            raise (RecipeError if of_a_recipe else PTuneError)(_told(folder, differ))
 
 
-def _differences(there: PTuneConfig, here: PTuneConfig) -> list[str]:
+def _differences(there: PTuneConfig, here: PTuneConfig, of_a_recipe: bool) -> list[str]:
     told: list[tuple[str, Any, Any]] = [("method", there.method, here.method)]
+    where = "options." if of_a_recipe else ""
     if there.method == here.method:  # options of the one may mean nothing to the other
         names = _CHOOSING if get_method(here.method).kind is None else _SHAPING + _CHOOSING
-        told += [(f"options.{name}", getattr(there, name), getattr(here, name)) for name in names]
+        told += [(f"{where}{name}", getattr(there, name), getattr(here, name)) for name in names]
         reading = settled_reading(there), settled_reading(here)
-        told += [(f"options.{name}", value, reading[1][name]) for name, value in reading[0].items()]
+        told += [(f"{where}{name}", value, reading[1][name]) for name, value in reading[0].items()]
     told.append(("labels", there.label_names, here.label_names))
     bases = there.base_model_name_or_path, here.base_model_name_or_path
-    if all(bases) and place_of(str(bases[0])) != place_of(str(bases[1])):
+    if of_a_recipe and all(bases) and place_of(str(bases[0])) != place_of(str(bases[1])):
         told.insert(0, ("base", *bases))
     commits = there.base_model_revision, here.base_model_revision
-    if all(commits):
+    if of_a_recipe and all(commits):
         told.append(("commit of the base", *commits))
     return [f"{name} is {old!r} there and {new!r} here" for name, old, new in told if old != new]

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import build
+import torch
+from families import batch, build
 from test_train import write_base, write_recipe
+from transformers import Trainer, TrainingArguments
 
 from hf_ptune import PTuneConfig, get_ptune_model
-from hf_ptune.errors import RecipeError
+from hf_ptune.errors import PTuneError, RecipeError
 from hf_ptune.recipe import make_recipe
 from hf_ptune.resuming import check_checkpoint
 from hf_ptune.train import run
@@ -123,3 +125,38 @@ def test_a_checkpoint_of_another_run_is_refused(
         changes = {"data": content["data"] | changes}
     with pytest.raises(RecipeError, match=message + ".*Give the old values.*or another output_dir"):
         run(make_recipe(json.loads(json.dumps(content | changes)), folder=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, None),
+        ({"method": "prefix_tuning"}, "method is 'p_tuning_v2' there and 'prefix_tuning' here"),
+        ({"num_virtual_tokens": 6}, "num_virtual_tokens is 4 there and 6 here"),
+        ({"pooling": "mean"}, "pooling is 'cls' there and 'mean' here"),
+    ],
+)
+@pytest.mark.parametrize("only_model", [False, True])
+def test_a_trainer_of_one_s_own_resumes_from_the_same_adapter_alone(
+    options: dict[str, Any], message: str | None, only_model: bool, tmp_path: Path
+) -> None:
+    rows = [{k: v[0] for k, v in batch("bert", rows=1).items()} for _ in range(4)]
+
+    def trainer(steps: int, **chosen: Any) -> Trainer:
+        config = PTuneConfig(**{"method": "p_tuning_v2", "num_virtual_tokens": 4, "pooling": "cls"} | chosen)
+        model = get_ptune_model(build("bert", "SEQ_CLS").float(), config)
+        arguments = TrainingArguments(
+            tmp_path, max_steps=steps, save_steps=1, save_only_model=only_model, report_to=[], use_cpu=True
+        )
+        return Trainer(model, arguments, train_dataset=rows)
+
+    trainer(1).train()
+    again = trainer(2, **options)
+    if message is None:
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 2
+        return
+    before = {name: tensor.clone() for name, tensor in again.model.state_dict().items()}
+    with pytest.raises(PTuneError, match=message):
+        again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.model.state_dict().items())
