@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache, PreTrainedModel
 from transformers.utils import cached_file
 
-from hf_ptune.adapter_file import check_tensors, read_tensors
+from hf_ptune.adapter_file import HUB_KEYS, check_tensors, read_tensors
 from hf_ptune.backbone import head_names, load_backbone, resolve, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
 from hf_ptune.injection import Injector, body_of, cache_name, device_of, probing, trying
 from hf_ptune.injection.positions import learned_table
 from hf_ptune.injection.probe import close, vocabulary_of
-from hf_ptune.loading import HUB_KEYS
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import flatten, split_prefix
 from hf_ptune.modeling_ptune import PTunePreTrainedModel

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from hf_ptune.adapter_file import check_tensors, digest_of, find_weights, read_header
+from hf_ptune.adapter_file import HUB_KEYS, check_tensors, digest_of, find_weights, read_header
 from hf_ptune.backbone import TASKS, blaming, load_backbone, resolve
 from hf_ptune.base_settings import tell
 from hf_ptune.configuration_ptune import PTuneConfig
@@ -19,7 +19,6 @@ from hf_ptune.methods import get_method
 from hf_ptune.placement import choose_sites
 
 logger = logging.get_logger(__name__)
-HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 _SIZES = re.compile("size|dim|layer|head|expert|embd|width|depth|inner|rank|state|kernel|proj|ff|position")
 _DRAWN = re.compile("LABEL_[0-9]+")  # what transformers calls labels without a name
 _NO_SIZES = ("chunk_size_feed_forward", "id2label", "label2id", "task_specific_params", "vocab_size")

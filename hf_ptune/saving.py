@@ -9,12 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_ptune.adapter_file import check_tensors, digest_of, is_foreign, read_tensors, staged, write_tensors
+from hf_ptune.adapter_file import HUB_KEYS, check_tensors, digest_of, is_foreign, read_tensors, staged, write_tensors
 from hf_ptune.backbone import anchored, check_target, head_names
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError
 from hf_ptune.loading import (
-    HUB_KEYS,
     check_prompt,
     find_adapter,
     load_base,

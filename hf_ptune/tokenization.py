@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, TokenizersBackend
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import cached_file
 
+from hf_ptune.adapter_file import HUB_KEYS
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError
 from hf_ptune.templates import name_virtual_tokens
@@ -16,7 +17,6 @@ _FILES = (
     *TokenizersBackend.vocab_files_names.values(),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model", "source.spm"),
 )
-_HUB = ("cache_dir", "force_download", "local_files_only", "token", "proxies")
 _OF_THE_SOURCE = ("revision", "subfolder", "_commit_hash", "_from_auto")
 
 
@@ -53,7 +53,7 @@ class AdapterTokenizer:
         """
         from hf_ptune.backbone import read_tokenizer  # torch and models, which a tokenizer beside the adapter needs not
 
-        hub = {k: kwargs[k] for k in (*_HUB, "revision", "subfolder") if kwargs.get(k) is not None}
+        hub = {k: kwargs[k] for k in (*HUB_KEYS, "revision", "subfolder") if kwargs.get(k) is not None}
         if has_tokenizer(source, **hub):
             return TokenizersBackend.from_pretrained(source, *inputs, **kwargs)
         config = PTuneConfig.from_pretrained(source, **hub)

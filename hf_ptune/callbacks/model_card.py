@@ -4,6 +4,8 @@ import importlib.metadata
 import inspect
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -212,6 +214,15 @@ def _told(arguments: dict[str, Any], repo_id: str) -> dict[str, Any]:
     return {k: v for k, v in found.items() if v}
 
 
+@contextmanager
+def _marked(trainer: Any, mark: str) -> Iterator[None]:
+    vars(trainer)[mark] = True
+    try:
+        yield
+    finally:
+        vars(trainer).pop(mark, None)
+
+
 @replaces(Trainer, "create_model_card", only_split=False)
 def _create_model_card(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> None:
     """Let the Trainer finish a folder of ours in our way, and every other one in its own.
@@ -244,20 +255,14 @@ def _create_model_card(trainer: Any, original: Any, *args: Any, **kwargs: Any) -
 @replaces(Trainer, "push_to_hub", only_split=False)
 def _push_to_hub(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
     """Let the card of a push know that it is of one."""
-    vars(trainer)[_PUSH] = True
-    try:
+    with _marked(trainer, _PUSH):
         return original(*args, **kwargs)
-    finally:
-        vars(trainer).pop(_PUSH, None)
 
 
 def _save_checkpoint(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> None:
     """Save without a card: the folder around the checkpoints is finished when training is."""
-    vars(trainer)[_CHECKPOINT] = True
-    try:
+    with _marked(trainer, _CHECKPOINT):
         original(*args, **kwargs)
-    finally:
-        vars(trainer).pop(_CHECKPOINT, None)
 
 
 @replaces(Trainer, "create_accelerator_and_postprocess", only_split=False)

@@ -5,6 +5,7 @@ where [CLS] pooling does not meet them, and leave the encoder's outputs before a
 encoder-decoder takes them at the front, and its decoder goes on seeing them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,18 +84,22 @@ class InputPrompt:
 
     def cut(self, output: Any, virtual: int, mask: Tensor | None) -> Any:
         """Take the virtual positions out of everything that has them; `mask` is the one with the prompt."""
-        batch, length = output[0].shape[0], output[0].shape[1] - virtual
-        at = self.places(mask, batch, output[0].device)
-        return _map(output, lambda t: cut_tensor(t, at, virtual, length))
+        return _map(output, self._cutter(output[0], virtual, mask))
 
     def cut_reports(self, output: Any, virtual: int, mask: Tensor | None) -> Any:
         """Take them out of all but the last states, which a decoder goes on with; `mask` as in `cut`."""
-        last = output[0]
-        cut = self.cut(output, virtual, mask)
-        if isinstance(cut, ModelOutput):
-            cut[next(iter(cut.keys()))] = last
-            return cut
-        return (last, *cut[1:])
+        if len(output) == 1:
+            return output
+        change = self._cutter(output[0], virtual, mask)
+        if not isinstance(output, ModelOutput):
+            return (output[0], *_map(tuple(output[1:]), change))
+        for name in list(output.keys())[1:]:
+            output[name] = _map(output[name], change)
+        return output
+
+    def _cutter(self, states: Tensor, virtual: int, mask: Tensor | None) -> Callable[[Tensor], Tensor]:
+        at = self.places(mask, states.shape[0], states.device)
+        return lambda tensor: cut_tensor(tensor, at, virtual, states.shape[1] - virtual)
 
 
 def splice(own: Tensor, virtual: Tensor, at: Tensor) -> Tensor:
