@@ -11,13 +11,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hf_ptune.adapter_file import MODEL_TYPE
 from hf_ptune.base_settings import Live, tell
-from hf_ptune.config_checks import SITES, check_counts, check_geometry, without
+from hf_ptune.config_checks import check_counts, without
 from hf_ptune.errors import AdapterFileError, ConfigError, PTuneError, shorten
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import EncoderSpec, PromptEncoder, SiteShape, direct_prompt
+from hf_ptune.option_checks import check_options
 from hf_ptune.templates import Template
 
-INITS = ("AUTO", "RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO", "ADAPTER")
 # what an adapter's tensors, and what they do to outputs, follow from; kept beside the tensors too
 STRUCTURE = (
     "method",
@@ -38,12 +38,6 @@ STRUCTURE = (
     "pooling",
     "head_states",
 )
-# what a head reads -> as it does in the papers, and what may take the place of that
-READINGS = {"pooling": ("cls", "mean"), "head_states": ("last", "mix")}
-# what leaves the choice between them to the base and its task
-ASKED = {"pooling": ("auto",), "head_states": ("auto", "auto_pairs")}
-# more than anybody has trained, and little enough that nothing runs out of memory before it is compared with the file
-_MOST = {"num_virtual_tokens": 2**20, "encoder_hidden_size": 2**20, "encoder_num_layers": 64}
 # how a base is run, and by whose code, is up to whoever loads it
 _UP_TO_THE_LOADER = {
     "attn_implementation",
@@ -176,85 +170,8 @@ class PTuneConfig(PreTrainedConfig):
             self.verbalizer = {k: [v] if isinstance(v, str) else v for k, v in self.verbalizer.items()}
         if self.places_tokens and self.num_virtual_tokens == type(self).num_virtual_tokens:
             self.num_virtual_tokens = Template.parse(str(self.template)).num_virtual_tokens
-        self._check()
+        check_options(self)
         self._mirror_base()
-
-    def _check(self) -> None:
-        method = get_method(self.method)
-        choices: list[tuple[str, Any, tuple[str, ...]]] = [
-            ("prompt_tuning_init", self.prompt_tuning_init, INITS),
-            ("encoder_reparameterization_type", self.encoder_reparameterization_type, ("MLP", "LSTM")),
-        ]
-        choices += [("sites", site, SITES) for site in self.sites or []]
-        for name, value, allowed in choices:
-            if value not in allowed:
-                raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(allowed)}.")
-        for name, most in _MOST.items():
-            value = getattr(self, name)
-            used = value is not None and (method.kind is not None or name != "num_virtual_tokens")
-            if used and not 1 <= value <= most:
-                raise ConfigError(f"{name}={value}; expected at least 1 and at most {most}.")
-        for name in ("encoder_dropout", "prefix_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"{name}={getattr(self, name)}; expected 0 or more and less than 1.")
-        if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:
-            raise ConfigError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text, the text to start from.")
-        if self.prompt_tuning_init == "ADAPTER" and not self.prompt_tuning_init_adapter:
-            raise ConfigError("prompt_tuning_init='ADAPTER' needs prompt_tuning_init_adapter, a folder or Hub id.")
-        if self.prompt_tuning_init == "ADAPTER" and method.kind is None:
-            raise ConfigError(
-                f"prompt_tuning_init='ADAPTER' needs a prompt to start, which {self.method} does not have."
-            )
-        # one that names its geometry was saved when sites were taken, and changed nothing
-        asked = {"layers": self.layers, "sites": None if self.geometry else self.sites}
-        for name, value in asked.items():
-            if method.kind is PromptKind.EMBEDDINGS and value is not None:
-                raise ConfigError(f"{name} is for prefixes; {self.method} puts its prompt into the input only.")
-        for name, (published, other) in READINGS.items():
-            value = getattr(self, name)
-            allowed = (published, other, *ASKED[name])
-            if value is not None and value not in allowed:
-                raise ConfigError(f"{name}={value!r}; expected {', '.join(map(repr, allowed))} or None.")
-            if value == other and (method.kind is None or self.places_tokens):
-                why = "a template places the virtual tokens" if self.places_tokens else f"{self.method} has no prompt"
-                raise ConfigError(f"{name}={value!r} comes with a prompt before the text, but {why}.")
-        self._check_template(method.kind)
-        if self.geometry:
-            check_geometry(self.geometry)
-
-    def _check_template(self, kind: PromptKind | None) -> None:
-        if self.verbalizer is not None:
-            if self.template is None or not Template.parse(self.template).has_mask:
-                raise ConfigError(
-                    "verbalizer needs a template with [MASK], where its words stand; add one, such as '{text} [MASK]'."
-                )
-            wrong = [k for k, v in self.verbalizer.items() if not _are_words(v)]
-            if wrong or len(self.verbalizer) < 2:
-                raise ConfigError(
-                    f"verbalizer={self.verbalizer}; expected two labels or more, each with a word or a list of words."
-                )
-        ids = self.virtual_token_ids
-        if not self.places_tokens:
-            if ids is not None:
-                raise ConfigError(
-                    "virtual_token_ids is for a template that places virtual tokens, such as '[P3] {text}'."
-                )
-            return
-        count = Template.parse(str(self.template)).num_virtual_tokens
-        if kind is not PromptKind.EMBEDDINGS:
-            raise ConfigError(
-                f"the template {self.template!r} places virtual tokens, but {self.method} has none among the inputs. "
-                "Methods that have: prompt_tuning, p_tuning; for others take a template of words and fields alone."
-            )
-        if count != self.num_virtual_tokens:
-            raise ConfigError(
-                f"the template {self.template!r} has {count} virtual tokens, but num_virtual_tokens="
-                f"{self.num_virtual_tokens}; leave it unset, or make them agree."
-            )
-        if self.position_shift:
-            raise ConfigError("position_shift=True, but a template's virtual tokens are counted as tokens are.")
-        if ids is not None and (len(set(ids)) != count or len(ids) != count or min(ids) < 0):
-            raise ConfigError(f"virtual_token_ids={shorten(ids)}; expected {count} different ids, each 0 or more.")
 
     @property
     def places_tokens(self) -> bool:
@@ -372,7 +289,7 @@ class PTuneConfig(PreTrainedConfig):
             raise ConfigError(
                 f"the weights' metadata describes no adapter ({shorten(error)}); fetch them again."
             ) from error
-        settled._check()
+        check_options(settled)
         return settled
 
     def make_encoder(self, chosen: list[dict[str, Any]]) -> PromptEncoder:
@@ -480,10 +397,6 @@ class PTuneConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         settings: dict[str, Any] = super().to_diff_dict()
         return {k: v for k, v in settings.items() if k not in _INNER}
-
-
-def _are_words(words: Any) -> bool:
-    return isinstance(words, list) and bool(words) and all(isinstance(w, str) and w.strip() for w in words)
 
 
 AutoConfig.register(PTuneConfig.model_type, PTuneConfig, exist_ok=True)

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_ptune.backbone import describe
-from hf_ptune.configuration_ptune import ASKED, READINGS, PTuneConfig
+from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
 from hf_ptune.injection import (
     body_of,
@@ -16,6 +16,7 @@ from hf_ptune.injection import (
     text_of,
 )
 from hf_ptune.methods import PromptKind, get_method
+from hf_ptune.option_checks import ASKED, READINGS
 
 # layers that a pooled head never reads: a prefix there would get no gradient
 _UNREAD = {"canine": "final_char_encoder"}

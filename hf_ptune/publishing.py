@@ -18,10 +18,11 @@ from transformers.utils import cached_file, logging
 from hf_ptune.adapter_file import WEIGHTS_NAME, find_weights, read_tensors, staged
 from hf_ptune.backbone import TASKS, count_parameter, is_hub_id, read_tokenizer
 from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, make_card, merge_seeds
-from hf_ptune.configuration_ptune import READINGS, PTuneConfig
+from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import PTuneError, shorten
 from hf_ptune.hub import adapter_files, commit_of, license_of, push_folder
 from hf_ptune.methods import get_method
+from hf_ptune.option_checks import READINGS
 from hf_ptune.pinning import UNPINNED
 from hf_ptune.position_tables import positions_of_prompt, token_room
 from hf_ptune.templates import name_virtual_tokens

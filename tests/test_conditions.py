@@ -264,6 +264,17 @@ def test_sites_are_for_prefixes(method: str, wrap: Wrap, tmp_path: Path) -> None
         get_ptune_model(loaded.unwrap(), loaded.config)
 
 
+@pytest.mark.parametrize(("name", "value"), [("layers", [0]), ("sites", ["encoder"])])
+def test_bitfit_has_neither_layers_nor_sites(name: str, value: list[Any], wrap: Wrap, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is for prefixes; bitfit has no prompt"):
+        PTuneConfig(method="bitfit", **{name: value})
+    model = wrap("bert", "bitfit")
+    setattr(model.config, name, value)  # as was taken once, and changed nothing
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, backbone=model.unwrap())
+    assert getattr(loaded.config, name) == value
+
+
 @pytest.mark.parametrize("start", ["RANDOM", "SAMPLE_VOCAB", "ZERO"])
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2"])
 def test_starts(start: str, method: str, wrap: Wrap) -> None:
