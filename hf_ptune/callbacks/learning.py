@@ -36,6 +36,8 @@ _SMALL_CHANGE = 0.05  # below it, a flat loss is the learning rate's fault: prom
 _FAR = 10.0  # a rate so many times the usual one is not too low, however little a loss falls
 _ERRORS, _RISE_ERRORS = 3.0, 4.0  # standard errors that a fall and a rise of losses have to be beyond
 _OF_A_RUN = (FACTS_NAME, TRAINER_STATE_NAME, "training_args.bin")  # beside an adapter that has been trained
+# optimizers whose steps are of another size than Adam's at the same rate, so that no usual rate is known for them
+_OF_OTHER_RATES = ("sgd", "lbfgs", "adadelta", "adagrad", "rprop", "lion", "muon")
 TASK_LOSS = "loss_"  # and a task's name: mean over its own steps since the last log
 
 
@@ -66,7 +68,8 @@ class LearningCallback(NumbersCallback):
     alone: the prompt is not watched, so that there is no `prompt_change` and no `too_low`.
 
     Args:
-        usual: the learning rate that cures lead to; what the model's method starts with on its task when unset.
+        usual: the learning rate that cures lead to. Unset: what the model's method starts with on its task, under
+            optimizers whose steps are like Adam's; under others none, so that rates are only told apart by tens.
 
     Attributes:
         found: name of a finding to its message.
@@ -87,6 +90,7 @@ class LearningCallback(NumbersCallback):
         self._rate = 0.0
         self._start: Tensor | None = None
         self._late = False
+        self._like_adam = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,6 +103,9 @@ class LearningCallback(NumbersCallback):
         self._begin()
         model = _unwrap(kwargs.get("model"))
         self._late = state.global_step > state.max_steps / 10 or _goes_on(model)
+        optimizer = kwargs.get("optimizer")
+        kind = type(getattr(optimizer, "optimizer", optimizer)).__name__.lower()
+        self._like_adam = not any(name in kind for name in _OF_OTHER_RATES)
         if args.distributed_state is not None and args.distributed_state.distributed_type in SHARDING:
             logger.info("the change of the prompt is not watched: parameters are sharded over ranks.")
         else:
@@ -147,7 +154,7 @@ class LearningCallback(NumbersCallback):
         last: bool,
     ) -> None:
         if any(not math.isfinite(v) for v in (self._latest, 0.0 if change is None else change)):
-            self._report(state, "too_high", f"the loss or the prompt is not finite. {self._lower(model)}")
+            self._report(state, "too_high", f"the loss or the {_what(model)} is not finite. {self._lower(model)}")
             return
         warmup = args.get_warmup_steps(state.max_steps)
         gone = state.global_step - warmup
@@ -157,7 +164,7 @@ class LearningCallback(NumbersCallback):
         least = _LEAST_CHANGE / 10 if short else _LEAST_CHANGE
         if change is not None and change < least:
             if not self._late:
-                measured = f"the prompt has changed by {100 * change:.2g} % of its start, expected more than "
+                measured = f"the {_what(model)} has changed by {100 * change:.2g} % of its start, expected more than "
                 self._report(state, "too_low", f"{measured}{100 * least:g} %. {self._raise(model, change)}")
         elif self._has_risen(short, *self._is_lost(model, change)) and "too_low" not in self.found:
             self._report(state, "too_high", f"{self._tell_rise()}. {self._lower(model)}")
@@ -209,7 +216,7 @@ class LearningCallback(NumbersCallback):
         return f"{'; '.join(parts)}: no fall beyond its noise"
 
     def _usual(self, model: PTunePreTrainedModel) -> float | None:
-        if self.usual is not None:
+        if self.usual is not None or not self._like_adam:
             return self.usual
         found = defaults_of(model.config.method, getattr(model, "task", None), causal=model.config.over_decoder)
         return found.training.get("learning_rate")
@@ -226,12 +233,13 @@ class LearningCallback(NumbersCallback):
         # behind a network a small rate moves a prompt far: P-Tuning at 1e-5 by 17 %, and learns nothing
         if (change is not None and change < _SMALL_CHANGE) or self._rate < usual / 10:
             return self._raise(model, change)
-        moved = (
-            "" if change is None else f"The prompt has changed by {100 * change:.0f} %, so the rate is not too low. "
-        )
+        what, moved = _what(model), ""
+        if change is not None:
+            moved = f"The {what} has changed by {100 * change:.0f} %, so the rate is not too low. "
+        length = " and number of virtual tokens" if what == "prompt" else ""
         return (
-            f"{moved}See whether labels belong to their rows; else find learning rate (now {self._rate:.2g}) and "
-            "number of virtual tokens: hf-ptune sweep."
+            f"{moved}See whether labels belong to their rows; else find learning rate (now {self._rate:.2g}){length}: "
+            "hf-ptune sweep."
         )
 
     def _raise(self, model: PTunePreTrainedModel, change: float | None) -> str:
@@ -243,8 +251,8 @@ class LearningCallback(NumbersCallback):
             )
         if usual is None or usual <= self._rate:
             usual = self._rate * 10
-        method = model.config.method
-        return f"Raise the learning rate from {self._rate:.2g} to about {usual:.2g} ({method}), or train for longer."
+        target = f"to about {usual:.2g} ({model.config.method})" if usual else "above it"
+        return f"Raise the learning rate from {self._rate:.2g} {target}, or train for longer."
 
     def _report(self, state: TrainerState, name: str, message: str) -> None:
         if name in self.found:
@@ -279,6 +287,10 @@ def _is_trained(model: Any) -> bool:
 def _falls(trend: Trend) -> bool:
     clear = any(-fall > max(-math.log1p(-_GAIN), _ERRORS * error) for fall, error in trend.falls)
     return clear or trend.falls[1][0] <= math.log1p(-_CLEAR_GAIN)
+
+
+def _what(model: Any) -> str:
+    return "adapter" if model.prompt is None else "prompt"
 
 
 def _of(task: str) -> str:

@@ -234,6 +234,22 @@ def test_a_prompt_that_nothing_updates(tmp_path: Path, warnings: list[str]) -> N
     assert "changed by 0 %" in warnings[0] and "gets no update" in warnings[0]
 
 
+@pytest.mark.parametrize(("rate", "cure"), [(1e-4, "from 0.0001 to about 0.001"), (0.0, "from 0 above it")])
+def test_rates_of_other_optimizers_are_not_told_by_adams(
+    rate: float, cure: str, tmp_path: Path, warnings: list[str]
+) -> None:
+    callback, _ = watched(tmp_path, learning_rate=rate, optim="sgd")
+    assert list(callback.found) == ["too_low"] and f"Raise the learning rate {cure}" in warnings[0]
+
+
+def test_bitfit_is_told_of_without_a_prompt(tmp_path: Path, warnings: list[str]) -> None:
+    callback, run = watched(tmp_path, "bitfit", learning_rate=1e-7)
+    assert list(callback.found) == ["too_low"] and "the adapter has changed by" in warnings[0]
+    callback._rate = 3e-3
+    cure = callback._unstick(run.model, change=0.2)
+    assert "The adapter has changed by 20 %" in cure and "virtual tokens" not in cure
+
+
 def test_an_adapter_of_further_modules_alone_is_watched_by_these(tmp_path: Path) -> None:
     model = wrap(bert(), "bitfit", modules_to_save=["bert"])
     run = trainer(model, tmp_path, [LearningCallback()], Rows(classes=3), max_steps=2)
