@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as hf_logging
+from transformers.utils.import_utils import _LazyModule
 
 from hf_ptune.backbone import TASKS, adapter_names, count_parameter, make_backbone
 from hf_ptune.backbone_dropout import BackboneDropout
@@ -36,6 +37,7 @@ from hf_ptune.loss_at_labels import LossAtLabels
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
+from hf_ptune.patching import replaces
 from hf_ptune.placement import choose_head_states, choose_pooling, choose_sites, choose_start, shifts_positions
 from hf_ptune.position_tables import row_length, telling_of_positions
 from hf_ptune.restoring import Before
@@ -445,6 +447,14 @@ CLASSES: dict[str, type[PTunePreTrainedModel]] = {
         PTuneForMultipleChoice,
     )
 }
+_NAMED = {c.__name__: c for c in CLASSES.values()}
+
+
+# `transformers serve` and `chat` ask transformers for the class that config.json names under `architectures`; it is on
+# their class that modules of that name meet, of which direct_transformers_import makes several
+@replaces(_LazyModule, "__getattr__", when=lambda module: vars(module).get("__name__") == "transformers")
+def _look_up(module: Any, original: Any, name: str) -> Any:
+    return _NAMED[name] if name in _NAMED else original(name)
 
 
 for _task, _auto_class in TASKS.items():

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import batch, build
 from safetensors.torch import load_file, save_file
 from tokenizers_of import tokenizer_of
@@ -34,6 +35,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.utils.import_utils import direct_transformers_import
 
 from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.cards import RunFacts
@@ -208,6 +210,18 @@ def test_loading_twice_by_class_and_by_config(adapter: Path) -> None:
     inputs = batch("llama")
     with torch.no_grad():
         assert torch.equal(by_class(**inputs).logits, by_config(**inputs).logits)
+
+
+def test_transformers_has_the_classes_that_configurations_name(adapter: Path) -> None:
+    """As `transformers serve` looks them up, in a module that may have been made before or after ours."""
+    before = sys.modules["transformers"]
+    again = direct_transformers_import(str(Path(transformers.__file__).parent))
+    sys.modules["transformers"] = before
+    name = AutoConfig.from_pretrained(adapter).architectures[0]
+    for module in (before, again):
+        assert getattr(module, name) is PTuneForCausalLM
+        assert not hasattr(module, "PTuneForNothing") and module.AutoConfig is AutoConfig
+    assert not hasattr(transformers.models, name)
 
 
 def test_a_trained_adapter_trains_on(adapter: Path) -> None:
