@@ -30,6 +30,7 @@ from hf_ptune.injection import (
     find_geometry,
     forget_captures,
     layers_of,
+    restore_captures,
     word_embeddings,
 )
 from hf_ptune.logits_at import run_with_logits_at
@@ -193,6 +194,7 @@ class PTunePreTrainedModel(Delegating):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        restore_captures(self.backbone)
         self.backbone.__dict__[_OWNER] = Owner(self)
         self.config.follow(self.backbone)
 

@@ -3,9 +3,11 @@
 import copy
 import logging
 import pickle
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -303,6 +305,21 @@ def test_a_static_cache_over_two_calls_with_pads_on_the_left(family: str, method
         model(input_ids=ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache, use_cache=True)
         found = model(input_ids=ids[:, 4:], attention_mask=mask, past_key_values=cache, use_cache=True).logits
     assert torch.allclose(found, expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_a_mix_of_layers_is_unpickled_where_no_base_was_made(task: str, wrap: Wrap, tmp_path: Path) -> None:
+    options = {"pooling": "mean"} if task == "SEQ_CLS" else {}
+    model = wrap("bert", "p_tuning_v2", task, head_states="mix", **options)
+    inputs = {k: v for k, v in batch("bert").items() if k != "labels"}
+    with torch.no_grad():
+        torch.save((model, inputs, model(**inputs).logits), tmp_path / "model.pt")
+    lines = (
+        "import torch",
+        f"model, inputs, expected = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)",
+        "assert torch.allclose(model(**inputs).logits, expected, atol=1e-9)",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
 
 
 def test_a_backbone_is_pickled_without_its_wrapper() -> None:

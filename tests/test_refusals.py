@@ -179,6 +179,28 @@ def test_tracing_is_refused_in_words_and_export_works(family: str, method: str, 
         assert torch.allclose(exported(**inputs).logits, model(**inputs).logits, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["p_tuning_v2", "prompt_tuning", "p_tuning"])
+def test_an_export_leaves_the_batch_open(method: str, wrap: Wrap) -> None:
+    model, inputs = wrap("bert", method), {k: v for k, v in batch("bert").items() if k != "labels"}
+    rows = torch.export.Dim("rows", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs, dynamic_shapes={n: {0: rows} for n in inputs}, strict=False)
+        more = {name: torch.cat([value, value.flip(0)[:1]]) for name, value in inputs.items()}
+        assert torch.allclose(program.module()(**more).logits, model(**more).logits, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["p_tuning_v2", "prompt_tuning"])
+def test_an_export_has_no_kernel_of_one_device(method: str, wrap: Wrap) -> None:
+    """Where keys have fewer heads than queries, runtimes take torch's general attention alone."""
+    model, inputs = wrap("llama", method), {k: v for k, v in batch("llama").items() if k != "labels"}
+    model.backbone.config.use_cache = False
+    with torch.no_grad():
+        expected = model(**inputs).logits  # what it remembers of a call is not exported
+        program = torch.export.export(model, (), inputs, strict=False)
+        assert "flash_attention_for_cpu" not in str(program.graph)
+        assert torch.allclose(program.module()(**inputs).logits, expected, atol=1e-9)
+
+
 def test_without_its_prompt_a_model_is_traced(wrap: Wrap) -> None:
     model, inputs = wrap("bert", "p_tuning_v2"), batch("bert")["input_ids"]
     with torch.no_grad(), model.disable_adapter():

@@ -3,7 +3,7 @@
 from hf_ptune.injection.calls import bind, cache_name, cache_of, parameters_of, this_thread
 from hf_ptune.injection.embeddings import normalises_embeddings, word_embeddings
 from hf_ptune.injection.injector import Injector
-from hf_ptune.injection.layer_mix import ScalarMix, forget_captures, gives_layers, layers_of
+from hf_ptune.injection.layer_mix import ScalarMix, forget_captures, gives_layers, layers_of, restore_captures
 from hf_ptune.injection.pooling import reads_first_token
 from hf_ptune.injection.probe import (
     PROBE_TOKENS,
@@ -38,6 +38,7 @@ __all__ = [
     "probing",
     "prompts_agree",
     "reads_first_token",
+    "restore_captures",
     "text_of",
     "this_thread",
     "trying",

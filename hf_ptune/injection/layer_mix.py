@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection.bridge import checkpoint_layers, reentrant_layers
@@ -98,6 +99,17 @@ def forget_captures(backbone: nn.Module) -> None:
         for number in [n for n, hook in hooks.items() if _CAPTURES in getattr(hook, "__qualname__", "")]:
             del hooks[number]
         module.__dict__.pop("_output_capturing_hooks_installed", None)
+
+
+def restore_captures(backbone: nn.Module) -> None:
+    """Let states of a backbone that was unpickled be asked for.
+
+    transformers notes which modules have any while they are made, which unpickling leaves out.
+    """
+    for module in backbone.modules():
+        if isinstance(module, PreTrainedModel):
+            # by the name of the class; the registry's own __setitem__ takes names or modules, by version
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
 
 
 def _fit(states: Any, last: Tensor, count: int) -> bool:

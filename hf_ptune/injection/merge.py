@@ -68,6 +68,8 @@ def merge_kernel(
     alike = query.dim() == 4 and query.shape[0] == key.shape[0] and key.shape[-1] == value.shape[-1]
     if _disabled or dropout or not _is_plain(mask) or not alike or query.shape[1] % key.shape[1]:
         return None
+    if torch.compiler.is_exporting():
+        return None  # other runtimes take these kernels with as many heads of keys as of queries alone
     # compiled, these kernels have been seen to give a prefix no gradient on a GPU
     if query.device.type != "cpu" and (
         torch.compiler.is_compiling() or _copies_little(query, key, mask, causal, virtual)

@@ -114,8 +114,9 @@ class MeanPooling:
         if own is None or not self.active():
             return None
         if self.inputs is not None:
-            at = self.inputs.places(own, len(own), own.device)
-            own = splice(own, own.new_zeros(len(own), self.virtual), at)
+            rows = own.shape[0]  # len() would make a number of a size that torch.export leaves open
+            at = self.inputs.places(own, rows, own.device)
+            own = splice(own, own.new_zeros(rows, self.virtual), at)
         pooled = mean_first(output[0], own)
         if isinstance(output, ModelOutput):
             output[next(iter(output.keys()))] = pooled
