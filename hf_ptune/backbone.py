@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import GatedRepoError
 from torch import nn
 from transformers import (
     AutoModel,
@@ -130,7 +131,7 @@ def blaming(base: str, cure: str = _A_BASE) -> Iterator[None]:
 
     Args:
         base: its name.
-        cure: what the message ends with.
+        cure: what the message ends with, unless the Hub wants access to be asked for.
 
     Raises:
         BackboneError: anything else failed.
@@ -142,6 +143,8 @@ def blaming(base: str, cure: str = _A_BASE) -> Iterator[None]:
     except DEVICE_FAILURES:
         raise
     except Exception as error:  # whatever a family or a file raises, the cure is the same
+        if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
+            cure = ". Ask for access on its page of the Hub, and log in (hf auth login) or pass token=."
         raise BackboneError(
             f"the base {base!r} cannot be loaded ({type(error).__name__}: {shorten(error, 600)}){cure}"
         ) from error

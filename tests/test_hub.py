@@ -31,7 +31,7 @@ from transformers import (
 from hf_ptune import PTuneConfig, PTuneForCausalLM, get_ptune_model
 from hf_ptune import hub as pushing
 from hf_ptune.cli import main, make_parser
-from hf_ptune.errors import AdapterFileError, ConfigError, HubError, PTuneError
+from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, HubError, PTuneError
 from hf_ptune.hub import adapter_files, push_folder
 from hf_ptune.info import describe_adapter
 from hf_ptune.publishing import facts_of, push_finished, write_repository
@@ -132,6 +132,13 @@ def test_a_gated_adapter_wants_a_grant(server: HubServer, finished: Path, tmp_pa
     assert AutoModelForCausalLM.from_pretrained(
         ADAPTER, cache_dir=tmp_path / "bob", token="bob-writes"
     ).config.flattened
+
+
+def test_a_gated_base_says_how_to_get_access(server: HubServer, finished: Path, tmp_path: Path) -> None:
+    server.repos["alice/base"].gated = "manual"
+    with pytest.raises(BackboneError, match=r"'alice/base' cannot be loaded.*Ask for access") as caught:
+        AutoModelForCausalLM.from_pretrained(finished, cache_dir=tmp_path / "bob", token="bob-writes")
+    assert "base_model_name_or_path" not in str(caught.value)
 
 
 def test_the_reparameterisation_is_kept_on_request(server: HubServer, model: Any, tmp_path: Path) -> None:
