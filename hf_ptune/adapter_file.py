@@ -30,7 +30,7 @@ MODEL_TYPE = "ptune"  # in config.json
 _ASIDE = ".ptune-"
 _writing: set[Path] = set()  # by this process, now
 _ABANDONED = 3600.0  # seconds after which what another machine has left aside is nobody's
-_STRUCTURE = "ptune"
+_STRUCTURE, _FRESH = "ptune", "fresh"
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _MOST_HEADER = 2**23  # bytes; some eighty thousand tensors
 _DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
@@ -110,6 +110,22 @@ def write_tensors(
     save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, target, metadata=metadata)
     _settle_header(target)
     return target
+
+
+def mark_fresh(folder: str | os.PathLike[str]) -> None:
+    """Note beside the tensors of a folder that nobody has trained them; what is saved later does not say so.
+
+    Args:
+        folder: an adapter's.
+    """
+    path = Path(folder) / WEIGHTS_NAME
+    write_tensors(folder, read_tensors(path), read_header(path)[1] | {_FRESH: True})
+
+
+def is_fresh(folder: str | os.PathLike[str]) -> bool:
+    """Whether `mark_fresh` noted that an adapter's tensors have not been trained."""
+    path = Path(folder) / WEIGHTS_NAME
+    return path.is_file() and bool(read_header(path)[1].get(_FRESH))
 
 
 def _settle_header(path: Path) -> None:

@@ -79,6 +79,7 @@ def init(
     Raises:
         PTuneError: the folder holds files, the task cannot be told, or the base cannot take the method.
     """
+    from hf_ptune.adapter_file import mark_fresh
     from hf_ptune.backbone import anchored
     from hf_ptune.configuration_ptune import PTuneConfig
     from hf_ptune.errors import PTuneError
@@ -96,6 +97,7 @@ def init(
     labels = [f"LABEL_{n}" for n in range(num_labels or 0)]
     model = get_ptune_model(load_base(base, task, labels, tokenizer, config, {"revision": revision}), config, tokenizer)
     model.save_pretrained(folder)
+    mark_fresh(folder)
     if task == "TOKEN_CLS" and keep_spaces(tokenizer):
         print("the tokenizer puts a space before every word (add_prefix_space=True), as words in a text have it")
     tokenizer.save_pretrained(folder)

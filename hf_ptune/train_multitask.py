@@ -28,7 +28,7 @@ from hf_ptune.callbacks import LearningCallback, MemoryCallback, check_batch
 from hf_ptune.callbacks.learning import TASK_LOSS
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.data import Rows, load_rows
-from hf_ptune.engines import at_end, engine_name, splits
+from hf_ptune.engines import TRAINED, at_end, engine_name, splits
 from hf_ptune.errors import PTuneError, RecipeError
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
 from hf_ptune.hub import push_folder
@@ -255,7 +255,11 @@ class MultiTaskTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not at_end(self):
+            before = self.state.global_step
             super()._run_epoch(*args, **kwargs)
+            for task in self.prompts.tasks:
+                marks = vars(self.prompts.model_of(task))
+                marks[TRAINED] = marks.get(TRAINED, 0) + self.state.global_step - before
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.prompts.load_adapters(resume_from_checkpoint)

@@ -31,6 +31,7 @@ from hf_ptune import (
     train,
     train_multitask,
 )
+from hf_ptune.adapter_file import is_fresh
 from hf_ptune.backbone import TASKS
 from hf_ptune.cli import main
 from hf_ptune.errors import PTuneError
@@ -64,6 +65,9 @@ def test_a_script_trains_what_init_writes(tmp_path: Path, argv: None, capsys: py
     assert main(["init", "--base", base, *options, folder]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert (model.config.num_virtual_tokens, model.config.num_labels, model.config.flattened) == (5, 3, False)
+    assert is_fresh(folder)  # nobody has trained it
+    model.save_pretrained(tmp_path / "again")
+    assert not is_fresh(tmp_path / "again")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     assert main(["run", str(script), "--model_name_or_path", folder]) == 0

@@ -285,6 +285,18 @@ def test_a_task_that_blows_up_is_named(content: dict[str, Any], tmp_path: Path) 
     assert "Lower the learning rate" in watch.found["too_high"]
 
 
+def test_a_prompt_that_trains_on_in_this_process_is_no_fresh_start(content: dict[str, Any], tmp_path: Path) -> None:
+    content["training"] |= {"learning_rate": 2e-2, "max_steps": 40}
+    recipe = make_multitask_recipe(content, folder=tmp_path)
+    tokenizer, watch = load_tokenizer(recipe.shared.base), LearningCallback()
+    model, parts = build(recipe, tokenizer)
+    for rate in (2e-2, 1e-7):
+        arguments = make_arguments(recipe.shared)
+        arguments.learning_rate = rate
+        MultiTaskTrainer(model, arguments, parts, tokenizer, callbacks=[watch]).train()
+        assert not watch.found
+
+
 @pytest.mark.parametrize(
     ("family", "tasks"),
     [("roberta", ["SEQ_CLS", "MULTIPLE_CHOICE"]), ("bert", ["TOKEN_CLS", "MULTIPLE_CHOICE", "SEQ_CLS"])],

@@ -8,14 +8,13 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from hf_ptune.adapter_file import is_fresh
 from hf_ptune.backbone import head_names
 from hf_ptune.callbacks.freeze import SHARDING, unwrap_ptune_model
 from hf_ptune.callbacks.numbers import NumbersCallback
 from hf_ptune.callbacks.trend import Losses, Trend, common_trend
-from hf_ptune.cards import FACTS_NAME
 from hf_ptune.defaults import defaults_of
 from hf_ptune.engines import TRAINED
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
@@ -35,7 +34,6 @@ _LOST, _ASTRAY = 10.0, 1.0
 _SMALL_CHANGE = 0.05  # below it, a flat loss is the learning rate's fault: prompts that learnt changed by more
 _FAR = 10.0  # a rate so many times the usual one is not too low, however little a loss falls
 _ERRORS, _RISE_ERRORS = 3.0, 4.0  # standard errors that a fall and a rise of losses have to be beyond
-_OF_A_RUN = (FACTS_NAME, TRAINER_STATE_NAME, "training_args.bin")  # beside an adapter that has been trained
 # optimizers whose steps are of another size than Adam's at the same rate, so that no usual rate is known for them
 _OF_OTHER_RATES = ("sgd", "lbfgs", "adadelta", "adagrad", "rprop", "lion", "muon")
 TASK_LOSS = "loss_"  # and a task's name: mean over its own steps since the last log
@@ -49,18 +47,19 @@ class LearningCallback(NumbersCallback):
     `learning_too_high`, `learning_too_low` and `learning_flat`: the step at which each was found, where it was.
     A run that logs less often than twenty times is logged twenty times, and at its first step.
 
-    Found are, each once, as a warning on the first rank with what was measured and the cure:
-    `too_high`: loss or prompt is not finite; or, after a quarter of the run and where the prompt has moved, the latest
-    quarter of the losses lies above those until the second log by a fifth, or above the first step's by half, either
-    by four standard errors; or by half alone, where the prompt has gone ten times its own length, which is noise of its
-    own, or once at ten times the usual rate and the losses lie above chance by half too. `too_low`: after a quarter of
-    the run, and 20 steps after warm-up, the prompt has changed by less than 0.3 %. `flat`: after half of the run, the
-    latest quarter of the losses lies neither below the first step's nor below the first quarter's, by 2 % and three
-    standard errors, nor by 10 % whatever the error; losses of classes that have come down to chance have not fallen by
-    that. Runs of fewer steps are judged at their end, where they are clear: a loss that rose by half, a prompt that
-    changed by less than 0.03 %. A run that goes on from a checkpoint beyond its first tenth is judged by `too_high`
-    alone: what had been learnt before is not known. So is one whose prompt is no fresh start: it comes from a saved
-    adapter, or has been trained for 20 steps before in this process, unless it was found not to learn there.
+    Found are, each once, as a warning on the first rank with what was measured and the cure: `too_high`: loss or prompt
+    is not finite; or, after a quarter of the run and where the prompt has moved, the latest quarter of the losses lies
+    above those until the second log by a fifth, or above the first step's by half, either by four standard errors; or
+    by half alone, where the prompt has gone ten times its own length, which is noise of its own, or once at ten times
+    the usual rate and the losses lie above chance by half too. `too_low`: after a quarter of the run, and 20 steps
+    after warm-up, the prompt has changed by less than 0.3 %. `flat`: after half of the run, the latest quarter of the
+    losses lies neither below the first step's nor below the first quarter's, by 2 % and three standard errors, nor by
+    10 % whatever the error; losses of classes that have come down to chance have not fallen by that; it is dropped
+    where the loss has fallen by the end. Runs of fewer steps are judged at their end, where they are clear: a loss that
+    rose by half, a prompt that changed by less than 0.03 %. A run that goes on from a checkpoint beyond its first tenth
+    is judged by `too_high` alone: what had been learnt before is not known. So is one whose prompt is no fresh start:
+    it comes from a saved adapter, or has been trained for 20 steps before in this process, unless it was found not to
+    learn there.
 
     Losses of several tasks are judged by the mean of what each is beside its own first ones: `loss_<task>` in the logs,
     as `MultiTaskTrainer` writes them. Without those, a model of several tasks is judged by its prompt alone. Steps
@@ -132,6 +131,9 @@ class LearningCallback(NumbersCallback):
             for task, loss in _losses_by_task(logs, model).items():
                 self._losses.setdefault(task, Losses(_chance(model, task))).add(loss, state.global_step)
             self._rate = max(self._rate, float(logs["learning_rate"]))
+        else:
+            self._rate = self._rate or args.learning_rate  # of a run without logs
+            self._take_back(state)
         self._judge(args, state, model, numbers.get("prompt_change"), last)
         if last:
             numbers = self.summary = numbers | self.summary
@@ -143,7 +145,15 @@ class LearningCallback(NumbersCallback):
     ) -> None:
         """Let a prompt that did not learn count as a fresh start still."""
         if not self.found.keys().isdisjoint(("too_low", "flat")):
-            vars(_unwrap(kwargs["model"])).pop(TRAINED, None)
+            for part in _parts(_unwrap(kwargs["model"])):
+                vars(part).pop(TRAINED, None)
+
+    def _take_back(self, state: TrainerState) -> None:
+        """Drop what was said of a loss that was flat half-way, and has fallen by the end."""
+        if "flat" in self.found and not self._is_flat():
+            del self.found["flat"], self.summary["learning_flat"]
+            if state.is_world_process_zero:
+                logger.warning("the loss was flat for a while, and has fallen since: no cure is needed.")
 
     def _judge(
         self,
@@ -269,19 +279,20 @@ def _unwrap(model: Any) -> Any:
     return inner if hasattr(inner, "model_of") else unwrap_ptune_model(model, LearningCallback.__name__)
 
 
+def _parts(model: Any) -> list[Any]:
+    return [model.model_of(task) for task in model.tasks] if hasattr(model, "model_of") else [model]
+
+
 def _goes_on(model: Any) -> bool:
     """Whether a prompt has been trained before: in this process, in a saved adapter, or in the one it starts from."""
-    parts = [model.model_of(task) for task in model.tasks] if hasattr(model, "model_of") else [model]
-    known = any(_is_trained(part) or vars(part).get(TRAINED, 0) >= _LEAST_STEPS for part in parts)
+    known = any(_is_trained(part) or vars(part).get(TRAINED, 0) >= _LEAST_STEPS for part in _parts(model))
     return known or model.config.prompt_tuning_init == "ADAPTER"
 
 
 def _is_trained(model: Any) -> bool:
     """Whether a model was loaded from an adapter that has been trained; `hf-ptune init` writes fresh ones."""
     source = vars(model).get(SOURCE, ("",))[0]
-    if not source or not Path(source).is_dir():
-        return bool(source)  # on the Hub
-    return model.config.flattened or any((Path(source) / name).exists() for name in _OF_A_RUN)
+    return bool(source) and not (Path(source).is_dir() and is_fresh(source))
 
 
 def _falls(trend: Trend) -> bool:

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging as hf_logging
 
 from hf_ptune import FreezeBackboneCallback, LearningCallback, MemoryCallback, PTunePreTrainedModel
+from hf_ptune.adapter_file import mark_fresh
 from hf_ptune.callbacks.trend import Losses
 from hf_ptune.defaults import defaults_of
 from hf_ptune.errors import PTuneError
@@ -132,7 +133,9 @@ def test_noise_is_no_rise() -> None:
     assert found <= 5
 
 
-def replayed(losses: list[float], every: int, change: float, rate: float, usual: float) -> LearningCallback:
+def replayed(
+    losses: list[float], every: int, change: float, rate: float, usual: float, ended: bool = False
+) -> LearningCallback:
     """The callback that has seen losses logged, the first of them at the first step, of a prompt that has moved so."""
     callback, model = LearningCallback(usual), wrap(bert())
     total = every * (len(losses) - 1)
@@ -145,6 +148,8 @@ def replayed(losses: list[float], every: int, change: float, rate: float, usual:
         state.global_step = every * number or 1
         logs = {"loss": loss, "learning_rate": rate}
         callback.on_log(arguments, state, TrainerControl(), logs=logs, model=model)
+    if ended:
+        callback.on_log(arguments, state, TrainerControl(), logs={"train_runtime": 1.0}, model=model)
     return callback
 
 
@@ -302,6 +307,20 @@ def test_silent_runs_are_judged_by_their_last_log(tmp_path: Path) -> None:
     assert not [e for e in run.state.log_history if "loss" in e]
 
 
+def test_silent_runs_are_told_their_rate(tmp_path: Path, warnings: list[str]) -> None:
+    watched(tmp_path, learning_rate=1e-6, logging_strategy="no")
+    assert "Raise the learning rate from 1e-06" in warnings[0]
+
+
+def test_a_loss_that_falls_late_is_not_flat_in_the_end(warnings: list[str]) -> None:
+    flat = [0.70, 0.69, 0.70, 0.69, 0.70, 0.70, 0.69, 0.70, 0.69, 0.70, 0.69, 0.68]
+    callback = replayed(flat, 5, change=0.2, rate=2e-2, usual=2e-2, ended=True)
+    assert list(callback.found) == ["flat"]
+    falling = [0.6, 0.5, 0.4, 0.3, 0.25, 0.22, 0.2, 0.2]
+    callback = replayed(flat + falling, 5, change=0.2, rate=2e-2, usual=2e-2, ended=True)
+    assert not callback.found and "learning_flat" not in callback.summary and "has fallen since" in warnings[-1]
+
+
 def test_a_rate_far_above_the_usual_is_never_called_flat(tmp_path: Path, warnings: list[str]) -> None:
     watched(tmp_path, "prompt_tuning", rows=Noise(64), learning_rate=1e3)
     assert warnings and all("Lower the learning rate" in w for w in warnings)
@@ -326,7 +345,6 @@ def from_folder(model: PTunePreTrainedModel, folder: Path) -> PTunePreTrainedMod
     fresh = wrap(bert())
     fresh.load_adapter_state_dict(model.adapter_state_dict())
     model.save_pretrained(folder)
-    (folder / "run_facts.json").write_text("{}")
     vars(fresh)["_ptune_source"] = str(folder), {}
     return fresh
 
@@ -350,6 +368,7 @@ def test_a_fresh_adapter_that_was_loaded_is_a_fresh_start(tmp_path: Path) -> Non
     """As `hf-ptune init` writes it."""
     model = wrap(bert())
     model.save_pretrained(tmp_path / "fresh")
+    mark_fresh(tmp_path / "fresh")
     vars(model)["_ptune_source"] = str(tmp_path / "fresh"), {}
     callback, _ = watched(tmp_path, model=model, learning_rate=1e-9)
     assert list(callback.found) == ["too_low"]
