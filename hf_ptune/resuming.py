@@ -21,8 +21,12 @@ _SHAPING += ("encoder_num_layers", "layers", "sites")
 # and what they mean
 _CHOOSING: tuple[str, ...] = ("modules_to_save", "train_backbone", "template")
 _RUN_NAME, _ROWS = "ptune_run.json", "training rows"
-# a checkpoint's own optimizer goes on with its own rate, and the seed says which rows are still to come
-_SHARED = {"learning_rate": "training.learning_rate", "optim": "training.optim", "seed": "seed"}
+# a checkpoint's optimizer goes on with settings of its own, whatever is asked for, and the seed says which rows are
+# still to come
+_OF_OPTIMIZERS: tuple[str, ...] = ("learning_rate", "optim", "optim_args", "weight_decay")
+_OF_OPTIMIZERS += ("adam_beta1", "adam_beta2", "adam_epsilon")
+_SHARED = {"seed": "seed"} | {name: f"training.{name}" for name in _OF_OPTIMIZERS}
+Rates = tuple[float | None, float | None]  # of backbone and head, where they have their own
 
 
 class RunCallback(TrainerCallback):
@@ -30,10 +34,11 @@ class RunCallback(TrainerCallback):
 
     Args:
         trainer: about to train.
+        rates: what `Recipe.rates` returns.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.facts = _facts_of(trainer)
+    def __init__(self, trainer: Trainer, rates: Rates) -> None:
+        self.facts = _facts_of(trainer, rates)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the file, on the first rank."""
@@ -65,12 +70,14 @@ class RunCallback(TrainerCallback):
             raise RecipeError(_told(checkpoint, differ))
 
 
-def _facts_of(trainer: Trainer) -> dict[str, Any]:
+def _facts_of(trainer: Trainer, rates: Rates) -> dict[str, Any]:
     digest = hashlib.sha256()
     for row in trainer.train_dataset or ():
         digest.update(repr(row["input_ids"]).encode())
     settings = trainer.args.to_dict()
-    return {name: str(settings[key]) for key, name in _SHARED.items()} | {_ROWS: digest.hexdigest()}
+    shared = {name: settings[key] for key, name in _SHARED.items()}
+    shared |= dict(zip(("backbone_learning_rate", "head_learning_rate"), rates, strict=True))
+    return {name: str(value) for name, value in shared.items()} | {_ROWS: digest.hexdigest()}
 
 
 def _told(checkpoint: str | Path, differ: list[str]) -> str:

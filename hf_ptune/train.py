@@ -55,7 +55,7 @@ from hf_ptune.optimizer import make_optimizer
 from hf_ptune.overrides import split_overrides
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, read_content, read_recipe
-from hf_ptune.resuming import RunCallback, check_checkpoint
+from hf_ptune.resuming import Rates, RunCallback, check_checkpoint
 from hf_ptune.sharding import loading_alone
 from hf_ptune.sources import HUB
 from hf_ptune.tasks import Answer, Feature, Row, Task, TaskTrainer
@@ -111,7 +111,7 @@ def run(recipe: Recipe) -> Outcome:
         model.print_trainable_parameters()
     # before the first step, but not before training: engines that split have none to evaluate with until then
     arguments.eval_on_start = True
-    train_on(trainer)
+    train_on(trainer, recipe.rates())
     before = numbers(next(e for e in trainer.state.log_history if any(k.startswith("eval_") for k in e)), "eval")
     after = evaluate(trainer)
     test = evaluate(trainer, test_features) if test_features else {}
@@ -192,8 +192,12 @@ def _data_name(source: str) -> str:
     return path.parent.name or path.stem if path.stem in _TRAINING_SPLITS else path.stem
 
 
-def train_on(trainer: Trainer) -> None:
+def train_on(trainer: Trainer, rates: Rates) -> None:
     """Train, from the checkpoint that is named, or of `true` from the last one of the output folder.
+
+    Args:
+        trainer: with the arguments of a recipe.
+        rates: what `Recipe.rates` returns.
 
     Raises:
         RecipeError: the checkpoint is of a run with another adapter, on other rows, with another seed or optimizer,
@@ -203,7 +207,7 @@ def train_on(trainer: Trainer) -> None:
     """
     resume = trainer.args.resume_from_checkpoint
     checkpoint = last_checkpoint(str(trainer.args.output_dir)) if resume in (True, "true") else resume
-    run_facts = RunCallback(trainer)
+    run_facts = RunCallback(trainer, rates)
     if checkpoint:
         check_checkpoint(trainer.model, checkpoint)
         run_facts.check(checkpoint)

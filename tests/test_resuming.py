@@ -107,6 +107,9 @@ def test_another_commit_of_the_base_is_refused(tmp_path: Path) -> None:
         ({"base": "other"}, r"base is '.*base' there and '.*other' here"),
         ({"training": {"learning_rate": 0.5}}, "training.learning_rate is .* there and 0.5 here"),
         ({"training": {"optim": "sgd"}}, "training.optim is .* there and .*sgd here"),
+        ({"training": {"weight_decay": 0.5}}, "training.weight_decay is 0.0 there and 0.5 here"),
+        ({"training": {"adam_beta2": 0.9}}, "training.adam_beta2 is 0.999 there and 0.9 here"),
+        ({"training": {"optim_args": "fused=false"}}, "training.optim_args is None there and fused=false here"),
         ({"seed": 7}, "seed is .* there and 7 here"),
         ({"split": 3}, "its training rows are others"),
         ({"labels": ["late", "early"]}, r"labels is \['early', 'late'\] there and \['late', 'early'\] here"),
@@ -125,6 +128,22 @@ def test_a_checkpoint_of_another_run_is_refused(
         changes = {"data": content["data"] | changes}
     with pytest.raises(RecipeError, match=message + ".*Give the old values.*or another output_dir"):
         run(make_recipe(json.loads(json.dumps(content | changes)), folder=tmp_path))
+
+
+def test_a_checkpoint_of_other_rates_is_refused(tmp_path: Path) -> None:
+    """Its optimizer would go on with the old ones."""
+    base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
+    content = write_recipe(tmp_path, "SEQ_CLS", base, options={"num_virtual_tokens": 4, "train_backbone": True})
+    rates = {"head_learning_rate": 2e-2, "backbone_learning_rate": 1e-4}
+    content["training"] |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    run(make_recipe(content | rates, folder=tmp_path))
+    content["training"] |= {"resume_from_checkpoint": "true", "max_steps": 4}
+    for name, rate in rates.items():
+        with pytest.raises(RecipeError, match=f"{name} is {rate} there and 0.001 here"):
+            run(make_recipe(json.loads(json.dumps(content | rates | {name: 1e-3})), folder=tmp_path))
+    run(make_recipe(content | rates, folder=tmp_path))
+    groups = torch.load(tmp_path / "out" / "checkpoint-4" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert {group["initial_lr"] for group in groups} == {3e-2, *rates.values()}
 
 
 @pytest.mark.parametrize(

@@ -417,12 +417,17 @@ def test_backbone_and_head_have_rates_of_their_own(further: dict[str, Any], tmp_
     assert named["prompt.weight"] == own == trainer.optimizer.param_groups[0]["lr"]
 
 
-def test_a_checkpoint_of_other_rates_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_groups_is_refused(tmp_path: Path) -> None:
+    """One that does not say at which rates it was trained, as earlier versions wrote it."""
     base = write_base(tmp_path / "base", "bert", "SEQ_CLS")
     content = write_recipe(tmp_path, "SEQ_CLS", base)
     content["training"] |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     run(make_recipe(content, folder=tmp_path))
-    content["training"] |= {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2")}
+    said = tmp_path / "out" / "checkpoint-2" / "ptune_run.json"
+    facts = json.loads(said.read_text())
+    assert facts.pop("head_learning_rate") == facts.pop("backbone_learning_rate") == "None"
+    said.write_text(json.dumps(facts))
+    content["training"] |= {"resume_from_checkpoint": str(said.parent)}
     run(make_recipe(content, folder=tmp_path))
     with pytest.raises(RecipeError, match="give head_learning_rate and backbone_learning_rate as that run had them"):
         run(make_recipe(content | {"head_learning_rate": 0.5}, folder=tmp_path))
