@@ -20,7 +20,12 @@ _SHAPING: tuple[str, ...] = ("num_virtual_tokens", "encoder_reparameterization_t
 _SHAPING += ("encoder_num_layers", "layers", "sites")
 # and what they mean
 _CHOOSING: tuple[str, ...] = ("modules_to_save", "train_backbone", "template")
-_RUN_NAME, _ROWS = "ptune_run.json", "training rows"
+_RUN_NAME, _ROWS, _LABELS = "ptune_run.json", "training rows", "training labels"
+_CHANGED_BY = {
+    _ROWS: "data.source, split_seed, limit, max_length",
+    _LABELS: "classes, tags, targets or answers in data.source",
+}
+_LEARNED = ("labels", "start_positions", "end_positions")
 # a checkpoint's optimizer goes on with settings of its own, whatever is asked for, and the seed says which rows are
 # still to come
 _OF_OPTIMIZERS: tuple[str, ...] = ("learning_rate", "optim", "optim_args", "weight_decay")
@@ -60,8 +65,8 @@ class RunCallback(TrainerCallback):
         except (OSError, ValueError):
             return
         differ = [
-            "its training rows are others (data.source, split_seed, limit, max_length)"
-            if name == _ROWS
+            f"its {name} are others ({_CHANGED_BY[name]})"
+            if name in _CHANGED_BY
             else f"{name} is {there[name]} there and {here} here"
             for name, here in self.facts.items()
             if there.get(name, here) != here
@@ -71,13 +76,17 @@ class RunCallback(TrainerCallback):
 
 
 def _facts_of(trainer: Trainer, rates: Rates) -> dict[str, Any]:
-    digest = hashlib.sha256()
+    rows, labels = hashlib.sha256(), hashlib.sha256()
     for row in trainer.train_dataset or ():
-        digest.update(repr(row["input_ids"]).encode())
+        rows.update(repr(row["input_ids"]).encode())
+        labels.update(repr([row.get(name) for name in _LEARNED]).encode())
     settings = trainer.args.to_dict()
     shared = {name: settings[key] for key, name in _SHARED.items()}
     shared |= dict(zip(("backbone_learning_rate", "head_learning_rate"), rates, strict=True))
-    return {name: str(value) for name, value in shared.items()} | {_ROWS: digest.hexdigest()}
+    return {name: str(value) for name, value in shared.items()} | {
+        _ROWS: rows.hexdigest(),
+        _LABELS: labels.hexdigest(),
+    }
 
 
 def _told(checkpoint: str | Path, differ: list[str]) -> str:

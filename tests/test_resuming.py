@@ -111,7 +111,7 @@ def test_another_commit_of_the_base_is_refused(tmp_path: Path) -> None:
         ({"training": {"adam_beta2": 0.9}}, "training.adam_beta2 is 0.999 there and 0.9 here"),
         ({"training": {"optim_args": "fused=false"}}, "training.optim_args is None there and fused=false here"),
         ({"seed": 7}, "seed is .* there and 7 here"),
-        ({"split": 3}, "its training rows are others"),
+        ({"split": 3}, r"its training rows are others \(data.source, .*; its training labels are others"),
         ({"labels": ["late", "early"]}, r"labels is \['early', 'late'\] there and \['late', 'early'\] here"),
     ],
 )
@@ -128,6 +128,27 @@ def test_a_checkpoint_of_another_run_is_refused(
         changes = {"data": content["data"] | changes}
     with pytest.raises(RecipeError, match=message + ".*Give the old values.*or another output_dir"):
         run(make_recipe(json.loads(json.dumps(content | changes)), folder=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("task", "family"), [("SEQ_CLS", "bert"), ("TOKEN_CLS", "bert"), ("QUESTION_ANS", "bert"), ("SEQ_2_SEQ_LM", "t5")]
+)
+def test_a_checkpoint_of_other_labels_is_refused(task: str, family: str, tmp_path: Path) -> None:
+    """Of the same texts, learned as something else."""
+    content = write_recipe(tmp_path, task, write_base(tmp_path / "base", family, task))
+    content["training"] |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    run(make_recipe(content, folder=tmp_path))
+    changed = {
+        "SEQ_CLS": lambda row: {"label": {"early": "late", "late": "early"}[row["label"]]},
+        "TOKEN_CLS": lambda row: {"tags": [{"O": "B-L", "B-L": "O"}[tag] for tag in row["tags"]]},
+        "QUESTION_ANS": lambda row: {"answers": {"text": [row["context"][0]], "answer_start": [0]}},
+        "SEQ_2_SEQ_LM": lambda row: {"target": row["text"]},
+    }[task]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row | changed(row)) for row in rows))
+    content["training"] |= {"resume_from_checkpoint": "true"}
+    with pytest.raises(RecipeError, match="is of another run: its training labels are others"):
+        run(make_recipe(content, folder=tmp_path))
 
 
 def test_a_checkpoint_of_other_rates_is_refused(tmp_path: Path) -> None:
