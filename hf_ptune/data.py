@@ -55,7 +55,7 @@ def load_rows(recipe: Recipe) -> Rows:
     parts.append(_read_further(recipe, task, "test"))
     parts = _checked(parts, task, data.columns)
     if task.label_role is not None:
-        name_labels(parts, task.label_role, task.known_labels())
+        parts = name_labels(parts, task.label_role, task.known_labels())
     train, held_out, test = (part.rows for part in parts)
     labels = parts[0].names or task.label_names(train)  # of all rows: a split or limit may leave a rare one out
     if not held_out:

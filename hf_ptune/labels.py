@@ -1,7 +1,7 @@
 """Labels of rows brought under their names."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers.utils import logging
@@ -31,15 +31,19 @@ class Part:
     place: str = ""
 
 
-def name_labels(parts: Sequence[Part], role: str, known: Sequence[str]) -> None:
+def name_labels(parts: Sequence[Part], role: str, known: Sequence[str]) -> list[Part]:
     """Give labels their names; whether numbers are names is decided for all parts, since some lack classes.
 
-    They are where each of them is one. Numbers that a dataset says are classes always count the names.
+    They are where each of them is one. Numbers that a dataset says are classes always count the names, and so do those
+    of a file beside it that tells no names, where they can.
 
     Args:
         parts: whose rows are changed.
         role: that holds labels, one or a list.
         known: names that the task tells, where a part has none.
+
+    Returns:
+        The parts, with the names that their labels have been given.
 
     Raises:
         RecipeError: a label is empty, no class, or of no name.
@@ -47,12 +51,14 @@ def name_labels(parts: Sequence[Part], role: str, known: Sequence[str]) -> None:
     for part in parts:
         for row, where in zip(part.rows, part.places, strict=True):
             row[role] = _plain(row[role], part.names or known, where)
+    lender = next((part for part in parts if part.names), None)
+    parts = [part if lender is None or part.names else _lent(part, lender, role) for part in parts]
     numbers = {
         (number, tuple(part.names))
         for part in parts
         if part.names and not part.classes
-        for value in _flat([row[role] for row in part.rows])
-        if (number := _number(value)) is not None
+        for number in _numbers(part, role)
+        if number is not None
     }
     are_names = all(str(number) in names for number, names in numbers)
     if are_names and all(0 <= number < len(names) for number, names in numbers):
@@ -61,6 +67,29 @@ def name_labels(parts: Sequence[Part], role: str, known: Sequence[str]) -> None:
         if part.names:
             for row, where in zip(part.rows, part.places, strict=True):
                 row[role] = _name(row[role], part.names, part.classes or not are_names, where)
+    return list(parts)
+
+
+def _numbers(part: Part, role: str) -> set[int | None]:
+    """The numbers among a part's labels; `None` stands for all that are none."""
+    return {_number(value) for value in _flat([row[role] for row in part.rows])}
+
+
+def _lent(part: Part, lender: Part, role: str) -> Part:
+    """A part that tells no names of its numbers, with those of another one that fit them."""
+    numbers, names = _numbers(part, role), lender.names
+    found = sorted(n for n in numbers if n is not None)
+    count = all(0 <= n < len(names) for n in found)
+    are_names = all(str(n) in names for n in found)
+    if not found or None in numbers or not (count or are_names):
+        return part
+    if lender.classes and count and are_names and (other := [n for n in found if names[n] != str(n)]):
+        logger.warning_once(
+            f"{part.place}: the labels {', '.join(map(str, found[:5]))} count the classes of {lender.place} from 0, as "
+            f"its own numbers do: {other[0]} is the class {names[other[0]]!r}. If they are names, name all labels "
+            "under data.labels."
+        )
+    return replace(part, names=names, classes=lender.classes and count)
 
 
 def _tell_names(pairs: set[tuple[str, str]]) -> None:

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 from test_data import all_of, recipe_for, write_rows
@@ -59,6 +60,51 @@ def test_classes_of_a_dataset_are_always_numbers(tmp_path: Path, monkeypatch: py
     for labels in (None, ["3", "2", "1"]):
         found = load_rows(recipe_for(tmp_path, "SEQ_CLS", source=f"hub:{folder}", labels=labels))
         assert {row["label"] for row in all_of(found)} == ({"2", "3"} if labels is None else {"2", "1"})
+
+
+@pytest.mark.parametrize("told", ["training", "held-out"])
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv"])
+@pytest.mark.parametrize(
+    ("names", "values", "expected", "notice"),
+    [
+        (["1", "2", "3"], [1, 2], ["2", "3"], True),  # as the numbers of the file that tells the classes
+        (["1", "2", "3"], [0, 1, 2], ["1", "2", "3"], False),
+        (["1", "2", "3"], [1, 2, 3], ["1", "2", "3"], False),  # 3 counts nothing
+        (["0", "1", "2"], [0, 1, 2], ["0", "1", "2"], False),
+        (["no", "yes"], [0, 1], ["no", "yes"], False),
+        (["no", "yes"], ["yes", "no"], ["yes", "no"], False),
+    ],
+)
+def test_numbers_beside_a_file_that_tells_classes_count_them_too(
+    told: str,
+    name: str,
+    names: list[str],
+    values: list[Any],
+    expected: list[str],
+    notice: bool,
+    tmp_path: Path,
+    warned: pytest.LogCaptureFixture,
+) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    classed = [{"text": f"c{n}", "label": n % len(names)} for n in range(9)]
+    datasets.Dataset.from_list(classed, features=features).to_parquet(tmp_path / "classed.parquet")
+    plain = write_rows(tmp_path, name, [{"text": str(n), "label": value} for n, value in enumerate(values * 4)])
+    source, held_out = ("classed.parquet", plain) if told == "training" else (plain, "classed.parquet")
+    found = load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, eval_source=held_out))
+    by_text = {row["text"]: row["label"] for row in all_of(found)}
+    assert [by_text[str(n)] for n in range(4 * len(values))] == expected * 4
+    assert [by_text[f"c{n}"] for n in range(9)] == [names[n % len(names)] for n in range(9)]
+    assert found.labels == names
+    assert ("count the classes of" in warned.text) == notice
+
+
+def test_numbers_that_are_none_of_the_classes_beside_them_stay_names(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["1", "2"])})
+    rows = [{"text": f"c{n}", "label": n % 2} for n in range(4)]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "e.parquet")
+    source = write_rows(tmp_path, "r.jsonl", [{"text": str(n), "label": 1 + n % 3} for n in range(9)])
+    found = load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, eval_source="e.parquet"))
+    assert found.labels == ["1", "2", "3"] and {str(row["label"]) for row in found.held_out} == {"1", "2"}
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv"])
