@@ -25,6 +25,7 @@ _CHANGED_BY = {
     _ROWS: "data.source, split_seed, limit, max_length",
     _LABELS: "classes, tags, targets or answers in data.source",
 }
+_HELD_OUT = "held-out rows"
 _LEARNED = ("labels", "start_positions", "end_positions")
 # a checkpoint's optimizer goes on with settings of its own, whatever is asked for, and the seed says which rows are
 # still to come
@@ -35,21 +36,38 @@ Rates = tuple[float | None, float | None]  # of backbone and head, where they ha
 
 
 class RunCallback(TrainerCallback):
-    """Write into every checkpoint which rows it has been trained on, and how.
+    """Write into every checkpoint which rows it has been trained and measured on, and how.
+
+    A run that goes on measures other held-out rows than the checkpoint's, or in another way, where it is told to; what
+    was measured before stands in no table with that, and is dropped.
 
     Args:
         trainer: about to train.
         rates: what `Recipe.rates` returns.
+        measured: tells how held-out rows are measured.
     """
 
-    def __init__(self, trainer: Trainer, rates: Rates) -> None:
+    def __init__(self, trainer: Trainer, rates: Rates, measured: str) -> None:
         self.facts = _facts_of(trainer, rates)
+        held_out = hashlib.sha256(measured.encode())
+        for row in trainer.eval_dataset or ():
+            held_out.update(repr(sorted(row.items())).encode())
+        self._held_out = held_out.hexdigest()
+        self._measured_anew = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Drop what was measured of other held-out rows, or in another way."""
+        if self._measured_anew:
+            state.log_history = [entry for entry in state.log_history if not any(k.startswith("eval_") for k in entry)]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the file, on the first rank."""
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if args.should_save and folder.is_dir():
-            (folder / _RUN_NAME).write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
+            facts = self.facts | {_HELD_OUT: self._held_out}
+            (folder / _RUN_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     def check(self, checkpoint: str) -> None:
         """Refuse a checkpoint that was trained on other rows, or with what a run that goes on could not change.
@@ -73,6 +91,7 @@ class RunCallback(TrainerCallback):
         ]
         if differ:
             raise RecipeError(_told(checkpoint, differ))
+        self._measured_anew = there.get(_HELD_OUT, self._held_out) != self._held_out
 
 
 def _facts_of(trainer: Trainer, rates: Rates) -> dict[str, Any]:

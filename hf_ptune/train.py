@@ -55,7 +55,7 @@ from hf_ptune.optimizer import make_optimizer
 from hf_ptune.overrides import split_overrides
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, read_content, read_recipe
-from hf_ptune.resuming import Rates, RunCallback, check_checkpoint
+from hf_ptune.resuming import RunCallback, check_checkpoint
 from hf_ptune.sharding import loading_alone
 from hf_ptune.sources import HUB
 from hf_ptune.tasks import Answer, Feature, Row, Task, TaskTrainer
@@ -72,7 +72,8 @@ _TRAINING_SPLITS = ("train", "training")
 class Outcome:
     """Hold what a run produced: metrics of the held-out rows before and after, folder, answers (first rank).
 
-    `test` has the metrics of the test rows, where there are some.
+    `before` has none where a run went on with other held-out rows, or measured them in another way. `test` has the
+    metrics of the test rows, where there are some.
     """
 
     before: dict[str, float]
@@ -111,8 +112,10 @@ def run(recipe: Recipe) -> Outcome:
         model.print_trainable_parameters()
     # before the first step, but not before training: engines that split have none to evaluate with until then
     arguments.eval_on_start = True
-    train_on(trainer, recipe.rates())
-    before = numbers(next(e for e in trainer.state.log_history if any(k.startswith("eval_") for k in e)), "eval")
+    train_on(trainer, recipe)
+    logs = trainer.state.log_history  # of a run that went on, what its checkpoint had logged too
+    fresh = (e for e in logs if e.get("step") == 0 and any(k.startswith("eval_") for k in e))
+    before = numbers(next(fresh, {}), "eval")
     after = evaluate(trainer)
     test = evaluate(trainer, test_features) if test_features else {}
     if arguments.push_to_hub:
@@ -192,12 +195,12 @@ def _data_name(source: str) -> str:
     return path.parent.name or path.stem if path.stem in _TRAINING_SPLITS else path.stem
 
 
-def train_on(trainer: Trainer, rates: Rates) -> None:
+def train_on(trainer: Trainer, *recipes: Recipe) -> None:
     """Train, from the checkpoint that is named, or of `true` from the last one of the output folder.
 
     Args:
         trainer: with the arguments of a recipe.
-        rates: what `Recipe.rates` returns.
+        recipes: that one; of several tasks, that of each.
 
     Raises:
         RecipeError: the checkpoint is of a run with another adapter, on other rows, with another seed or optimizer,
@@ -207,7 +210,8 @@ def train_on(trainer: Trainer, rates: Rates) -> None:
     """
     resume = trainer.args.resume_from_checkpoint
     checkpoint = last_checkpoint(str(trainer.args.output_dir)) if resume in (True, "true") else resume
-    run_facts = RunCallback(trainer, rates)
+    measured = repr([(recipe.task, sorted(recipe.task_options.items())) for recipe in recipes])
+    run_facts = RunCallback(trainer, recipes[0].rates(), measured)
     if checkpoint:
         check_checkpoint(trainer.model, checkpoint)
         run_facts.check(checkpoint)
@@ -365,8 +369,9 @@ def ask(
 def report(outcome: Outcome, metric: str) -> None:
     """Print what a run produced."""
     size = (outcome.folder / WEIGHTS_NAME).stat().st_size
+    before = f"{outcome.before[metric]:.3f} before, " if metric in outcome.before else ""
     lines = [
-        f"held-out {metric}: {outcome.before[metric]:.3f} before, {outcome.after[metric]:.3f} after training",
+        f"held-out {metric}: {before}{outcome.after[metric]:.3f} after training",
         *([f"test {metric}: {outcome.test[metric]:.3f}"] if outcome.test else []),
         f"adapter: {outcome.folder} ({size / 1024:.0f} KiB of weights)",
         "reloaded from that folder:",

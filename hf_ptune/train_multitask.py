@@ -302,7 +302,7 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
             check_features(model.model_of(name), part.task, tokenizer, features, held_out=True)
         check_batch(model.model_of(name), part.task.collator(tokenizer)(part.train[:_GUARDED_ROWS]))
     before = trainer.evaluate()
-    train_on(trainer, recipe.shared.rates())
+    train_on(trainer, *recipe.tasks.values())
     after = trainer.evaluate()
     folder = Path(recipe.shared.output_dir) / ADAPTER_FOLDER
     found: dict[str, dict[str, float]] = {}

@@ -11,6 +11,8 @@ from test_train import write_base, write_recipe
 from transformers import Trainer, TrainingArguments
 
 from hf_ptune import PTuneConfig, get_ptune_model
+from hf_ptune.cards import RunFacts
+from hf_ptune.data import load_rows
 from hf_ptune.errors import PTuneError, RecipeError
 from hf_ptune.recipe import make_recipe
 from hf_ptune.resuming import check_checkpoint
@@ -37,6 +39,45 @@ def test_a_finished_run_takes_no_further_step(content: dict[str, Any], tmp_path:
     content["training"] |= {"max_steps": 6}
     run(make_recipe(content, folder=tmp_path))
     assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_what_was_measured_of_the_same_held_out_rows_stays(content: dict[str, Any], tmp_path: Path) -> None:
+    fresh = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"][0]
+    content["training"] |= {"max_steps": 4}
+    outcome = run(make_recipe(content, folder=tmp_path))
+    assert outcome.before["loss"] == fresh["eval_loss"] != outcome.after["loss"]
+    assert [e["step"] for e in RunFacts.load(outcome.folder).history if "eval_loss" in e] == [0, 3, 4]
+
+
+def test_what_was_measured_of_other_held_out_rows_is_dropped(
+    content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "late.jsonl").write_text("\n".join(json.dumps({"text": "e f", "label": "late"}) for _ in range(4)))
+    content["data"] = {"source": "fewer.jsonl", "eval_source": "late.jsonl"}
+    rows = load_rows(make_recipe(content | {"data": {"source": "rows.jsonl"}}, folder=tmp_path)).train
+    (tmp_path / "fewer.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    content["training"] |= {"max_steps": 4}
+    outcome = run(make_recipe(content, folder=tmp_path))
+    assert outcome.before == {} and "accuracy" in outcome.after
+    assert [e["step"] for e in RunFacts.load(outcome.folder).history if "eval_loss" in e] == [3, 4]
+    assert f"held-out accuracy: {outcome.after['accuracy']:.3f} after training" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_may_write_answers_too(tmp_path: Path) -> None:
+    """From a checkpoint of earlier versions too, which does not say how it was measured."""
+    pytest.importorskip("sacrebleu", reason="BLEU needs sacrebleu")
+    content = write_recipe(tmp_path, "CAUSAL_LM", write_base(tmp_path / "base", "gpt2", "CAUSAL_LM"))
+    content["training"] |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    run(make_recipe(content, folder=tmp_path))
+    content["training"] |= {"max_steps": 2, "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-1")}
+    content["task_options"] = {"generate": True, "max_new_tokens": 2}
+    said = tmp_path / "out" / "checkpoint-1" / "ptune_run.json"
+    for known, steps in ((True, [1, 2]), (False, [0, 1, 2])):
+        facts = json.loads(said.read_text())
+        said.write_text(json.dumps(facts if known else {k: v for k, v in facts.items() if k != "held-out rows"}))
+        outcome = run(make_recipe(content, folder=tmp_path))
+        assert "bleu" not in outcome.before and "bleu" in outcome.after
+        assert [e["step"] for e in RunFacts.load(outcome.folder).history if "eval_loss" in e] == steps
 
 
 def test_a_finished_run_of_several_tasks_takes_no_further_step(tmp_path: Path) -> None:
