@@ -181,8 +181,10 @@ def sweep(
         RecipeError: the folder holds another sweep, or a value of the grid is out of range.
     """
     task, rows = recipe.build_task(), _choose_rows(recipe, load_rows(recipe))
-    tokens, fingerprint = _lengths(recipe, lengths), _fingerprint(recipe, rows)
-    known, usual = _read(folder, fingerprint)
+    tokens, head = _lengths(recipe, lengths), recipe.rates()[1]
+    # the head's rate may be a default, which a learning rate that is named ends
+    shared = {"recipe": _fingerprint(recipe, rows), "head_learning_rate": head}
+    known, usual = _read(folder, shared)
     if not rates:
         named = recipe.training.get("learning_rate")
         if named is None:
@@ -195,21 +197,20 @@ def sweep(
             trial = known.get(place)
             if trial is None or (retry and trial.error):
                 # told beforehand, so that a run that kills the process is not run for ever
-                _write(folder, fingerprint, {**known, place: Trial(*place, error=_STARTED)}, usual)
+                _write(folder, shared, {**known, place: Trial(*place, error=_STARTED)}, usual)
                 try:
                     with _interrupted_by_sigterm():
                         trial = _run(recipe, rows, place)
                 except KeyboardInterrupt:
-                    _write(folder, fingerprint, known, usual)
+                    _write(folder, shared, known, usual)
                     raise
                 known[place] = trial
-                _write(folder, fingerprint, known, usual)
+                _write(folder, shared, known, usual)
             done.append(trial)
             bar.update()
             said = trial.metrics.get(task.metric)
             bar.set_postfix_str(f"{place[0]:g}, {place[1]} tokens: " + ("failed" if said is None else f"{said:.3f}"))
-    head = recipe.rates()[1]
-    if head is not None and recipe.head_learning_rate is None:  # a default that a named learning rate would end
+    if head is not None and recipe.head_learning_rate is None:
         command += f" --head_learning_rate={head:g}"
     found = Sweep(done, task.metric, command)
     _write_table(found, folder, len(rows.held_out))
@@ -328,7 +329,7 @@ def _fingerprint(recipe: Recipe, rows: Rows) -> str:
     return digest_of(json.loads(json.dumps(content, default=str)))
 
 
-def _read(folder: Path, fingerprint: str) -> tuple[dict[tuple[float, int | None, int], Trial], float]:
+def _read(folder: Path, shared: dict[str, Any]) -> tuple[dict[tuple[float, int | None, int], Trial], float]:
     """Trials of an earlier call, and the method's learning rate for the base; 0 where it was not asked for."""
     path = folder / RESULTS_NAME
     if not path.is_file():
@@ -336,18 +337,19 @@ def _read(folder: Path, fingerprint: str) -> tuple[dict[tuple[float, int | None,
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         trials = [Trial(**t) for t in content["trials"]]
-        same = content["recipe"] == fingerprint
+        same = all(({"head_learning_rate": shared["head_learning_rate"]} | content)[k] == v for k, v in shared.items())
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{path} holds no results of a sweep ({shorten(error)}); name another folder.") from error
     if not same:
         raise RecipeError(
-            f"{path} holds a sweep of another recipe, or of other rows; name another folder, or remove the file."
+            f"{path} holds a sweep of another recipe, of other rows, or with another head_learning_rate, whose default "
+            "is for recipes without training.learning_rate; name another folder, or remove the file."
         )
     return {t.place: t for t in trials}, content.get("usual_rate", 0.0)
 
 
-def _write(folder: Path, fingerprint: str, trials: dict[Any, Trial], usual: float) -> None:
-    content = {"recipe": fingerprint, "usual_rate": usual, "trials": [asdict(t) for t in trials.values()]}
+def _write(folder: Path, shared: dict[str, Any], trials: dict[Any, Trial], usual: float) -> None:
+    content = shared | {"usual_rate": usual, "trials": [asdict(t) for t in trials.values()]}
     with staged(folder) as aside:
         (aside / RESULTS_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

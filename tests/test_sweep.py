@@ -139,7 +139,7 @@ def test_another_recipe_s_results_are_not_mixed_in(
         sweep(make_recipe_with(recipe, method="prefix_tuning"), tmp_path / "grid", [1.0], [2])
     path = tmp_path / "rows.jsonl"
     path.write_text(path.read_text().replace('"text": "', '"text": "h '))
-    with pytest.raises(RecipeError, match="a sweep of another recipe, or of other rows"):
+    with pytest.raises(RecipeError, match="a sweep of another recipe, of other rows"):
         sweep(recipe, tmp_path / "grid", [1.0], [2])
     (tmp_path / "grid" / "results.json").write_text("[")
     with pytest.raises(RecipeError, match="holds no results of a sweep"):
@@ -244,3 +244,20 @@ def test_the_best_command_says_the_head_s_rate(recipe: Recipe, tmp_path: Path) -
     training = {k: v for k, v in recipe.training.items() if k != "learning_rate"} | {"max_steps": 1}
     found = sweep(replace(recipe, method="prefix_tuning", training=training), tmp_path / "grid", [1e-2], [2], [0])
     assert "--head_learning_rate=0.02 --training.learning_rate=0.01" in found.best_command()
+
+
+def test_runs_with_another_rate_of_the_head_are_not_mixed_in(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_train", lambda one, rows: ({"accuracy": 0.5}, {}))
+    training = {k: v for k, v in recipe.training.items() if k != "learning_rate"}
+    silent, folder = replace(recipe, method="prefix_tuning", training=training), tmp_path / "grid"
+    named = replace(silent, training=training | {"learning_rate": 1e-2})
+    sweep(silent, folder, [1e-2], [2], [0])
+    with pytest.raises(RecipeError, match="or with another head_learning_rate"):
+        sweep(named, folder, [1e-2], [2], [0])
+    results = folder / "results.json"
+    earlier = json.loads(results.read_text())
+    assert earlier.pop("head_learning_rate") == 2e-2
+    results.write_text(json.dumps(earlier))  # as earlier versions wrote it
+    assert len(sweep(silent, folder, [1e-2, 2e-2], [2], [0]).trials) == 2
