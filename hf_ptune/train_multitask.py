@@ -188,6 +188,7 @@ class MultiTaskTrainer(Trainer):
                 "Launch them on one process or with DDP: recipes/accelerate/two_cpu_processes.yaml, ddp.yaml."
             )
         self.prompts = model
+        self.measured: dict[str, dict[str, float]] = {}  # by task, of the last evaluation
         # by task: sum and number of the losses since the last log
         self._losses = {name: torch.zeros(2, device=args.device) for name in parts}
 
@@ -218,13 +219,14 @@ class MultiTaskTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Measure every task on its held-out features."""
+        self.measured = {name: self.measure(name, part.held_out) for name, part in self.parts.items()}
         metrics = {
             f"{metric_key_prefix}_{name}_{metric}": value
-            for name, part in self.parts.items()
-            for metric, value in self.measure(name, part.held_out).items()
+            for name, found in self.measured.items()
+            for metric, value in found.items()
         }
         main = [
-            metrics[f"{metric_key_prefix}_{n}_{p.task.metric}"] / (100 if p.task.metric in p.task.percent else 1)
+            self.measured[n][p.task.metric] / (100 if p.task.metric in p.task.percent else 1)
             for n, p in self.parts.items()
         ]
         metrics[f"{metric_key_prefix}_mean"] = sum(main) / len(main)
@@ -301,19 +303,19 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
         for features in filter(None, (part.held_out, part.test)):
             check_features(model.model_of(name), part.task, tokenizer, features, held_out=True)
         check_batch(model.model_of(name), part.task.collator(tokenizer)(part.train[:_GUARDED_ROWS]))
-    before = trainer.evaluate()
+    trainer.evaluate()
+    before = trainer.measured
     train_on(trainer, *recipe.tasks.values())
-    after = trainer.evaluate()
+    trainer.evaluate()
     folder = Path(recipe.shared.output_dir) / ADAPTER_FOLDER
     found: dict[str, dict[str, float]] = {}
     for name, part in parts.items():
-        start = f"eval_{name}_"
-        found[name] = {k.removeprefix(start): v for k, v in after.items() if k.startswith(start)}
+        found[name] = trainer.measured[name]  # keys of the logs do not tell where a task's name ends
         if part.test:
             found[name] |= {f"test_{k}": v for k, v in trainer.measure(name, part.test).items()}
         if trainer.is_world_process_zero():
             metric = part.task.metric
-            scores = f"{before[start + metric]:.3f} before, {found[name][metric]:.3f} after training"
+            scores = f"{before[name][metric]:.3f} before, {found[name][metric]:.3f} after training"
             print(f"{name}: held-out {metric} {scores}")
             if part.test:
                 print(f"  test {metric}: {found[name][f'test_{metric}']:.3f}")

@@ -111,6 +111,15 @@ def test_both_tasks_learn(content: dict[str, Any], tmp_path: Path, capsys: pytes
     assert set(found) == {"when", "letters"} and found["when"]["accuracy"] > 0.7 and found["letters"]["loss"] < 0.7
 
 
+def test_a_task_whose_name_begins_another_s_has_its_own_metrics_alone(content: dict[str, Any], tmp_path: Path) -> None:
+    content["tasks"][0]["name"], content["tasks"][1]["name"] = "when", "when_tags"
+    content["training"] |= {"max_steps": 1}
+    found = run(make_multitask_recipe(content, folder=tmp_path))
+    assert set(found["when"]) == {"loss", "accuracy", "f1_macro"} and "f1" in found["when_tags"]
+    facts = RunFacts.load(tmp_path / "out/adapter/when")
+    assert facts.metrics == [found["when"]]
+
+
 def test_tasks_over_a_decoder_have_its_rate(content: dict[str, Any], tmp_path: Path) -> None:
     content["base"] = write_base(tmp_path / "decoder", "llama", "SEQ_CLS")
     del content["training"]["learning_rate"], content["training"]["num_train_epochs"]
