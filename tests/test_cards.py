@@ -257,6 +257,15 @@ def test_a_card_tells_what_ended_a_training(
     assert settings[kept] == given[kept] and left_out not in settings
 
 
+@pytest.mark.parametrize(("norm", "told"), [(0.0, True), (0.5, True), (1.0, False)])
+def test_a_card_tells_how_gradients_were_clipped(norm: float, told: bool, wrap: Wrap, tmp_path: Path) -> None:
+    run = trained(wrap, tmp_path, ModelCardCallback(), max_grad_norm=norm, weight_decay=0.0, warmup_steps=0)
+    settings = facts_of(run.model).hyperparameters
+    assert settings.get("max_grad_norm") == (norm if told else None)
+    assert not {"weight_decay", "warmup_steps", "gradient_checkpointing", "bf16"} & set(settings)
+    assert ("| `max_grad_norm` |" in make_card(RunFacts.load(tmp_path)).text) == told
+
+
 def test_a_trained_model_knows_its_run(wrap: Wrap, tmp_path: Path) -> None:
     """Whatever pushes it: the metrics of training, those measured afterwards, and what only the user knows."""
     run = trained(wrap, tmp_path / "out", ModelCardCallback(datasets=["user/topics"]), scores=(0.1, 0.2, 0.3))

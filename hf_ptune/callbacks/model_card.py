@@ -134,7 +134,8 @@ def gather_facts(
     length, unread = ("max_steps", "num_train_epochs") if args.max_steps > 0 else ("num_train_epochs", "max_steps")
     del chosen[unread]
     always = ("learning_rate", length, "per_device_train_batch_size")
-    chosen = {k: v for k, v in chosen.items() if k in always or (v and v != unset[k])}
+    # what is off may be False, 0 or None, and is left out only where the Trainer has it off unasked
+    chosen = {k: v for k, v in chosen.items() if k in always or (v or 0) != (unset[k] or 0)}
     facts.hyperparameters = chosen | facts.hyperparameters  # which are those that were given
     facts.seeds = [args.seed]
     facts.history = [
