@@ -12,6 +12,7 @@ from transformers.utils.logging import get_logger
 
 from hf_ptune.data import load_rows
 from hf_ptune.errors import RecipeError
+from hf_ptune.tasks import get_task
 
 
 @pytest.fixture
@@ -105,6 +106,13 @@ def test_numbers_that_are_none_of_the_classes_beside_them_stay_names(tmp_path: P
     source = write_rows(tmp_path, "r.jsonl", [{"text": str(n), "label": 1 + n % 3} for n in range(9)])
     found = load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, eval_source="e.parquet"))
     assert found.labels == ["1", "2", "3"] and {str(row["label"]) for row in found.held_out} == {"1", "2"}
+
+
+def test_names_of_one_number_have_one_order() -> None:
+    """Whatever the order of a set, which differs between processes."""
+    names = ["0" * zeros + "1" for zeros in range(8)]
+    rows = [{"text": "a", "label": name} for name in (*names, "10", "2")]
+    assert get_task("SEQ_CLS")().label_names(rows) == [*sorted(names), "2", "10"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv"])

@@ -126,7 +126,8 @@ class Task:
         if self.label_role is None:
             return []
         names = {str(name) for row in rows for name in _as_list(row[self.label_role])}
-        return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
+        # "1" and "01" are names of their own, whose order no hash may tell: ranks differ in it
+        return sorted(names, key=(lambda name: (int(name), name)) if all(n.isdecimal() for n in names) else None)
 
     def known_labels(self) -> list[str]:
         """Names of labels that the options tell; none where only rows do."""
