@@ -104,6 +104,7 @@ def get_multitask_model(
     config: PTuneConfig,
     tokenizer: Any = None,
     modules_to_save: Mapping[str, Sequence[str]] | None = None,
+    head_states: Mapping[str, str | None] | None = None,
 ) -> MultiTaskPrompt:
     """Wrap a task model for each task, over one base and with one prompt.
 
@@ -113,6 +114,7 @@ def get_multitask_model(
         config: method and options, for all of them; the first task's start is the prompt's.
         tokenizer: reads the text of a start.
         modules_to_save: name of a task to those of its own, where they are not the configuration's.
+        head_states: name of a task to what its head reads, likewise.
 
     Returns:
         The model; a batch names its task: `model(task="ner", input_ids=…, labels=…)`.
@@ -127,8 +129,9 @@ def get_multitask_model(
     wrong = [n for n in backbones if not n or n.startswith(".") or not n.replace("-", "").replace("_", "").isalnum()]
     if wrong:
         raise ConfigError(f"the task's name {wrong[0]!r} cannot be a folder's; use letters, digits, - and _.")
-    if unknown := set(modules_to_save or ()) - set(backbones):
-        raise ConfigError(f"modules_to_save names the task {min(unknown)!r}; expected one of {', '.join(backbones)}.")
+    for option, by_task in (("modules_to_save", modules_to_save), ("head_states", head_states)):
+        if unknown := set(by_task or ()) - set(backbones):
+            raise ConfigError(f"{option} names the task {min(unknown)!r}; expected one of {', '.join(backbones)}.")
     if config.train_backbone:
         raise ConfigError("train_backbone=True: tasks share a base that is frozen; leave it out.")
     if get_method(config.method).kind is None:
@@ -142,8 +145,10 @@ def get_multitask_model(
         for task, backbone in backbones.items():
             share_base(first, backbone, task, modules[leading], modules[task])
         for task, backbone in backbones.items():
-            own = type(config).from_dict(config.to_dict() | {"modules_to_save": modules[task] or None})
-            models[task] = get_ptune_model(backbone, reading_for(own, task_of(backbone)), tokenizer)
+            states = (head_states or {}).get(task, config.head_states)
+            own = {"modules_to_save": modules[task] or None, "head_states": states}
+            chosen = type(config).from_dict(config.to_dict() | own)
+            models[task] = get_ptune_model(backbone, reading_for(chosen, task_of(backbone)), tokenizer)
         _share_prompt(models)
     except BaseException:
         for model in reversed(models.values()):  # the first one froze what they share

@@ -353,6 +353,7 @@ def build(recipe: MultiTaskRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[
     parts: dict[str, Part] = {}
     backbones: dict[str, PreTrainedModel] = {}
     modules: dict[str, list[str]] = {}
+    head_states: dict[str, str | None] = {}
     for name, one in recipe.tasks.items():
         task, rows, config = one.build_task(), load_rows(one), make_config(one)
         train, held_out, test = (
@@ -361,11 +362,11 @@ def build(recipe: MultiTaskRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[
         )
         parts[name] = Part(task, rows.labels, rows, train, held_out, test)
         backbones[name] = load_base(one.base, task.model_task, rows.labels, tokenizer, config, one.base_options)
-        modules[name] = config.modules_to_save or []
+        modules[name], head_states[name] = config.modules_to_save or [], config.head_states
         first = next(iter(backbones))
         # before the next one takes memory
         share_base(backbones[first], backbones[name], name, modules[first], modules[name])
-    model = get_multitask_model(backbones, make_config(recipe.shared), tokenizer, modules)
+    model = get_multitask_model(backbones, make_config(recipe.shared), tokenizer, modules, head_states)
     for name, part in parts.items():
         check_direction(model.model_of(name), part.task)
     return model, parts

@@ -100,6 +100,22 @@ def test_a_head_that_comes_along_reads_what_it_did(epochs: int, content: dict[st
         train.run(make_recipe(one | {"options": one["options"] | {"head_states": "last"}}, folder=tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("given", "read"), [({}, "last"), ({"head_states": "auto"}, "mix"), ({"head_states": "last"}, "last")]
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_heads_read_what_their_own_task_s_defaults_say(
+    given: dict[str, Any], read: str, turned: bool, content: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whichever task is the first: in long runs taggers read the last layer, unless the recipe says otherwise."""
+    content["options"] |= given
+    content["tasks"] = content["tasks"][::-1] if turned else content["tasks"]
+    recipe = make_multitask_recipe(content, folder=tmp_path)
+    model, _ = build(recipe, load_tokenizer(recipe.shared.base))
+    assert {n: model.model_of(n).config.head_states for n in model.tasks} == {"when": "last", "letters": read}
+    assert (model.model_of("letters").mix is not None) == (read == "mix") and model.model_of("when").mix is None
+
+
 def test_both_tasks_learn(content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content["tasks"][0]["data"]["test_source"] = "SEQ_CLS.jsonl"
     found = run(make_multitask_recipe(content, folder=tmp_path))
