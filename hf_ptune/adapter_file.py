@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 from hf_ptune.errors import AdapterFileError, shorten
 
 WEIGHTS_NAME = "model.safetensors"
+ADAPTER_FOLDER = "adapter"  # in the output folder of a recipe's run
 HUB_KEYS = ("cache_dir", "force_download", "local_files_only", "token", "proxies")  # of whatever reads the Hub
 MODEL_TYPE = "ptune"  # in config.json
 _ASIDE = ".ptune-"

@@ -219,7 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
     push.add_argument("--commit-description")
 
     card = add_parser("card", help="make the model card of a folder again, from the facts of its run")
-    card.add_argument("folder")
+    card.add_argument("folder", help="of an adapter, or what a recipe's run has written")
     card.add_argument("seeds", nargs="*", help="folders of the same run with other seeds")
     card.add_argument("--repo-id", help="user/name; the folder's name when unset")
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hf_ptune.adapter_file import ADAPTER_FOLDER
 from hf_ptune.arguments import make_arguments
 from hf_ptune.backbone import is_hub_id, read_tokenizer
 from hf_ptune.configuration_ptune import PTuneConfig
@@ -17,7 +18,7 @@ from hf_ptune.recipe import Recipe
 from hf_ptune.tasks import Task, TaskTrainer
 from hf_ptune.templates import name_virtual_tokens
 from hf_ptune.tokenization import has_tokenizer
-from hf_ptune.train import ADAPTER_FOLDER, check_features, load_adapter
+from hf_ptune.train import check_features, load_adapter
 from hf_ptune.train import evaluate as measure
 
 

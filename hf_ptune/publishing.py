@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import cached_file, logging
 
-from hf_ptune.adapter_file import WEIGHTS_NAME, find_weights, read_tensors, staged
+from hf_ptune.adapter_file import ADAPTER_FOLDER, WEIGHTS_NAME, find_weights, read_tensors, staged
 from hf_ptune.backbone import TASKS, count_parameter, is_hub_id, read_tokenizer
 from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, make_card, merge_seeds
 from hf_ptune.configuration_ptune import PTuneConfig
@@ -141,9 +141,10 @@ def remake_card(folder: Path, seeds: list[Path], repo_id: str | None = None) -> 
     """Make a folder's card again from the facts of its run.
 
     Args:
-        folder: holds the facts, and gets the card.
-        seeds: folders of the same run with other seeds.
-        repo_id: where the adapter is; the folder's name when unset.
+        folder: of an adapter, with the facts, which gets the card; or the output folder of a recipe's run, which stands
+            for the one in it.
+        seeds: folders of the same run with other seeds, likewise.
+        repo_id: where the adapter is; the name of `folder` when unset.
 
     Returns:
         The card.
@@ -151,13 +152,24 @@ def remake_card(folder: Path, seeds: list[Path], repo_id: str | None = None) -> 
     Raises:
         PTuneError: a folder without facts, or facts of another run.
     """
+    name = folder.resolve().name
+    folder, *seeds = (_finished_in(f) for f in (folder, *seeds))
     facts = merge_seeds([RunFacts.load(f) for f in (folder, *seeds)])
-    for name in (CARD_NAME, CURVES_NAME):
-        if (folder / name).is_symlink():
-            (folder / name).unlink()  # into the Hub's cache, whose own file stays
+    for made in (CARD_NAME, CURVES_NAME):
+        if (folder / made).is_symlink():
+            (folder / made).unlink()  # into the Hub's cache, whose own file stays
     curves = draw_curves(facts, folder / CURVES_NAME)
-    make_card(facts, repo_id or folder.resolve().name, curves).save(folder / CARD_NAME)
+    make_card(facts, repo_id or name, curves).save(folder / CARD_NAME)
     return folder / CARD_NAME
+
+
+def _finished_in(folder: Path) -> Path:
+    """The folder of an adapter; in the output folder of a recipe's run, which has facts but no weights, the one there.
+
+    A push finishes the output folder itself.
+    """
+    inner = folder / ADAPTER_FOLDER
+    return inner if (inner / FACTS_NAME).is_file() and not (folder / WEIGHTS_NAME).is_file() else folder
 
 
 def push_finished(folder: str | os.PathLike[str], repo_id: str, **push: Any) -> str:

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_ptune.adapter_file import WEIGHTS_NAME
+from hf_ptune.adapter_file import ADAPTER_FOLDER, WEIGHTS_NAME
 from hf_ptune.arguments import make_arguments, settle_arguments
 from hf_ptune.backbone import (
     TASKS,
@@ -63,7 +63,6 @@ from hf_ptune.tasks.generation import GenerationTask
 from hf_ptune.wrapping import get_ptune_model
 
 logger = logging.get_logger(__name__)
-ADAPTER_FOLDER = "adapter"
 _QUESTIONS = 3
 _TRAINING_SPLITS = ("train", "training")
 

@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from hf_ptune.adapter_file import ADAPTER_FOLDER
 from hf_ptune.arguments import make_arguments, settle_arguments
 from hf_ptune.callbacks import LearningCallback, MemoryCallback, check_batch
 from hf_ptune.callbacks.learning import TASK_LOSS
@@ -46,7 +47,6 @@ from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, make_recipe, read_content
 from hf_ptune.tasks import Feature, Task, TaskTrainer
 from hf_ptune.train import (
-    ADAPTER_FOLDER,
     card_facts,
     check_features,
     command,

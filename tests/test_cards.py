@@ -5,6 +5,7 @@ import json
 import platform
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -393,6 +394,27 @@ def test_a_card_made_again_leaves_what_its_old_one_was_a_link_to(tmp_path: Path)
     (tmp_path / "README.md").symlink_to("blob")
     assert main(["card", str(tmp_path)]) == 0
     assert (tmp_path / "blob").read_text() == "old" and "P-Tuning" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("pushed", [False, True])
+def test_the_card_of_a_recipe_s_output_folder_is_that_of_its_adapter(
+    pushed: bool, wrap: Wrap, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless a push has made the folder itself one of an adapter."""
+    for seed in (0, 1):
+        facts = RunFacts("p_tuning", "CAUSAL_LM", seeds=[seed], metrics=[{"loss": 1.0 + seed}], base_bytes=2048)
+        folder = tmp_path / f"seed{seed}"
+        write_repository(wrap("llama", "p_tuning"), folder / "adapter", "x", tokenizer=NoTokenizer(), facts=facts)
+        if pushed:
+            (folder / "model.safetensors").write_bytes((folder / "adapter" / "model.safetensors").read_bytes())
+        RunFacts(**asdict(facts) | {"adapter_bytes": 7}).save(folder)
+    before = (tmp_path / "seed0" / "adapter" / "README.md").read_text()
+    assert main(["card", str(tmp_path / "seed0"), str(tmp_path / "seed1")]) == 0
+    card = tmp_path / "seed0" / "README.md" if pushed else tmp_path / "seed0" / "adapter" / "README.md"
+    assert capsys.readouterr().out.strip() == str(card)
+    text = card.read_text()
+    assert "1.5000 ± 0.7071" in text and "# seed0" in text and ("7 B" in text) == pushed
+    assert ((tmp_path / "seed0" / "adapter" / "README.md").read_text() == before) == pushed
 
 
 def test_seeds_are_summarised() -> None:
