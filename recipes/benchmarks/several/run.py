@@ -4,8 +4,10 @@ python recipes/benchmarks/several/run.py [--seeds 0,1,2] [--runs apart,together,
 
 Runs, each of three epochs of 994, 1,200 and 1,200 rows on MiniLM, all with the same rate, length and batch:
 `apart`, a prompt a corpus; `together`, one prompt for the three with a head each; `adapted`, each corpus by itself for
-three epochs more, from prompt and head that `together` left; `longer`, a prompt a corpus for six epochs. Writes
-results.json after every run, and results.md at the end. Rows are read from recipes/data/<corpus>.
+three epochs more, from prompt and head that `together` left; `longer`, a prompt a corpus for six epochs. What heads
+read and the base's dropout are left to the defaults, which go by epochs: in `longer` heads read the last layer, beside
+the base's dropout, in all others a mix of all layers, without it; so that `longer` tells of more than its epochs.
+Writes results.json after every run, and results.md at the end. Rows are read from recipes/data/<corpus>.
 """
 
 import argparse
