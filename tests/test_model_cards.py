@@ -46,6 +46,8 @@ def test_a_card_and_its_recipe_say_the_same(name: str) -> None:
     assert facts.datasets == recipe.card.datasets and facts.languages == recipe.card.languages
     for key, value in facts.hyperparameters.items():
         assert recipe.training.get(key, value) == value, key
+    told = (facts.hyperparameters.get(f"{part}_learning_rate") for part in ("backbone", "head"))
+    assert tuple(told) == recipe.rates()
 
 
 def test_the_snippet_of_the_quickstart_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
