@@ -33,13 +33,10 @@ from hf_ptune.train import evaluate, has_pairs, make_trainer, wrap_base
 
 RESULTS_NAME, TABLE_NAME, PLOT_NAME = "results.json", "results.md", "sweep.png"
 _STARTED = "the process ended during this run"
-# of a run's own choosing: a trial writes nothing and is seen by nobody
-_TRIAL: dict[str, Any] = {
-    "save_strategy": "no",
-    "load_best_model_at_end": False,
-    "push_to_hub": False,
-    "report_to": "none",
-}
+# of a run's own choosing: a trial leaves nothing and is seen by nobody
+_TRIAL: dict[str, Any] = {"push_to_hub": False, "report_to": "none"}
+_LAST: dict[str, Any] = {"save_strategy": "no", "load_best_model_at_end": False}
+_BEST: dict[str, Any] = {"save_only_model": True, "save_total_limit": 1}  # in a folder that ends with the trial
 
 
 @dataclass(frozen=True)
@@ -287,7 +284,8 @@ def _choose_rows(recipe: Recipe, rows: Rows) -> Rows:
 def _run(recipe: Recipe, rows: Rows, place: tuple[float, int | None, int]) -> Trial:
     rate, length, seed = place
     options = recipe.options | ({} if length is None else {"num_virtual_tokens": length})
-    training = recipe.training | _TRIAL | {"learning_rate": rate}
+    kept = _BEST if recipe.training.get("load_best_model_at_end") else _LAST
+    training = recipe.training | _TRIAL | kept | {"learning_rate": rate}
     chosen = replace(recipe, options=options, training=training, seed=seed, head_learning_rate=recipe.rates()[1])
     started = time.perf_counter()
     try:

@@ -9,6 +9,7 @@ from test_train import write_base, write_recipe
 from hf_ptune.cards import RunFacts
 from hf_ptune.errors import RecipeError
 from hf_ptune.recipe import make_recipe
+from hf_ptune.sweep import sweep
 from hf_ptune.train import run
 from hf_ptune.train_multitask import make_multitask_recipe
 from hf_ptune.train_multitask import run as run_tasks
@@ -31,6 +32,22 @@ def test_training_ends_early(content: dict[str, Any], tmp_path: Path) -> None:
     content["training"] |= {"metric_for_best_model": "acc"}
     with pytest.raises(RecipeError, match="'acc', which is not measured"):
         run(make_recipe(content, folder=tmp_path))
+
+
+def test_a_sweep_measures_what_its_run_would_keep(content: dict[str, Any], tmp_path: Path) -> None:
+    """The best checkpoint of a rate that spoils what was learned before."""
+    del content["early_stopping_patience"]
+    content["data"] |= {"test_source": "rows.jsonl"}
+    schedule = {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": 4, "save_steps": 2}
+    content["training"] |= schedule | {"learning_rate": 1.0, "save_strategy": "steps", "load_best_model_at_end": True}
+    recipe = make_recipe(content, folder=tmp_path)
+    outcome = run(recipe)
+    history = RunFacts.load(outcome.folder).history
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"]][:2]
+    found = sweep(recipe, tmp_path / "grid", [1.0])
+    assert found.trials[0].error is None
+    assert found.trials[0].metrics["loss"] == pytest.approx(min(losses)) and min(losses) < losses[-1]
+    assert outcome.after["loss"] == pytest.approx(min(losses))
 
 
 def test_tasks_end_together(content: dict[str, Any], tmp_path: Path) -> None:
