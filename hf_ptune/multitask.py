@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel
 
 from hf_ptune.adapter_file import check_tensors, find_weights, read_tensors
-from hf_ptune.backbone import head_names, task_of
+from hf_ptune.backbone import POOLER, head_names, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, PTuneError
 from hf_ptune.methods import get_method
@@ -199,9 +199,12 @@ def share_base(
         if shared is None or shared is parameter or {id(shared), id(parameter)} & heads:
             continue  # a pooler that the other task model does not have
         if shared.shape != parameter.shape or shared.dtype != parameter.dtype or not torch.equal(shared, parameter):
+            cure = "Load all task models from the same checkpoint, in the same dtype."
+            if f".{POOLER}." in f".{name}":
+                cure += f" One that lacks a {POOLER} gives each a fresh one: train it, modules_to_save=[{POOLER!r}]."
             raise BackboneError(
                 f"the base of task {task!r} differs from the first task's in {name}; multi-task prompts need one base. "
-                "Load all task models from the same checkpoint, in the same dtype."
+                f"{cure}"
             )
         swapped[id(parameter)] = shared
     if not swapped and first is not other and not set(theirs) & {n for n, _ in other.base_model.named_parameters()}:

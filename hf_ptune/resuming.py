@@ -101,6 +101,8 @@ def _facts_of(trainer: Trainer, rates: Rates) -> dict[str, Any]:
         labels.update(repr([row.get(name) for name in _LEARNED]).encode())
     settings = trainer.args.to_dict()
     shared = {name: settings[key] for key, name in _SHARED.items()}
+    if (temperature := getattr(trainer, "temperature", None)) is not None:
+        shared["temperature"] = temperature  # which rows of several tasks are still to come
     shared |= dict(zip(("backbone_learning_rate", "head_learning_rate"), rates, strict=True))
     return {name: str(value) for name, value in shared.items()} | {
         _ROWS: rows.hexdigest(),

@@ -166,6 +166,12 @@ def test_what_cannot_be_shared_is_refused() -> None:
         other["ner"].base_model.embeddings.word_embeddings.weight[5] += 1
     with pytest.raises(BackboneError, match="base of task 'ner' differs .*word_embeddings"):
         get_multitask_model(other, config)
+    two = {name: build("bert", "SEQ_CLS") for name in ("one", "two")}
+    two["two"].load_state_dict(two["one"].state_dict())
+    with torch.no_grad():
+        two["two"].base_model.pooler.dense.weight.add_(1)  # as where a checkpoint lacks one
+    with pytest.raises(BackboneError, match=r"'two' differs .*pooler.* train it, modules_to_save=\['pooler'\]"):
+        get_multitask_model(two, config)
     with pytest.raises(BackboneError, match="not that of the first task|differs"):
         get_multitask_model({"a": backbones()["ner"], "b": backbones("gpt2")["ner"]}, config)
     with pytest.raises(ConfigError, match="no prompt that tasks could share"):

@@ -358,6 +358,8 @@ def test_a_base_without_a_pooler_gets_one(
         with torch.no_grad():
             assert torch.equal(again(**batch).logits, model(task=task.lower(), **batch).logits)
     content["training"] |= {"resume_from_checkpoint": str(folder / "checkpoint-3")}
+    with pytest.raises(RecipeError, match=r"temperature is 1.0 there and 4.0 here"):
+        run(make_multitask_recipe(json.loads(json.dumps(content | {"temperature": 4})), folder=tmp_path))
     run(make_multitask_recipe(content, folder=tmp_path))
     for task in tasks:
         tensors = load_file(folder / "adapter" / task.lower() / "model.safetensors")
