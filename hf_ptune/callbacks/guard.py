@@ -8,11 +8,14 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import accelerate
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import IterableDatasetShard
 from transformers.utils import logging
 
 from hf_ptune.batch_share import count_labels
@@ -338,6 +341,8 @@ def _batches(loader: Any, size: int) -> Iterator[Mapping[str, Any]] | None:
     if _is_indexed(loader):
         return _items(loader, len(loader))
     dataset: Any = getattr(loader, "dataset", None) if hasattr(loader, "collate_fn") else None
+    if isinstance(dataset, (accelerate.data_loader.IterableDatasetShard, IterableDatasetShard)):
+        dataset = dataset.dataset  # a rank's share of it
     if _is_indexed(dataset):
         rows = _items(dataset, len(dataset))
     elif hasattr(dataset, "take"):
@@ -352,7 +357,8 @@ def _batches(loader: Any, size: int) -> Iterator[Mapping[str, Any]] | None:
 
 
 def _is_indexed(data: Any) -> bool:
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    """Whether samples can be read by number; torch's streams inherit a `__getitem__` that only raises."""
+    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset)
 
 
 def _items(data: Any, count: int) -> Iterator[Any]:

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     RobertaForSequenceClassification,
     Trainer,
 )
+from transformers.trainer_pt_utils import IterableDatasetShard
 
 from hf_ptune.callbacks import GuardCallback, check_batch
 from hf_ptune.errors import GuardError
@@ -383,6 +385,31 @@ def test_a_stream_is_not_used_up(tmp_path: Path) -> None:
         train_dataloader=torch.utils.data.DataLoader(stream, batch_size=4),
     )
     assert stream.read == 0
+
+
+class Sized(Stream):
+    def __len__(self) -> int:
+        return 16
+
+
+@pytest.mark.parametrize("shard", [None, accelerate.data_loader.IterableDatasetShard, IterableDatasetShard])
+@pytest.mark.parametrize("make", [Stream, Sized])
+def test_streams_are_read_by_no_index(tmp_path: Path, make: Any, shard: Any) -> None:
+    stream = make()
+    rows = stream if shard is None else shard(stream, batch_size=4, num_processes=2)
+    run = trainer(wrap(llama()), tmp_path)
+    loader = torch.utils.data.DataLoader(rows, batch_size=4)
+    GuardCallback().on_train_begin(run.args, run.state, run.control, model=run.model, train_dataloader=loader)
+    assert stream.read == 0
+
+
+@pytest.mark.parametrize("shard", [accelerate.data_loader.IterableDatasetShard, IterableDatasetShard])
+def test_a_rank_s_share_of_a_stream_that_starts_anew_is_checked(tmp_path: Path, shard: Any) -> None:
+    run = trainer(wrap(llama()), tmp_path)
+    loader = torch.utils.data.DataLoader(shard(streamed(Rows()), batch_size=4, num_processes=2), batch_size=4)
+    run.model._injector.enabled = False
+    with pytest.raises(GuardError, match="does not move"):
+        GuardCallback().on_train_begin(run.args, run.state, run.control, model=run.model, train_dataloader=loader)
 
 
 @pytest.mark.parametrize(
