@@ -1,9 +1,12 @@
 """What is written into a wrapper's configuration, and means the base: it reaches the base's own configuration."""
 
+import re
 import weakref
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+from hf_ptune.errors import ConfigError, shorten
 
 # how a base is loaded, and what each of the two says of itself
 _OF_EACH = {
@@ -19,6 +22,7 @@ _OF_EACH = {
     "torch_dtype",
     "transformers_version",
 }
+_UNNAMED = re.compile("LABEL_[0-9]+")  # what transformers calls labels without a name
 
 
 class Live:
@@ -53,3 +57,37 @@ def tell(base: PreTrainedConfig | None, name: str, value: Any, own: set[str]) ->
         return
     if hasattr(base, name):
         setattr(base, name, value)
+
+
+def are_named(labels: dict[int, str] | None) -> bool:
+    """Whether labels have names of somebody's own."""
+    return any(not _UNNAMED.fullmatch(str(name)) for name in (labels or {}).values())
+
+
+def tell_labels(base: PreTrainedConfig, config: PreTrainedConfig, task: str | None) -> None:
+    """Let the configuration of a base have the labels that an adapter's config.json names beside it.
+
+    Args:
+        base: made of base_config; gets them.
+        config: the adapter's, as the file says it.
+        task: of the adapter; only some have a head of labels.
+
+    Raises:
+        ConfigError: the head has other labels.
+    """
+    names, numbers = config.id2label, config.label2id
+    if not names or not are_named(names):
+        return
+    known = base.id2label or {}
+    if {*names} != {*known}:
+        if task not in ("SEQ_CLS", "TOKEN_CLS"):
+            return
+        raise ConfigError(
+            f"id2label in config.json names {shorten(dict(names))}; expected those of the head, 0 to {len(known) - 1}, "
+            "as in its base_config. Name all of them; a head of other labels has to be trained."
+        )
+    if names != known and numbers in (None, base.label2id):
+        numbers = {name: number for number, name in names.items()}
+    base.id2label = names
+    if numbers is not None:
+        base.label2id = numbers

@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hf_ptune.adapter_file import MODEL_TYPE
-from hf_ptune.base_settings import Live, tell
+from hf_ptune.base_settings import Live, tell, tell_labels
 from hf_ptune.config_checks import check_counts, without
 from hf_ptune.errors import AdapterFileError, ConfigError, PTuneError, shorten
 from hf_ptune.methods import PromptKind, get_method
@@ -171,7 +171,7 @@ class PTuneConfig(PreTrainedConfig):
         if self.places_tokens and self.num_virtual_tokens == type(self).num_virtual_tokens:
             self.num_virtual_tokens = Template.parse(str(self.template)).num_virtual_tokens
         check_options(self)
-        self._mirror_base()
+        self._mirror_base(as_named=True)
 
     @property
     def places_tokens(self) -> bool:
@@ -183,7 +183,7 @@ class PTuneConfig(PreTrainedConfig):
         """Whether the base, once it has been wrapped, is a decoder: its tokens attend to none behind them."""
         return bool(self.geometry.get("causal")) and not self.is_encoder_decoder
 
-    def _mirror_base(self) -> None:
+    def _mirror_base(self, as_named: bool = False) -> None:
         # the base's own object, made anew from its dictionary: sharing a live one unsets its attention
         if not self.base_config:
             object.__setattr__(self, "_base", None)
@@ -196,6 +196,8 @@ class PTuneConfig(PreTrainedConfig):
                 "install the version the adapter was trained with."
             )
         base = CONFIG_MAPPING[model_type].from_dict(settings)
+        if as_named:
+            tell_labels(base, self, self.task)
         object.__setattr__(self, "_base", base)
         for name in _FROM_BASE:
             setattr(self, name, getattr(base, name))

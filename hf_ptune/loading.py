@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from hf_ptune.adapter_file import HUB_KEYS, check_tensors, digest_of, find_weights, read_header
 from hf_ptune.backbone import TASKS, blaming, load_backbone, resolve
-from hf_ptune.base_settings import tell
+from hf_ptune.base_settings import are_named, tell
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, shorten
 from hf_ptune.injection import body_of, find_geometry, word_embeddings
@@ -20,7 +20,6 @@ from hf_ptune.placement import choose_sites
 
 logger = logging.get_logger(__name__)
 _SIZES = re.compile("size|dim|layer|head|expert|embd|width|depth|inner|rank|state|kernel|proj|ff|position")
-_DRAWN = re.compile("LABEL_[0-9]+")  # what transformers calls labels without a name
 _NO_SIZES = ("chunk_size_feed_forward", "id2label", "label2id", "task_specific_params", "vocab_size")
 
 
@@ -209,8 +208,7 @@ def tell_settings(backbone: PreTrainedModel, config: PTuneConfig) -> None:
     """
     said: dict[str, Any] = config.base.to_dict()
     names = [n for n in said if n.endswith("_token_id")]
-    named = [n for n in (config.id2label or {}).values() if not _DRAWN.fullmatch(str(n))]
-    if config.num_labels == backbone.config.num_labels and named:
+    if config.num_labels == backbone.config.num_labels and are_named(config.id2label):
         names += ["id2label", "label2id"]
     for name in [*names, "problem_type"]:
         if (value := getattr(config.base, name)) is not None:

@@ -1,5 +1,6 @@
 """What scripts write into a wrapper's configuration, or give while loading, reaches the base, and comes back."""
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -7,11 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from families import batch
+from families import batch, build
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_ptune import PTuneForCausalLM, PTuneForSequenceClassification, PTunePreTrainedModel
-from hf_ptune.errors import BackboneError
+from hf_ptune import (
+    PTuneConfig,
+    PTuneForCausalLM,
+    PTuneForSequenceClassification,
+    PTunePreTrainedModel,
+    get_ptune_model,
+)
+from hf_ptune.errors import BackboneError, ConfigError
 
 Wrap = Callable[..., PTunePreTrainedModel]
 
@@ -64,6 +71,56 @@ def test_labels_named_after_wrapping_are_saved(wrap: Wrap, tmp_path: Path) -> No
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     for config in (loaded.config, loaded.backbone.config):
         assert list(config.id2label.values()) == names and config.label2id["topic 1"] == 1
+
+
+def edit(folder: Path, **values: Any) -> Path:
+    """Write into a config.json as a person does, a field that is `None` being left out."""
+    settings = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    return folder
+
+
+NAMED = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+DRAWN = {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+EDITS: dict[str, tuple[Any, Any]] = {
+    "names alone": ({"id2label": {"0": "no", "1": "yes"}}, ({0: "no", 1: "yes"}, {"no": 0, "yes": 1})),
+    "names and numbers": (
+        {"id2label": {"0": "no", "1": "yes"}, "label2id": {"no": 0, "yes": 1, "sure": 1}},
+        ({0: "no", 1: "yes"}, {"no": 0, "yes": 1, "sure": 1}),
+    ),
+    "numbers alone": ({"label2id": {"bad": 0, "fine": 1}}, (NAMED["id2label"], {"bad": 0, "fine": 1})),
+    "nothing": ({}, (NAMED["id2label"], NAMED["label2id"])),
+    "left out": ({"id2label": None, "label2id": None}, (NAMED["id2label"], NAMED["label2id"])),
+    "without a name": (DRAWN, (NAMED["id2label"], NAMED["label2id"])),
+}
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_labels_named_in_config_json_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
+    values, expected = EDITS[kind]
+    build("bert", num_labels=2, **NAMED).save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    get_ptune_model(base, PTuneConfig(num_virtual_tokens=2)).save_pretrained(tmp_path / "adapter")
+    model = AutoModelForSequenceClassification.from_pretrained(edit(tmp_path / "adapter", **values))
+    model.save_pretrained(tmp_path / "again")
+    again = AutoConfig.from_pretrained(tmp_path / "again")
+    for config in (model.config, model.backbone.config, model.config.base, again, again.base):
+        assert (config.id2label, config.label2id) == expected
+
+
+@pytest.mark.parametrize("names", [{"0": "kind"}, {"0": "a", "1": "b", "2": "c"}, {"1": "a", "2": "b"}], ids=str)
+def test_labels_in_config_json_that_the_head_does_not_have_are_refused(
+    names: dict[str, str], wrap: Wrap, tmp_path: Path
+) -> None:
+    wrap("bert", "p_tuning_v2").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="id2label in config.json .*expected those of the head, 0 to 1"):
+        AutoModelForSequenceClassification.from_pretrained(edit(tmp_path, id2label=names))
+
+
+def test_labels_of_a_language_model_mean_nothing(wrap: Wrap, tmp_path: Path) -> None:
+    wrap("llama", "p_tuning_v2").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(edit(tmp_path, id2label={"0": "kind"}))
+    assert model.config.id2label == model.backbone.config.id2label
 
 
 def test_a_copy_of_the_configuration_writes_into_no_base(wrap: Wrap) -> None:
