@@ -28,10 +28,7 @@ from transformers.utils import logging
 
 from hf_ptune.adapter_file import ADAPTER_FOLDER, WEIGHTS_NAME
 from hf_ptune.arguments import make_arguments, settle_arguments
-from hf_ptune.backbone import (
-    TASKS,
-    anchored,
-)
+from hf_ptune.backbone import TASKS, anchored
 from hf_ptune.callbacks import (
     BestMetricCallback,
     DecayCallback,
@@ -49,6 +46,7 @@ from hf_ptune.data import Rows, load_rows
 from hf_ptune.engines import last_checkpoint
 from hf_ptune.errors import INTERRUPTED, PTuneError, RecipeError
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
+from hf_ptune.interruption import checkpoints_in, how_to_go_on
 from hf_ptune.lengths import check_answers, check_lengths
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.optimizer import make_optimizer
@@ -412,21 +410,26 @@ def command(
     others, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     known, further = parser.parse_known_args(others)
     overrides = [*further, *overrides]
+    folder, resume = "", None
+    earlier: dict[str, int] = {}
     try:
+        folder, resume = _goes_on(read_content(known.recipe, overrides))
+        earlier = checkpoints_in(folder)
         train(known.recipe, overrides)
     except PTuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        checkpoint = last_checkpoint(str(read_content(known.recipe, overrides).get("output_dir")))
-        print(
-            "interrupted before a checkpoint was written; the same command starts anew."
-            if checkpoint is None
-            else f"interrupted; --training.resume_from_checkpoint=true goes on from {checkpoint}.",
-            file=sys.stderr,
-        )
+        print(how_to_go_on(folder, resume, earlier), file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _goes_on(content: Mapping[str, Any]) -> tuple[str, Any]:
+    """Where a recipe's run writes checkpoints, and which one it begins with."""
+    training = content.get("training")
+    resume = training.get("resume_from_checkpoint") if isinstance(training, dict) else None
+    return str(content.get("output_dir")), resume
 
 
 def leave(code: int) -> NoReturn:

@@ -212,6 +212,48 @@ def test_a_sweep_takes_overrides_with_spaces(tmp_path: Path, monkeypatch: pytest
     assert overrides == ["--data.labels=[early, late]"]
 
 
+def checkpoint(folder: str | Path, step: int) -> None:
+    """Write what tells a whole checkpoint from an unfinished one."""
+    made = Path(folder) / f"checkpoint-{step}"
+    made.mkdir(parents=True, exist_ok=True)
+    (made / "trainer_state.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("resume", "written", "told"),
+    [
+        ([], [], "the same command starts anew"),
+        ([], [6], "resume_from_checkpoint={folder}/checkpoint-6 goes on from {folder}/checkpoint-6"),
+        ([], [9], "resume_from_checkpoint=true goes on from {folder}/checkpoint-9"),
+        ([], [6, 12], "resume_from_checkpoint=true goes on from {folder}/checkpoint-12"),
+        (["--training.resume_from_checkpoint=true"], [], "the same command goes on from {folder}/checkpoint-9"),
+        (["--training.resume_from_checkpoint={folder}/checkpoint-3"], [], "goes on from {folder}/checkpoint-3"),
+        (["--training.resume_from_checkpoint=true"], [12], "=true goes on from {folder}/checkpoint-12"),
+    ],
+)
+def test_an_interruption_names_no_checkpoint_of_an_earlier_run(
+    resume: list[str],
+    written: list[int],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(recipe: Any) -> None:
+        for step in written:
+            checkpoint(recipe.output_dir, step)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_ptune.train.run", interrupted)
+    path, folder = tmp_path / "r.yaml", tmp_path / "out"
+    path.write_text(json.dumps(write_recipe(tmp_path, "SEQ_CLS", "base")))
+    for step in (3, 9):
+        checkpoint(folder, step)
+    assert main(["train", str(path), *(option.format(folder=folder) for option in resume)]) == 130
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.endswith(told.format(folder=folder) + ".\n")
+
+
 def test_an_interruption_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,8 +265,7 @@ def test_an_interruption_says_how_to_go_on(
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps(write_recipe(tmp_path, "SEQ_CLS", "base")))
     assert main(["train", str(path)]) == 130 and "the same command starts anew" in capsys.readouterr().err
-    (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
-    (tmp_path / "other" / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    monkeypatch.setattr("hf_ptune.train.run", lambda recipe: (checkpoint(recipe.output_dir, 3), interrupted()))
     assert main(["train", str(path), f"--output_dir={tmp_path / 'other'}"]) == 130
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "resume_from_checkpoint=true" in said and "checkpoint-3" in said

@@ -46,7 +46,7 @@ LAYERS = [
     {"data"},
     {"callbacks"},
     {"interop", "info"},
-    {"arguments", "convert", "lengths", "fresh_base"},
+    {"arguments", "convert", "lengths", "fresh_base", "interruption"},
     {"train"},
     {"evaluation", "sweep", "train_multitask"},
     {"cli"},
