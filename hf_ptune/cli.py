@@ -16,6 +16,7 @@ from hf_ptune.overrides import split_overrides
 
 _OVERRIDDEN = ("train", "evaluate", "sweep")  # commands that take changes of a recipe
 _OWN = ("--learning-rates", "--lengths", "--seeds", "--folder", "--adapter")  # their own options that take values
+_path = os.path.expanduser  # a shell leaves `~` alone in quotes and behind `--option=`
 _OVERRIDES = (
     "Further options change the recipe: --key=value or --section.key=value sets any of its keys, as --seed=1 or "
     "--training.learning_rate=1e-2, and --variant=name takes the changes that it has under variants, before all others."
@@ -167,8 +168,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_parser = partial(commands.add_parser, allow_abbrev=False)
 
     new = add_parser("init", help="write a fresh adapter that any script can train")
-    new.add_argument("folder", help="folder to write; new or empty")
-    new.add_argument("--base", required=True, help="Hub id, local folder, or package:<module>/<folder>")
+    new.add_argument("folder", type=_path, help="folder to write; new or empty")
+    new.add_argument("--base", required=True, type=_path, help="Hub id, local folder, or package:<module>/<folder>")
     new.add_argument("--revision", help="a commit or branch of a base on the Hub")
     new.add_argument("--method", required=True, metavar="METHOD", choices=_Later(_methods), help="%(choices)s")
     new.add_argument(
@@ -181,18 +182,20 @@ def make_parser() -> argparse.ArgumentParser:
     new.add_argument("--num-labels", type=int, metavar="N", help="labels of the fresh head")
 
     script = add_parser("run", help="run a script in which Auto classes know adapters")
-    script.add_argument("script")
+    script.add_argument("script", type=_path)
     script.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
 
     recipe = add_parser("train", help="train by a recipe", epilog=_OVERRIDES)
-    recipe.add_argument("recipe", help="a YAML file")
+    recipe.add_argument("recipe", type=_path, help="a YAML file")
 
     measured = add_parser("evaluate", help="measure an adapter on a recipe's held-out and test rows", epilog=_OVERRIDES)
-    measured.add_argument("recipe", help="a YAML file")
-    measured.add_argument("--adapter", help="folder or id on the Hub; what the recipe's run left when unset")
+    measured.add_argument("recipe", type=_path, help="a YAML file")
+    measured.add_argument(
+        "--adapter", type=_path, help="folder or id on the Hub; what the recipe's run left when unset"
+    )
 
     grid = add_parser("sweep", help="train by a recipe with several learning rates and lengths", epilog=_OVERRIDES)
-    grid.add_argument("recipe", help="a YAML file")
+    grid.add_argument("recipe", type=_path, help="a YAML file")
     grid.add_argument(
         "--learning-rates",
         type=float,
@@ -204,13 +207,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     grid.add_argument("--lengths", type=int, nargs="+", default=[], metavar="N", help="numbers of virtual tokens")
     grid.add_argument("--seeds", type=int, nargs="+", default=[], metavar="N", help="the recipe's own when unset")
-    grid.add_argument("--folder", help="takes results, table and plot; outputs of the recipe with -sweep when unset")
+    grid.add_argument(
+        "--folder", type=_path, help="takes results, table and plot; outputs of the recipe with -sweep when unset"
+    )
     grid.add_argument("--retry", action="store_true", help="run again what failed before")
 
     add_parser("presets", help="list published settings and each method's defaults, with their sources")
 
     push = add_parser("push", help="push a finished adapter folder to the Hub")
-    push.add_argument("folder")
+    push.add_argument("folder", type=_path)
     push.add_argument("repo_id", help="user/name")
     push.add_argument("--private", action="store_true", default=None)
     push.add_argument("--revision", help="a branch")
@@ -219,17 +224,17 @@ def make_parser() -> argparse.ArgumentParser:
     push.add_argument("--commit-description")
 
     card = add_parser("card", help="make the model card of a folder again, from the facts of its run")
-    card.add_argument("folder", help="of an adapter, or what a recipe's run has written")
-    card.add_argument("seeds", nargs="*", help="folders of the same run with other seeds")
+    card.add_argument("folder", type=_path, help="of an adapter, or what a recipe's run has written")
+    card.add_argument("seeds", nargs="*", type=_path, help="folders of the same run with other seeds")
     card.add_argument("--repo-id", help="user/name; the folder's name when unset")
 
     form = add_parser("convert", help="write an adapter of ours or PEFT's in another form")
-    form.add_argument("source", help="folder or id on the Hub")
-    form.add_argument("target", help="folder to write; a file for prompt_embeds")
+    form.add_argument("source", type=_path, help="folder or id on the Hub")
+    form.add_argument("target", type=_path, help="folder to write; a file for prompt_embeds")
     form.add_argument("--to", default="hf_ptune", metavar="FORM", choices=_Later(_forms), help="%(choices)s")
 
     told = add_parser("info", help="say what an adapter is, without loading its base")
-    told.add_argument("source", help="folder or id on the Hub")
+    told.add_argument("source", type=_path, help="folder or id on the Hub")
     told.add_argument("--revision")
     return parser
 

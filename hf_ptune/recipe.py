@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,6 +38,17 @@ _BASE_OPTIONS = {
     "quantization_config": dict[str, Any] | None,
 }
 _LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+# keys, of any section, that may hold a path
+_PATHS = (
+    "base",
+    "output_dir",
+    "source",
+    "eval_source",
+    "test_source",
+    "labels",
+    "prompt_tuning_init_adapter",
+    "resume_from_checkpoint",
+)
 # keys of the recipe's own
 _NOT_TRAINING = ("output_dir", "seed")
 
@@ -272,6 +284,8 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
         "training": _section(given.get("training", {}), _training_types(), where, "training."),
     }
     card = _section(given.get("card", {}), typing.get_type_hints(CardRecipe), where, "card.")
+    given, data = _at_home(given, _PATHS), _at_home(data, _PATHS)
+    sections |= {name: _at_home(section, _PATHS) for name, section in sections.items()}
     own = {"data": DataRecipe(**data), "card": CardRecipe(**card), "folder": folder}
     recipe = Recipe(**(given | sections | own))
     if not 0 <= recipe.seed < 2**32:
@@ -299,6 +313,16 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
     return recipe
+
+
+def _at_home(section: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A section whose paths may begin with `~`, the user's own folder, with that folder's path in its place.
+
+    Args:
+        section: of a recipe.
+        names: keys that may hold a path.
+    """
+    return {k: os.path.expanduser(v) if k in names and isinstance(v, str) else v for k, v in section.items()}
 
 
 def _task_types(name: str) -> dict[str, Any]:

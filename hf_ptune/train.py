@@ -406,7 +406,7 @@ def command(
         The exit code: 0, 2 after an error that has been printed, or 130 after an interruption.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=purpose)
-    parser.add_argument("recipe", help="a YAML file")
+    parser.add_argument("recipe", type=os.path.expanduser, help="a YAML file")
     others, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     known, further = parser.parse_known_args(others)
     overrides = [*further, *overrides]
@@ -429,7 +429,9 @@ def _goes_on(content: Mapping[str, Any]) -> tuple[str, Any]:
     """Where a recipe's run writes checkpoints, and which one it begins with."""
     training = content.get("training")
     resume = training.get("resume_from_checkpoint") if isinstance(training, dict) else None
-    return str(content.get("output_dir")), resume
+    if isinstance(resume, str):
+        resume = os.path.expanduser(resume)
+    return os.path.expanduser(str(content.get("output_dir"))), resume
 
 
 def leave(code: int) -> NoReturn:

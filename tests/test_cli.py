@@ -212,6 +212,39 @@ def test_a_sweep_takes_overrides_with_spaces(tmp_path: Path, monkeypatch: pytest
     assert overrides == ["--data.labels=[early, late]"]
 
 
+def test_paths_on_a_command_line_may_begin_in_the_user_s_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves `~` as it is in quotes, and behind `--option=`."""
+    monkeypatch.setenv("HOME", "/home/me")
+    for line, names in {
+        "init --base=~/base --method=bitfit ~/new": ("base", "folder"),
+        "run ~/script.py ~/argument": ("script",),
+        "train ~/r.yaml": ("recipe",),
+        "evaluate ~/r.yaml --adapter=~/adapter": ("recipe", "adapter"),
+        "sweep ~/r.yaml --folder=~/grid": ("recipe", "folder"),
+        "push ~/adapter me/adapter": ("folder",),
+        "card ~/one ~/two": ("folder", "seeds"),
+        "convert ~/peft ~/ours": ("source", "target"),
+        "info ~/adapter": ("source",),
+    }.items():
+        given = cli.make_parser().parse_args(line.split())
+        assert all("'/home/me/" in repr(getattr(given, name)) for name in names), line
+    assert cli.make_parser().parse_args(["run", "s.py", "~/a"]).arguments == ["~/a"]  # the script's own affair
+
+
+def test_an_interruption_looks_where_checkpoints_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(recipe: Any) -> None:
+        checkpoint(recipe.output_dir, 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("hf_ptune.train.run", interrupted)
+    (tmp_path / "r.yaml").write_text(json.dumps(write_recipe(tmp_path, "SEQ_CLS", "base")))
+    assert train.main(["~/r.yaml", "--output_dir=~/runs"]) == 130
+    assert f"goes on from {tmp_path}/runs/checkpoint-3" in capsys.readouterr().err
+
+
 def checkpoint(folder: str | Path, step: int) -> None:
     """Write what tells a whole checkpoint from an unfinished one."""
     made = Path(folder) / f"checkpoint-{step}"
