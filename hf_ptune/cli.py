@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import hf_ptune
+from hf_ptune.console import let_print
 from hf_ptune.overrides import split_overrides
 
 _OVERRIDDEN = ("train", "evaluate", "sweep")  # commands that take changes of a recipe
@@ -259,6 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(further)}")
     from hf_ptune.errors import INTERRUPTED, PTuneError
 
+    if given.command != "run":  # a script's output is its own affair
+        let_print()
     try:
         if given.command == "train":
             from hf_ptune import train, train_multitask

@@ -42,6 +42,7 @@ from hf_ptune.callbacks.guard import check_positions
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.cards import TIMES
 from hf_ptune.configuration_ptune import PTuneConfig
+from hf_ptune.console import let_print
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.engines import last_checkpoint
 from hf_ptune.errors import INTERRUPTED, PTuneError, RecipeError
@@ -410,6 +411,7 @@ def command(
     others, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
     known, further = parser.parse_known_args(others)
     overrides = [*further, *overrides]
+    let_print()
     folder, resume = "", None
     earlier: dict[str, int] = {}
     try:

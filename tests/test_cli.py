@@ -1,5 +1,6 @@
 """The command line: init, run, train, convert; push, card and info are tried with the Hub."""
 
+import io
 import json
 import os
 import subprocess
@@ -31,13 +32,14 @@ from hf_ptune import (
     train,
     train_multitask,
 )
-from hf_ptune.adapter_file import is_fresh
+from hf_ptune.adapter_file import WEIGHTS_NAME, is_fresh
 from hf_ptune.backbone import TASKS
 from hf_ptune.cli import main
 from hf_ptune.errors import PTuneError
 from hf_ptune.fresh_base import load_tokenizer
 from hf_ptune.methods import method_names
 from hf_ptune.publishing import write_repository
+from hf_ptune.tasks import Answer
 
 SCRIPT = """
 import argparse, sys
@@ -243,6 +245,30 @@ def test_an_interruption_looks_where_checkpoints_are_written(
     (tmp_path / "r.yaml").write_text(json.dumps(write_recipe(tmp_path, "SEQ_CLS", "base")))
     assert train.main(["~/r.yaml", "--output_dir=~/runs"]) == 130
     assert f"goes on from {tmp_path}/runs/checkpoint-3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_texts_that_a_terminal_cannot_show_are_escaped(
+    encoding: str, errors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / WEIGHTS_NAME).write_bytes(b"")
+    (tmp_path / "r.yaml").write_text(json.dumps(write_recipe(tmp_path, "SEQ_CLS", "base")))
+    text = "größe 漢字 \ud800"
+    answers, score = [Answer(text, text, text)], {"accuracy": 1.0}
+    outcome = train.Outcome(score, score, tmp_path / "adapter", answers)
+    monkeypatch.setattr("hf_ptune.train.run", lambda recipe: train.report(outcome, "accuracy"))
+    monkeypatch.setattr("hf_ptune.info.describe_adapter", lambda *_, **__: text)
+    monkeypatch.setattr("hf_ptune.evaluation.evaluate", lambda *_: print(text))
+    monkeypatch.setattr(cli, "run_sweep", lambda *_: print(text))
+    recipe = str(tmp_path / "r.yaml")
+    for command in (["train", recipe], ["evaluate", recipe], ["sweep", recipe], ["info", "adapter"]):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, errors=errors))
+        assert main(command) == 0
+        sys.stdout.flush()
+        assert text.encode(encoding, "backslashreplace") in written.getvalue()
 
 
 def checkpoint(folder: str | Path, step: int) -> None:

@@ -24,6 +24,7 @@ LAYERS = [
         "backbone_dropout",
         "patching",
         "overrides",
+        "console",
     },
     {"methods"},
     {"adapter_file"},
