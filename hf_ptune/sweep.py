@@ -4,13 +4,10 @@ import gc
 import json
 import math
 import shlex
-import signal
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -26,6 +23,7 @@ from hf_ptune.callbacks import LearningCallback, MemoryCallback, ModelCardCallba
 from hf_ptune.data import Rows, load_rows, split_rows
 from hf_ptune.errors import RecipeError, shorten
 from hf_ptune.fresh_base import load_tokenizer
+from hf_ptune.interruption import HeldInterruptions
 from hf_ptune.methods import get_method
 from hf_ptune.recipe import Recipe
 from hf_ptune.templates import Template
@@ -193,16 +191,17 @@ def sweep(
         for place in grid:
             trial = known.get(place)
             if trial is None or (retry and trial.error):
-                # told beforehand, so that a run that kills the process is not run for ever
-                _write(folder, shared, {**known, place: Trial(*place, error=_STARTED)}, usual)
-                try:
-                    with _interrupted_by_sigterm():
-                        trial = _run(recipe, rows, place)
-                except KeyboardInterrupt:
+                with HeldInterruptions() as interruptions:
+                    # told beforehand, so that a run that kills the process is not run for ever
+                    _write(folder, shared, {**known, place: Trial(*place, error=_STARTED)}, usual)
+                    try:
+                        with interruptions.let_through():
+                            trial = _run(recipe, rows, place)
+                    except KeyboardInterrupt:
+                        _write(folder, shared, known, usual)
+                        raise
+                    known[place] = trial
                     _write(folder, shared, known, usual)
-                    raise
-                known[place] = trial
-                _write(folder, shared, known, usual)
             done.append(trial)
             bar.update()
             said = trial.metrics.get(task.metric)
@@ -212,23 +211,6 @@ def sweep(
     found = Sweep(done, task.metric, command)
     _write_table(found, folder, len(rows.held_out))
     return found
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Let a scheduler or a shutdown interrupt a run as Ctrl-C does, so that it is not taken for one that crashed."""
-    if threading.current_thread() is not threading.main_thread():  # signals are handled there alone
-        yield
-        return
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _usual_rate(recipe: Recipe, rows: Rows) -> float:

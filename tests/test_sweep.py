@@ -129,6 +129,56 @@ def test_an_interrupted_sweep_goes_on(recipe: Recipe, tmp_path: Path, monkeypatc
     assert [t.error for t in found.trials] == [None] * 3
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("at", "ran", "kept"), [(1, 0, 0), (2, 1, 0), (3, 1, 1)])
+def test_an_interruption_while_results_are_written_is_no_failed_run(
+    number: int, at: int, ran: int, kept: int, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start of a run, after an interruption of the run itself, and at its end."""
+    write, count = module._write, {"writes": 0, "runs": 0}
+
+    def written(*given: Any) -> None:
+        count["writes"] += 1
+        if count["writes"] == min(at, 2):
+            os.kill(os.getpid(), number)
+        write(*given)
+
+    def train(chosen: Recipe, rows: Any) -> Any:
+        count["runs"] += 1
+        if at == 2:
+            os.kill(os.getpid(), number)
+            raise AssertionError("not interrupted")
+        return {"accuracy": 0.5}, {}
+
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(module, "_write", written)
+    monkeypatch.setattr(module, "_train", train)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(recipe, tmp_path / "grid", [1.0, 2.0], [2])
+    trials = json.loads((tmp_path / "grid" / "results.json").read_text())["trials"]
+    assert [t["error"] for t in trials] == [None] * kept and count["runs"] == ran
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    monkeypatch.setattr(module, "_train", lambda chosen, rows: ({"accuracy": 0.5}, {}))
+    assert [t.error for t in sweep(recipe, tmp_path / "grid", [1.0, 2.0], [2]).trials] == [None, None]
+
+
+def test_a_process_that_ignores_interruptions_keeps_ignoring_them(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the background of a shell script."""
+
+    def train(chosen: Recipe, rows: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"accuracy": 0.5}, {}
+
+    monkeypatch.setattr(module, "_train", train)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert sweep(recipe, tmp_path / "grid", [1.0], [2]).trials[0].error is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_another_recipe_s_results_are_not_mixed_in(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
