@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import cached_file
 
-from hf_ptune.errors import AdapterFileError, shorten
+from hf_ptune.errors import AdapterFileError, from_system, naming, shorten
 
 WEIGHTS_NAME = "model.safetensors"
 ADAPTER_FOLDER = "adapter"  # in the output folder of a recipe's run
@@ -49,6 +49,9 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
 
     Yields:
         Where to write.
+
+    Raises:
+        OSError: something cannot be written; names the file, or the folder.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -63,6 +66,13 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
         for file in files:
             os.replace(file, target / file.name)
         _flush(target)
+    except Exception as error:
+        told = from_system(error, target)
+        if told is not None and told.filename is not None and Path(told.filename).parent == aside:
+            told = OSError(told.errno, told.strerror, str(target / Path(told.filename).name))
+        if told is None or told is error:
+            raise
+        raise told from error
     finally:
         _writing.discard(aside)
         shutil.rmtree(aside, ignore_errors=True)
@@ -108,8 +118,9 @@ def write_tensors(
     """
     target = Path(folder) / WEIGHTS_NAME
     metadata = {"format": "pt"} | ({} if structure is None else {_STRUCTURE: json.dumps(structure, sort_keys=True)})
-    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, target, metadata=metadata)
-    _settle_header(target)
+    with naming(target):
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, target, metadata=metadata)
+        _settle_header(target)
     return target
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_ptune.adapter_file import staged
 from hf_ptune.backbone import TASKS, is_hub_id
-from hf_ptune.errors import PTuneError
+from hf_ptune.errors import PTuneError, naming
 from hf_ptune.methods import get_method
 from hf_ptune.templates import Template
 
@@ -106,10 +107,11 @@ class RunFacts:
     name: str | None = None
 
     def save(self, folder: str | Path) -> Path:
-        """Write the facts beside the adapter."""
-        path = Path(folder) / FACTS_NAME
-        path.write_text(json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return path
+        """Write the facts beside the adapter, in the place of older ones when they are on the disk."""
+        text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False) + "\n"
+        with staged(folder) as aside, naming(aside / FACTS_NAME):
+            (aside / FACTS_NAME).write_text(text, encoding="utf-8")
+        return Path(folder) / FACTS_NAME
 
     @classmethod
     def load(cls, folder: str | Path) -> "RunFacts":

@@ -84,7 +84,7 @@ def init(
     from hf_ptune.adapter_file import mark_fresh
     from hf_ptune.backbone import anchored
     from hf_ptune.configuration_ptune import PTuneConfig
-    from hf_ptune.errors import PTuneError
+    from hf_ptune.errors import PTuneError, naming
     from hf_ptune.fresh_base import keep_spaces, load_base, load_tokenizer
     from hf_ptune.publishing import fit_tokenizer
     from hf_ptune.wrapping import get_ptune_model
@@ -102,7 +102,8 @@ def init(
     mark_fresh(folder)
     if task == "TOKEN_CLS" and keep_spaces(tokenizer):
         print("the tokenizer puts a space before every word (add_prefix_space=True), as words in a text have it")
-    tokenizer.save_pretrained(folder)
+    with naming(folder):
+        tokenizer.save_pretrained(folder)
     fit_tokenizer(model, folder)
     model.print_trainable_parameters()
     print(f"written: {folder}. Train it with any script: hf-ptune run SCRIPT --model_name_or_path {folder}")
@@ -258,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     further += overrides
     if further and given.command not in _OVERRIDDEN:
         parser.error(f"unrecognized arguments: {' '.join(further)}")
-    from hf_ptune.errors import INTERRUPTED, PTuneError
+    from hf_ptune.errors import INTERRUPTED, PTuneError, from_system
 
     if given.command != "run":  # a script's output is its own affair
         let_print()
@@ -306,11 +307,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         further_on = "; the same command goes on with the runs that are left" if given.command == "sweep" else ""
         print(f"interrupted{further_on}.", file=sys.stderr)
         return INTERRUPTED
-    except (PTuneError, OSError) as error:  # OSError: files, and the Hub's answers by way of transformers
+    except Exception as error:  # of OSErrors some are the Hub's answers by way of transformers
         if isinstance(error, BrokenPipeError) and given.command in ("presets", "info"):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read has gone; the end writes no more
             return 0
-        print(f"error: {error}", file=sys.stderr)
+        told = error if isinstance(error, (PTuneError, OSError)) else from_system(error)
+        if told is None or (given.command == "run" and told is not error):  # a script's errors are its own
+            raise
+        print(f"error: {told}", file=sys.stderr)
         return 2
     return 0
 

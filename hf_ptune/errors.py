@@ -1,11 +1,18 @@
 """The errors users meet; each message says what was found, what was expected and the cure."""
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 # what is tried out on a base may end in one of these, which says nothing of its family
 DEVICE_FAILURES: tuple[type[Exception], ...] = (torch.OutOfMemoryError,)
 DEVICE_FAILURES += (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 INTERRUPTED = 130  # the exit code, as shells have it
+# how libraries of Rust end what the system told them: tokenizers raises an Exception, safetensors an error of its own
+_SYSTEM = re.compile(r"(.*) \(os error ([0-9]+)\)", re.DOTALL)
 
 
 class PTuneError(Exception):
@@ -48,3 +55,43 @@ def shorten(said: object, most: int = 300) -> str:
     """What somebody else said, on one line of a message."""
     line = " ".join(str(said).split()) or type(said).__name__
     return line if len(line) <= most else line[:most] + "…"
+
+
+def from_system(error: Exception, path: str | os.PathLike[str] | None = None) -> OSError | None:
+    """What the operating system said of a file, such as that the disk is full, as Python says it.
+
+    Args:
+        error: Python's own, or that of another library.
+        path: what was being written; told where the error names no file.
+
+    Returns:
+        The error; `None` where it is of another kind.
+    """
+    if isinstance(error, OSError):
+        if error.errno is None or error.filename is not None:
+            return error
+        said, number = error.strerror or str(error), error.errno
+    elif isinstance(error, PTuneError) or (found := _SYSTEM.match(str(error))) is None:
+        return None
+    else:
+        said, number = shorten(found[1]), int(found[2])
+    return OSError(number, said, None if path is None else os.fspath(path))
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let what the operating system refuses say which file or folder was being written.
+
+    Args:
+        path: of it.
+
+    Raises:
+        OSError: in the place of one without a name, and of those of other libraries.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = from_system(error, path)
+        if told is None or told is error:
+            raise
+        raise told from error

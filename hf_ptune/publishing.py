@@ -19,7 +19,7 @@ from hf_ptune.adapter_file import ADAPTER_FOLDER, WEIGHTS_NAME, find_weights, re
 from hf_ptune.backbone import TASKS, count_parameter, is_hub_id, read_tokenizer
 from hf_ptune.cards import CARD_NAME, CURVES_NAME, FACTS_NAME, RunFacts, draw_curves, make_card, merge_seeds
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import PTuneError, shorten
+from hf_ptune.errors import PTuneError, naming, shorten
 from hf_ptune.hub import adapter_files, commit_of, license_of, push_folder
 from hf_ptune.methods import get_method
 from hf_ptune.option_checks import READINGS
@@ -67,7 +67,8 @@ def write_repository(
         tokenizer = tokenizer_of(model.config, source, **hub)
     if tokenizer is not None:
         name_virtual_tokens(model.config, tokenizer)
-        tokenizer.save_pretrained(folder)
+        with naming(folder):
+            tokenizer.save_pretrained(folder)
     return finish_folder(model, folder, repo_id, keep_encoder=keep_encoder, facts=facts, state_dict=state_dict)
 
 
@@ -99,9 +100,17 @@ def finish_folder(
     facts = facts or facts_of(model, folder, state_dict)
     facts.adapter_bytes = (folder / WEIGHTS_NAME).stat().st_size
     facts.save(folder)
-    curves = draw_curves(facts, folder / CURVES_NAME)
-    make_card(facts, repo_id, curves).save(folder / CARD_NAME)
+    _write_card(facts, folder, repo_id)
     return folder
+
+
+def _write_card(facts: RunFacts, folder: Path, repo_id: str) -> None:
+    """Put card and curves in the place of older ones, which may be links into the Hub's cache, whose files stay."""
+    with staged(folder) as aside:
+        with naming(aside / CURVES_NAME):
+            curves = draw_curves(facts, aside / CURVES_NAME)
+        with naming(aside / CARD_NAME):
+            make_card(facts, repo_id, curves).save(aside / CARD_NAME)
 
 
 def fit_tokenizer(model: Any, folder: Path) -> None:
@@ -118,7 +127,7 @@ def fit_tokenizer(model: Any, folder: Path) -> None:
     if (settings.get("model_max_length") or room + 1) <= room:
         return
     text = json.dumps(settings | {"model_max_length": room}, indent=2, sort_keys=True, ensure_ascii=False)
-    with staged(folder) as aside:
+    with staged(folder) as aside, naming(aside / path.name):
         (aside / path.name).write_text(text + "\n", encoding="utf-8")
 
 
@@ -155,11 +164,7 @@ def remake_card(folder: Path, seeds: list[Path], repo_id: str | None = None) -> 
     name = folder.resolve().name
     folder, *seeds = (_finished_in(f) for f in (folder, *seeds))
     facts = merge_seeds([RunFacts.load(f) for f in (folder, *seeds)])
-    for made in (CARD_NAME, CURVES_NAME):
-        if (folder / made).is_symlink():
-            (folder / made).unlink()  # into the Hub's cache, whose own file stays
-    curves = draw_curves(facts, folder / CURVES_NAME)
-    make_card(facts, repo_id or name, curves).save(folder / CARD_NAME)
+    _write_card(facts, folder, repo_id or name)
     return folder / CARD_NAME
 
 

@@ -21,7 +21,7 @@ from hf_ptune.adapter_file import digest_of, staged
 from hf_ptune.arguments import make_arguments
 from hf_ptune.callbacks import LearningCallback, MemoryCallback, ModelCardCallback
 from hf_ptune.data import Rows, load_rows, split_rows
-from hf_ptune.errors import RecipeError, shorten
+from hf_ptune.errors import RecipeError, naming, shorten
 from hf_ptune.fresh_base import load_tokenizer
 from hf_ptune.interruption import HeldInterruptions
 from hf_ptune.methods import get_method
@@ -330,17 +330,20 @@ def _read(folder: Path, shared: dict[str, Any]) -> tuple[dict[tuple[float, int |
 
 def _write(folder: Path, shared: dict[str, Any], trials: dict[Any, Trial], usual: float) -> None:
     content = shared | {"usual_rate": usual, "trials": [asdict(t) for t in trials.values()]}
-    with staged(folder) as aside:
+    with staged(folder) as aside, naming(aside / RESULTS_NAME):
         (aside / RESULTS_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_table(found: Sweep, folder: Path, count: int) -> None:
-    plot = draw(found, folder / PLOT_NAME)
-    lines = [f"{found.metric} of {count} validation rows; learning rates across, virtual tokens down", ""]
-    lines += [found.table(markdown=True), "", f"Best: `{found.best_command()}`"]
-    lines += ["", *(f"- {note}" for note in found.notes())] if found.notes() else []
-    lines += ["", f"![{found.metric} over learning rates]({PLOT_NAME})"] if plot else []
-    (folder / TABLE_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with staged(folder) as aside:
+        with naming(aside / PLOT_NAME):
+            plot = draw(found, aside / PLOT_NAME)
+        lines = [f"{found.metric} of {count} validation rows; learning rates across, virtual tokens down", ""]
+        lines += [found.table(markdown=True), "", f"Best: `{found.best_command()}`"]
+        lines += ["", *(f"- {note}" for note in found.notes())] if found.notes() else []
+        lines += ["", f"![{found.metric} over learning rates]({PLOT_NAME})"] if plot else []
+        with naming(aside / TABLE_NAME):
+            (aside / TABLE_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def draw(found: Sweep, path: Path) -> bool:

@@ -45,7 +45,7 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.console import let_print
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.engines import last_checkpoint
-from hf_ptune.errors import INTERRUPTED, PTuneError, RecipeError
+from hf_ptune.errors import INTERRUPTED, PTuneError, RecipeError, from_system, naming
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
 from hf_ptune.interruption import checkpoints_in, how_to_go_on
 from hf_ptune.lengths import check_answers, check_lengths
@@ -123,7 +123,8 @@ def run(recipe: Recipe) -> Outcome:
     answers: list[Answer] = []
     tensors = model.adapter_state_dict()  # where ranks hold parts, all of them come here
     if first:
-        tokenizer.save_pretrained(folder)
+        with naming(folder):
+            tokenizer.save_pretrained(folder)
         facts = gather_facts(arguments, trainer.state, model, card_facts(recipe, rows, task, tokenizer))
         finish_folder(model, folder, Path(recipe.output_dir).name, facts=facts, state_dict=tensors)
         answers = ask(folder, task, rows.held_out, recipe.seed, recipe.base_options)
@@ -418,12 +419,15 @@ def command(
         folder, resume = _goes_on(read_content(known.recipe, overrides))
         earlier = checkpoints_in(folder)
         train(known.recipe, overrides)
-    except PTuneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(how_to_go_on(folder, resume, earlier), file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        told = error if isinstance(error, PTuneError) else from_system(error, folder)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -4,8 +4,10 @@ import ast
 import json
 import platform
 import re
-from collections.abc import Callable
-from dataclasses import asdict
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ from transformers import Trainer, TrainingArguments
 from hf_ptune import MemoryCallback, ModelCardCallback, PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.cards import RunFacts, make_card, merge_seeds
 from hf_ptune.cli import main
-from hf_ptune.errors import PTuneError
+from hf_ptune.errors import PTuneError, naming
 from hf_ptune.methods import get_method, method_names
-from hf_ptune.publishing import facts_of, write_repository
+from hf_ptune.publishing import facts_of, remake_card, write_repository
 
 Wrap = Callable[..., PTunePreTrainedModel]
 
@@ -415,6 +417,66 @@ def test_the_card_of_a_recipe_s_output_folder_is_that_of_its_adapter(
     text = card.read_text()
     assert "1.5000 ± 0.7071" in text and "# seed0" in text and ("7 B" in text) == pushed
     assert ((tmp_path / "seed0" / "adapter" / "README.md").read_text() == before) == pushed
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """A disk on which the system refuses to write further than a number of bytes into a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+FACTS = RunFacts("p_tuning", "CAUSAL_LM", history=[{"step": n, "loss": 1.0 / n} for n in range(1, 60)])
+
+
+@pytest.mark.parametrize(
+    ("size", "write", "named"),
+    [
+        (100, FACTS.save, "run_facts.json"),
+        (3000, lambda folder: remake_card(folder, []), "curves.png"),
+        (1000, lambda folder: remake_card(replaced(folder, history=[]), []), "README.md"),
+        (100, lambda folder: save_words(folder), ""),
+    ],
+)
+def test_a_full_disk_leaves_whole_files_and_is_told_with_their_names(
+    size: int, write: Callable[[Path], Any], named: str, tmp_path: Path
+) -> None:
+    FACTS.save(tmp_path)
+    remake_card(tmp_path, [])
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(OSError, match="File too large") as caught, no_file_above(size):
+        write(tmp_path)
+    assert Path(caught.value.filename) == tmp_path / named
+    after = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert {*before} == {"run_facts.json", "README.md", "curves.png"}
+    assert all(after[name] == content or name == "run_facts.json" for name, content in before.items())
+    assert RunFacts.load(tmp_path) and not list(tmp_path.glob(".ptune-*"))
+
+
+def replaced(folder: Path, **changes: Any) -> Path:
+    with no_file_above(2**20):
+        replace(FACTS, **changes).save(folder)
+    return folder
+
+
+def save_words(folder: Path) -> None:
+    words = tokenizer_of("wordpiece")
+    with naming(folder):
+        words.save_pretrained(folder)
+
+
+def test_weights_that_do_not_fit_on_the_disk_are_told_with_their_name(wrap: Wrap, tmp_path: Path) -> None:
+    model = wrap("llama", "p_tuning")
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(OSError, match="File too large") as caught, no_file_above(6000):
+        model.save_pretrained(tmp_path)
+    assert Path(caught.value.filename) == tmp_path / "model.safetensors"
+    assert (tmp_path / "model.safetensors").read_bytes() == before and not list(tmp_path.glob(".ptune-*"))
 
 
 def test_seeds_are_summarised() -> None:

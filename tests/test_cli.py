@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import batch, build
+from safetensors import SafetensorError
 from test_train import words_tokenizer, write_base, write_recipe
 from tokenizers_of import tokenizer_of
 from transformers import (
@@ -176,6 +177,45 @@ def test_errors_are_messages(tmp_path: Path, argv: None, capsys: pytest.CaptureF
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error
     assert not Path(new).exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device: '{out}'"),
+        (OSError(28, "No space left on device", "a/README.md"), "[Errno 28] No space left on device: 'a/README.md'"),
+        (Exception("No space left on device (os error 28)"), "[Errno 28] No space left on device: '{out}'"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "[Errno 28] I/O error: No space"),
+        (PTuneError("it is not there (os error 2)"), "it is not there (os error 2)"),
+    ],
+    ids=repr,
+)
+def test_what_the_system_refuses_is_one_line(
+    raised: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr("hf_ptune.train.run", fail)
+    monkeypatch.setattr("hf_ptune.info.describe_adapter", fail)
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps(write_recipe(tmp_path, "SEQ_CLS", "base")))
+    for command in (lambda: main(["train", str(path)]), lambda: train.main([str(path)])):
+        assert command() == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith("error: " + told.format(out=tmp_path / "out"))
+    assert main(["info", "adapter"]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise KeyError("text")
+
+    monkeypatch.setattr("hf_ptune.train.run", fail)
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps(write_recipe(tmp_path, "SEQ_CLS", "base")))
+    with pytest.raises(KeyError):
+        main(["train", str(path)])
 
 
 def test_train_takes_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
