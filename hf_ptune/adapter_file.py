@@ -60,11 +60,13 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
     _writing.add(aside)
     try:
         yield aside
-        files = sorted(aside.iterdir(), key=lambda f: (f.name == WEIGHTS_NAME, f.name))
+        files = sorted((f for f in aside.rglob("*") if f.is_file()), key=lambda f: (f.name == WEIGHTS_NAME, f))
         for file in files:
             _flush(file)
         for file in files:
-            os.replace(file, target / file.name)
+            place = target / file.relative_to(aside)
+            place.parent.mkdir(exist_ok=True)
+            os.replace(file, place)
         _flush(target)
     except Exception as error:
         told = from_system(error, target)

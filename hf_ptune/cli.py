@@ -84,9 +84,9 @@ def init(
     from hf_ptune.adapter_file import mark_fresh
     from hf_ptune.backbone import anchored
     from hf_ptune.configuration_ptune import PTuneConfig
-    from hf_ptune.errors import PTuneError, naming
+    from hf_ptune.errors import PTuneError
     from hf_ptune.fresh_base import keep_spaces, load_base, load_tokenizer
-    from hf_ptune.publishing import fit_tokenizer
+    from hf_ptune.publishing import fit_tokenizer, save_tokenizer
     from hf_ptune.wrapping import get_ptune_model
 
     folder = Path(folder)
@@ -102,8 +102,7 @@ def init(
     mark_fresh(folder)
     if task == "TOKEN_CLS" and keep_spaces(tokenizer):
         print("the tokenizer puts a space before every word (add_prefix_space=True), as words in a text have it")
-    with naming(folder):
-        tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     fit_tokenizer(model, folder)
     model.print_trainable_parameters()
     print(f"written: {folder}. Train it with any script: hf-ptune run SCRIPT --model_name_or_path {folder}")

@@ -10,7 +10,7 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import PTuneError
 from hf_ptune.interop import load_peft, save_peft, save_prompt_embeds
 from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel
-from hf_ptune.publishing import fit_tokenizer, tokenizer_of
+from hf_ptune.publishing import fit_tokenizer, save_tokenizer, tokenizer_of
 from hf_ptune.templates import name_virtual_tokens
 
 FilePath = str | os.PathLike[str]
@@ -46,7 +46,7 @@ def convert(source: FilePath, target: FilePath, form: str, **kwargs: Any) -> Non
         else:
             if (tokenizer := tokenizer_of(model.config, source, **own)) is not None:
                 name_virtual_tokens(model.config, tokenizer)
-                tokenizer.save_pretrained(path)
+                save_tokenizer(tokenizer, path)
                 fit_tokenizer(model, path)
             model.save_pretrained(path, flatten=True)
     except BaseException:

@@ -67,8 +67,7 @@ def write_repository(
         tokenizer = tokenizer_of(model.config, source, **hub)
     if tokenizer is not None:
         name_virtual_tokens(model.config, tokenizer)
-        with naming(folder):
-            tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     return finish_folder(model, folder, repo_id, keep_encoder=keep_encoder, facts=facts, state_dict=state_dict)
 
 
@@ -111,6 +110,17 @@ def _write_card(facts: RunFacts, folder: Path, repo_id: str) -> None:
             curves = draw_curves(facts, aside / CURVES_NAME)
         with naming(aside / CARD_NAME):
             make_card(facts, repo_id, curves).save(aside / CARD_NAME)
+
+
+def save_tokenizer(tokenizer: Any, folder: str | os.PathLike[str]) -> None:
+    """Write a tokenizer into a folder, in the place of an older one when all its files are on the disk.
+
+    Args:
+        tokenizer: of transformers.
+        folder: made where it is missing.
+    """
+    with staged(folder) as aside:
+        tokenizer.save_pretrained(aside)
 
 
 def fit_tokenizer(model: Any, folder: Path) -> None:

@@ -45,14 +45,14 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.console import let_print
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.engines import last_checkpoint
-from hf_ptune.errors import INTERRUPTED, PTuneError, RecipeError, from_system, naming
+from hf_ptune.errors import INTERRUPTED, PTuneError, RecipeError, from_system
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
 from hf_ptune.interruption import checkpoints_in, how_to_go_on
 from hf_ptune.lengths import check_answers, check_lengths
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.overrides import split_overrides
-from hf_ptune.publishing import finish_folder
+from hf_ptune.publishing import finish_folder, save_tokenizer
 from hf_ptune.recipe import Recipe, read_content, read_recipe
 from hf_ptune.resuming import RunCallback, check_checkpoint
 from hf_ptune.sharding import loading_alone
@@ -123,8 +123,7 @@ def run(recipe: Recipe) -> Outcome:
     answers: list[Answer] = []
     tensors = model.adapter_state_dict()  # where ranks hold parts, all of them come here
     if first:
-        with naming(folder):
-            tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         facts = gather_facts(arguments, trainer.state, model, card_facts(recipe, rows, task, tokenizer))
         finish_folder(model, folder, Path(recipe.output_dir).name, facts=facts, state_dict=tensors)
         answers = ask(folder, task, rows.held_out, recipe.seed, recipe.base_options)

@@ -18,14 +18,14 @@ from families import batch, build
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tokenizers_of import tokenizer_of
-from transformers import Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from hf_ptune import MemoryCallback, ModelCardCallback, PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.cards import RunFacts, make_card, merge_seeds
 from hf_ptune.cli import main
-from hf_ptune.errors import PTuneError, naming
+from hf_ptune.errors import PTuneError
 from hf_ptune.methods import get_method, method_names
-from hf_ptune.publishing import facts_of, remake_card, write_repository
+from hf_ptune.publishing import facts_of, remake_card, save_tokenizer, write_repository
 
 Wrap = Callable[..., PTunePreTrainedModel]
 
@@ -439,7 +439,6 @@ FACTS = RunFacts("p_tuning", "CAUSAL_LM", history=[{"step": n, "loss": 1.0 / n} 
         (100, FACTS.save, "run_facts.json"),
         (3000, lambda folder: remake_card(folder, []), "curves.png"),
         (1000, lambda folder: remake_card(replaced(folder, history=[]), []), "README.md"),
-        (100, lambda folder: save_words(folder), ""),
     ],
 )
 def test_a_full_disk_leaves_whole_files_and_is_told_with_their_names(
@@ -463,10 +462,18 @@ def replaced(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def save_words(folder: Path) -> None:
+def test_a_tokenizer_takes_the_place_of_an_older_one_as_a_whole(tmp_path: Path) -> None:
     words = tokenizer_of("wordpiece")
-    with naming(folder):
-        words.save_pretrained(folder)
+    save_tokenizer(words, tmp_path)
+    before = (tmp_path / "tokenizer.json").read_bytes()
+    with pytest.raises(OSError, match="File too large") as caught, no_file_above(500):
+        save_tokenizer(words, tmp_path)
+    assert Path(caught.value.filename) == tmp_path and (tmp_path / "tokenizer.json").read_bytes() == before
+    words.chat_template = {"default": "{{ messages }}", "short": "{{ messages[0] }}"}  # the second one in a subfolder
+    for _ in range(2):
+        save_tokenizer(words, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == words.chat_template
+    assert not list(tmp_path.glob(".ptune-*"))
 
 
 def test_weights_that_do_not_fit_on_the_disk_are_told_with_their_name(wrap: Wrap, tmp_path: Path) -> None:
