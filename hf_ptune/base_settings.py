@@ -79,12 +79,14 @@ def tell_labels(base: PreTrainedConfig, config: PreTrainedConfig, task: str | No
     if not names or not are_named(names):
         return
     known = base.id2label or {}
-    if {*names} != {*known}:
+    # without names of its own it is a base as it was before a head came, whose labels are counted by the weights
+    count = len(known) if are_named(known) else len(names)
+    if {*names} != {*range(count)}:
         if task not in ("SEQ_CLS", "TOKEN_CLS"):
             return
         raise ConfigError(
-            f"id2label in config.json names {shorten(dict(names))}; expected those of the head, 0 to {len(known) - 1}, "
-            "as in its base_config. Name all of them; a head of other labels has to be trained."
+            f"id2label in config.json names {shorten(dict(names))}; expected names for the labels of the head, 0 to "
+            f"{count - 1}. Name all of them; a head of other labels has to be trained."
         )
     if names != known and numbers in (None, base.label2id):
         numbers = {name: number for number, name in names.items()}

@@ -18,7 +18,7 @@ from hf_ptune import (
     PTunePreTrainedModel,
     get_ptune_model,
 )
-from hf_ptune.errors import BackboneError, ConfigError
+from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
 
 Wrap = Callable[..., PTunePreTrainedModel]
 
@@ -108,13 +108,30 @@ def test_labels_named_in_config_json_are_those_of_the_model(kind: str, tmp_path:
         assert (config.id2label, config.label2id) == expected
 
 
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("names", [{"0": "kind"}, {"0": "a", "1": "b", "2": "c"}, {"1": "a", "2": "b"}], ids=str)
 def test_labels_in_config_json_that_the_head_does_not_have_are_refused(
-    names: dict[str, str], wrap: Wrap, tmp_path: Path
+    names: dict[str, str], named: bool, wrap: Wrap, tmp_path: Path
 ) -> None:
-    wrap("bert", "p_tuning_v2").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="id2label in config.json .*expected those of the head, 0 to 1"):
+    model = wrap("bert", "p_tuning_v2")
+    if named:
+        model.config.id2label = NAMED["id2label"]
+    model.save_pretrained(tmp_path)
+    counted = named or {*names} == {"1", "2"}
+    message = "id2label in config.json .* labels of the head, 0 to 1" if counted else "other shapes .*classifier"
+    with pytest.raises(ConfigError if counted else AdapterFileError, match=message):
         AutoModelForSequenceClassification.from_pretrained(edit(tmp_path, id2label=names))
+
+
+def test_labels_beside_a_base_that_names_none_are_those_of_the_head(tmp_path: Path) -> None:
+    """As after a base_config that was lost, and put back from the base itself."""
+    build("bert", num_labels=3, id2label={0: "a", 1: "b", 2: "c"}).save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    get_ptune_model(base, PTuneConfig(num_virtual_tokens=2)).save_pretrained(tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "config.json").read_text())["base_config"]
+    plain = {k: v for k, v in settings.items() if k not in ("id2label", "label2id")}
+    model = AutoModelForSequenceClassification.from_pretrained(edit(tmp_path / "adapter", base_config=plain))
+    assert model.config.id2label == model.backbone.config.id2label == {0: "a", 1: "b", 2: "c"}
 
 
 def test_labels_of_a_language_model_mean_nothing(wrap: Wrap, tmp_path: Path) -> None:
