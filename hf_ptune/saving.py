@@ -200,6 +200,11 @@ class SavedAdapter(PreTrainedModel):
         if not isinstance(config, PTuneConfig):
             config, rest = PTuneConfig.from_pretrained(source, return_unused_kwargs=True, **own, **kwargs)
             kwargs = {k: v for k, v in kwargs.items() if k in rest or k not in config.__dict__ or k == "dtype"}
+        if not config.base_config:
+            raise ConfigError(
+                f"config.json of {source} has no base_config, the configuration of the base; restore the file, or put "
+                "the content of the base's own config.json there."
+            )
         path, found, structure, config = find_adapter(source, config, **own)
         for name, value in settled_reading(config).items():
             setattr(config, name, value)
