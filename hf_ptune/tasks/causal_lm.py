@@ -13,7 +13,7 @@ from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import RecipeError, shorten
 from hf_ptune.metrics import Accuracy
 from hf_ptune.tasks.base import Answer, Collator, Feature, Row, kept_pairs, make_collator
-from hf_ptune.tasks.chats import Message, asked, check_messages, question_and_answer, spoken, tokens_of
+from hf_ptune.tasks.chats import Message, Told, asked, check_messages, question_and_answer, spoken, tell
 from hf_ptune.tasks.generation import GenerationTask
 from hf_ptune.tasks.registry import register_task
 
@@ -79,8 +79,8 @@ class CausalLM(GenerationTask):
         for row, target in pairs:
             told = self._tell(row, target, tokenizer)
             if held_out:  # is asked for the last answer alone
-                told = [(ids, [IGNORED] * len(ids), answer) for ids, _, answer in told[-1:]]
-            encoded += [self._feature(row, *one, tokenizer) for one in told]
+                told = [Told(ids, [IGNORED] * len(ids), answer) for ids, _, answer in told[-1:]]
+            encoded += [self._feature(row, one, tokenizer) for one in told]
         if cut := sum(was_cut for _, was_cut in encoded):
             logger.warning(
                 f"{cut} of {len(encoded)} rows are longer than data.max_length={self.max_length}: of their prompts "
@@ -88,10 +88,8 @@ class CausalLM(GenerationTask):
             )
         return [feature for feature, _ in encoded]
 
-    def _tell(
-        self, row: Row, target: str, tokenizer: PreTrainedTokenizerBase
-    ) -> list[tuple[list[int], list[int], list[int]]]:
-        """Ids before an answer, their labels, and ids of the answer; several where a conversation is told anew."""
+    def _tell(self, row: Row, target: str, tokenizer: PreTrainedTokenizerBase) -> list[Told]:
+        """What is learned of a row; several where a conversation is told anew."""
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if not self._chats(row, tokenizer):
             # without its closing special tokens, so that the answer follows as it will when generating
@@ -99,7 +97,7 @@ class CausalLM(GenerationTask):
             while prompt and prompt[-1:] == end:
                 prompt = prompt[:-1]
             answer = [*tokenizer(self.separator + target, add_special_tokens=False)["input_ids"], *end]
-            return [(prompt, [IGNORED] * len(prompt), answer)]
+            return [Told(prompt, [IGNORED] * len(prompt), answer)]
         if self.separator:
             raise RecipeError(
                 "instructions are written by the tokenizer's chat template; leave task_options.separator out, which is "
@@ -110,20 +108,11 @@ class CausalLM(GenerationTask):
             texts = spoken(messages, tokenizer)
         except RecipeError as error:
             raise RecipeError(f"the row {shorten(messages)}: {error}") from error
-        told = []
-        for parts in texts:
-            ids, of = tokens_of(parts, tokenizer)
-            first = next((n for n, part in enumerate(of) if part == len(parts) - 1), len(ids))
-            labels = [i if parts[part][1] else IGNORED for i, part in zip(ids, of, strict=True)]
-            # the template may write nothing where an answer ends
-            ends = end if parts is texts[-1] and parts[-1][0].strip() == target.strip() else []
-            told.append((ids[:first], labels[:first], ids[first:] + ends))
-        return told
+        return [told for parts in texts for told in tell(parts, tokenizer, end)]
 
-    def _feature(
-        self, row: Row, prompt: list[int], learned: list[int], answer: list[int], tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[Feature, bool]:
-        """The feature of what `_tell` returns, and whether it was cut."""
+    def _feature(self, row: Row, told: Told, tokenizer: PreTrainedTokenizerBase) -> tuple[Feature, bool]:
+        """The feature of what is told, and whether it was cut."""
+        prompt, learned, answer = told
         # of what is too long, the end of the prompt and the beginning of the answer are kept
         whole = len(prompt) + len(answer)
         answer = answer[: self.max_length - min(len(prompt), self.max_length // 2)]

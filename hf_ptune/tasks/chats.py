@@ -1,18 +1,38 @@
 """Conversations as a tokenizer's chat template writes them, and which tokens of the text are answers."""
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import RecipeError, shorten
 
 Message = dict[str, Any]
-Part = tuple[str, bool]
 _ANSWERING = "assistant"
 _CURE = 'expected [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
+
+
+class Part(NamedTuple):
+    """A piece of a conversation's text.
+
+    Args:
+        text: what is written.
+        said: whether the model says it: an answer, with what ends it.
+        bare: whether the template writes nothing that ends the answer.
+    """
+
+    text: str
+    said: bool = False
+    bare: bool = False
+
+
+class Told(NamedTuple):
+    """Ids of a conversation up to an answer, what is learned of them, and the answer's own ids."""
+
+    prompt: list[int]
+    labels: list[int]
+    answer: list[int]
 
 
 def check_messages(messages: Any, where: str) -> list[Message]:
@@ -89,28 +109,55 @@ def spoken(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> l
                 "set task_options.template for instructions, or join a system message to the first of the user."
             )
         answer = whole[len(before) :].rstrip("\n")
-        parts = [*parts, (before[len(done) :], False), (answer, True)]
+        bare = answer.strip() == message["content"].strip()
+        parts = [*parts, Part(before[len(done) :]), Part(answer, True, bare)]
         done = before + answer
     return [*texts, parts]
 
 
-def tokens_of(parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids of a text that is told in parts, and the number of the part that each is of.
+def tell(parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase, end: Sequence[int]) -> list[Told]:
+    """Ids of a text that is told in parts, every answer behind the very ids that the model will be asked with.
 
-    The text is read as a whole, where the tokenizer tells the places of its tokens: some begin every text that they
-    read with a space of their own.
+    A token may reach from the prompt into the answer where both are read at once, as " Paris" does behind "Answer: ".
+    The answer is read by itself there, and the conversation is told again for those behind it, whose prompts read the
+    whole.
 
     Args:
         parts: as `spoken` returns them.
         tokenizer: reads them without special tokens.
+        end: ids behind the last answer of each, where the template writes nothing there.
     """
-    texts = [text for text, _ in parts]
-    if not tokenizer.is_fast:
-        told = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        return [i for ids in told for i in ids], [n for n, ids in enumerate(told) for _ in ids]
-    read = tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)
-    begins = [0, *accumulate(len(text) for text in texts)][:-1]
-    return read["input_ids"], [bisect_right(begins, begin) - 1 for begin, _ in read["offset_mapping"]]
+
+    def read(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    told: list[Told] = []
+    last = Told([], [], [])
+    text, bare = "", False
+    for part in parts:
+        text += part.text
+        ids = read(text)
+        if part.said:
+            behind = ids[len(last.prompt) :] if _begins(ids, last.prompt) else read(part.text)
+            last, bare = last._replace(answer=behind), part.bare
+            continue
+        known = last.prompt + last.answer
+        if _begins(ids, known):
+            learned = last.labels + last.answer
+        else:
+            told.append(_ended(last, end, bare))
+            learned = []
+        last = Told(ids, learned + [IGNORED] * (len(ids) - len(learned)), [])
+    return [*told, _ended(last, end, bare)]
+
+
+def _begins(ids: list[int], first: list[int]) -> bool:
+    return ids[: len(first)] == first
+
+
+def _ended(told: Told, end: Sequence[int], bare: bool) -> Told:
+    return told._replace(answer=[*told.answer, *end]) if bare else told
 
 
 def _written(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
