@@ -264,7 +264,7 @@ class Template:
             start, end = offsets[i]
             start += len(text[start:end]) - len(text[start:end].lstrip())  # some count the space before
             for number, (first, last) in enumerate(spans):
-                if first <= start < end <= last:
+                if first <= start <= end <= last and first < end:  # a token of spaces alone ends where it starts
                     inside[number].append(i)
         excess = len(kept) - max_length
         if sum(map(len, inside)) < excess:

@@ -88,6 +88,22 @@ def test_only_the_longest_field_is_cut(kind: str) -> None:
         template.encode(tokenizer, both, len(alone) - 3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["hello é è hello 红 楼 梦 é", "yes\n\n\nno\n \n \nmaybe\n\n\né", "a   b    c    x é"])
+def test_what_is_cut_of_a_field_is_its_end(kind: str, text: str) -> None:
+    """Spaces that are tokens of their own go with the words around them."""
+    tokenizer = tokenizer_of(kind)
+    add_virtual_tokens(tokenizer, 3)
+    template = Template.parse(TEXT)
+    whole = template.encode(tokenizer, {"first": text, "second": "a b"}).inputs["input_ids"]
+    without = template.encode(tokenizer, {"first": "", "second": "a b"}).inputs["input_ids"]
+    behind = whole[whole.index(tokenizer.convert_tokens_to_ids("<|prompt_1|>")) + 1 :]
+    end = next(n for n in range(1, len(behind)) if without[-n] != behind[-n]) - 1
+    for length in range(len(without) + 3, len(whole)):
+        cut = template.encode(tokenizer, {"first": text, "second": "a b"}, length).inputs["input_ids"]
+        assert cut == whole[: length - end] + whole[-end:]
+
+
 def test_causal_models_read_up_to_the_mask() -> None:
     tokenizer = tokenizer_of("bytes", mask=False)
     add_virtual_tokens(tokenizer, 4)
