@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizerBase
 
+from hf_ptune.endings import closing_ids, without_closing
 from hf_ptune.errors import ConfigError, TemplateError
 
 _TOKEN = "<|prompt_{}|>"
@@ -196,8 +197,7 @@ class Template:
         offsets = encoding.pop("offset_mapping", None)
         kept = list(range(len(encoding["input_ids"])))
         if causal and self.has_mask:  # the answer goes on where a closing token would stand
-            while kept and encoding["input_ids"][kept[-1]] == tokenizer.eos_token_id:
-                kept.pop()
+            kept = kept[: len(without_closing(encoding["input_ids"], closing_ids(tokenizer)))]
         if max_length is not None and len(kept) > max_length:
             kept = self._cut(text, spans, offsets, kept, max_length)
         inputs = {name: [values[i] for i in kept] for name, values in encoding.items()}

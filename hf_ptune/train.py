@@ -44,6 +44,7 @@ from hf_ptune.cards import TIMES
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.console import let_print
 from hf_ptune.data import Rows, load_rows
+from hf_ptune.endings import let_end
 from hf_ptune.engines import last_checkpoint
 from hf_ptune.errors import INTERRUPTED, PTuneError, RecipeError, from_system
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
@@ -139,6 +140,8 @@ def wrap_base(recipe: Recipe, rows: Rows, tokenizer: PreTrainedTokenizerBase) ->
         PTuneError: the base does not fit the task, or cannot take the method.
     """
     task = recipe.build_task()
+    if isinstance(task, GenerationTask):
+        let_end(tokenizer)
     config = make_config(recipe, task.config_options(), has_pairs(task, rows))
     base = load_base(recipe.base, task.model_task, rows.labels, tokenizer, config, recipe.base_options)
     model = get_ptune_model(base, config, tokenizer)

@@ -10,7 +10,7 @@ import hf_ptune
 
 ROOT = Path(hf_ptune.__file__).parent
 LAYERS = [
-    {"errors"},
+    {"errors", "endings"},
     {
         "cells",
         "shapes",

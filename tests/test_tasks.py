@@ -392,14 +392,13 @@ def test_the_answer_alone_has_labels(side: str) -> None:
 
 def test_instructions() -> None:
     tokenizer = words_tokenizer("Human Assistant : a b c")
-    tokenizer.eos_token = None
     rows = [{"instruction": "a", "input": "b", "output": "c"}, {"instruction": "a", "input": "", "output": "b"}]
     task = CausalLM()
     rows = checked(task, *rows)
     assert task._prompt(rows[0], tokenizer) == "Human: a\nb\n\nAssistant: "
     assert task._prompt(rows[1], tokenizer) == "Human: a\n\nAssistant: "
     feature = task.encode(rows, tokenizer, [])[0]
-    assert [i for i in feature["labels"] if i != IGNORED] == tokenizer.convert_tokens_to_ids(["c"])
+    assert [i for i in feature["labels"] if i != IGNORED] == tokenizer.convert_tokens_to_ids(["c", "[SEP]"])
     own = CausalLM(template="b {instruction} :")
     assert tokenizer.decode(own.encode(rows, tokenizer, [])[1]["source_ids"]).startswith("[CLS] b a :")
     with pytest.raises(RecipeError, match="expected a text with {instruction}"):

@@ -10,6 +10,7 @@ from transformers import DataCollatorForSeq2Seq, EvalPrediction, PreTrainedToken
 from transformers.utils import logging
 
 from hf_ptune.cross_entropy import IGNORED
+from hf_ptune.endings import closing_ids, end_ids, without_closing
 from hf_ptune.errors import RecipeError, shorten
 from hf_ptune.metrics import Accuracy
 from hf_ptune.tasks.base import Answer, Collator, Feature, Row, kept_pairs, make_collator
@@ -75,9 +76,15 @@ class CausalLM(GenerationTask):
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
     ) -> list[Feature]:
         pairs = self.pairs(rows, held_out)
+        closing, end = closing_ids(tokenizer), end_ids(tokenizer)
+        if not end and not held_out:
+            logger.warning(
+                f"{type(tokenizer).__name__} has no token that ends texts, so no end of an answer is learned: what is "
+                "written goes on to its greatest length. Name one as its eos_token."
+            )
         encoded = []
         for row, target in pairs:
-            told = self._tell(row, target, tokenizer)
+            told = self._tell(row, target, tokenizer, closing, end)
             if held_out:  # is asked for the last answer alone
                 told = [Told(ids, [IGNORED] * len(ids), answer) for ids, _, answer in told[-1:]]
             encoded += [self._feature(row, one, tokenizer) for one in told]
@@ -88,14 +95,14 @@ class CausalLM(GenerationTask):
             )
         return [feature for feature, _ in encoded]
 
-    def _tell(self, row: Row, target: str, tokenizer: PreTrainedTokenizerBase) -> list[Told]:
+    def _tell(
+        self, row: Row, target: str, tokenizer: PreTrainedTokenizerBase, closing: list[int], end: list[int]
+    ) -> list[Told]:
         """What is learned of a row; several where a conversation is told anew."""
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         if not self._chats(row, tokenizer):
             # without its closing special tokens, so that the answer follows as it will when generating
             prompt: list[int] = tokenizer(self._prompt(row, tokenizer))["input_ids"]
-            while prompt and prompt[-1:] == end:
-                prompt = prompt[:-1]
+            prompt = without_closing(prompt, closing)
             answer = [*tokenizer(self.separator + target, add_special_tokens=False)["input_ids"], *end]
             return [Told(prompt, [IGNORED] * len(prompt), answer)]
         if self.separator:

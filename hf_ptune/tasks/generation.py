@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
+from hf_ptune.endings import end_ids
 from hf_ptune.errors import RecipeError
 from hf_ptune.injection import device_of
 from hf_ptune.metrics import Bleu, RougeL
@@ -149,7 +150,7 @@ class GenerationTask(Task):
 def _end(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Where an answer ends: at the model's own end tokens, and at the one that answers were trained to end with."""
     own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    ends = {*(own if isinstance(own, list) else [own]), *end_ids(tokenizer)} - {None}
     return {"eos_token_id": sorted(ends)} if ends else {}
 
 
