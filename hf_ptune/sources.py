@@ -4,7 +4,7 @@ import csv
 import importlib.util
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -162,13 +162,7 @@ def read_hub(
             f"data.source {HUB}{name} (config {config}, split {split}) cannot be loaded: {said}. It needs the network "
             f"once; without it, name a file ({', '.join(_READERS)})."
         ) from error
-    names = {column: found for column, feature in dataset.features.items() if (found := _class_names(feature))}
-    return list(dataset), names
-
-
-def _class_names(feature: Any) -> list[str]:
-    inner = getattr(feature, "feature", feature)  # of a list of classes
-    return list(getattr(inner, "names", None) or [])
+    return list(dataset), _class_names(dataset.features.to_dict())
 
 
 def read_class_names(path: Path) -> dict[str, list[str]]:
@@ -179,12 +173,26 @@ def read_class_names(path: Path) -> dict[str, list[str]]:
 
     told = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"huggingface")
     features = json.loads(told).get("info", {}).get("features", {}) if told else {}
-    names = {}
+    return _class_names(features)
+
+
+def _class_names(features: Mapping[str, Any], before: str = "") -> dict[str, list[str]]:
+    """The names of classes by column, `a.b` for one inside another, of features as `datasets` writes them down."""
+    found: dict[str, list[str]] = {}
     for column, feature in features.items():
-        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
-        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
-            names[column] = list(inner["names"])
-    return names
+        inner = _inside_lists(feature)
+        if inner.get("_type") == "ClassLabel":
+            found[before + column] = list(inner["names"])
+        elif not isinstance(inner.get("_type"), str):
+            found |= _class_names(inner, f"{before}{column}.")
+    return found
+
+
+def _inside_lists(feature: Any) -> Mapping[str, Any]:
+    """What a list holds, or the feature itself where it is none."""
+    while isinstance(feature, Mapping) and isinstance(feature.get("_type"), str) and "feature" in feature:
+        feature = feature["feature"]
+    return feature if isinstance(feature, Mapping) else {}
 
 
 def read_label_names(path: Path) -> list[str] | dict[str, list[str]]:

@@ -313,6 +313,35 @@ def test_classes_of_a_parquet_file_have_their_names(of_old: bool, tmp_path: Path
     assert load_rows(recipe_for(tmp_path, "SEQ_CLS", source=path.name)).labels == ["false", "true"]
 
 
+@pytest.mark.parametrize("hub", [False, True])
+@pytest.mark.parametrize("of_old", [False, True])
+def test_classes_inside_a_column_have_their_names(
+    hub: bool, of_old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    kind = datasets.ClassLabel(names=["no", "yes"])
+    words = {"w": datasets.List(datasets.Value("string")), "t": datasets.List(datasets.ClassLabel(names=["O", "B-X"]))}
+    features = datasets.Features({"in": {"text": datasets.Value("string"), "of": {"kind": kind}}, "words": words})
+    inner = [{"text": f"a {n}", "of": {"kind": n % 2}} for n in range(8)]
+    rows = [{"in": row, "words": {"w": ["a", "b"], "t": [1, 0]}} for row in inner]
+    path = tmp_path / "rows" / "train.parquet"
+    path.parent.mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    if of_old:  # a list of several columns
+        table = pyarrow.parquet.read_table(path)
+        told = json.loads(table.schema.metadata[b"huggingface"])
+        plain = {name: feature["feature"] for name, feature in told["info"]["features"]["words"].items()}
+        told["info"]["features"]["words"] = {"feature": plain, "_type": "Sequence"}
+        pyarrow.parquet.write_table(table.replace_schema_metadata({b"huggingface": json.dumps(told)}), path)
+    source = f"hub:{path.parent}" if hub else "rows/train.parquet"
+    columns = {"text": "in.text", "label": "in.of.kind"}
+    found = load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, columns=columns))
+    assert found.labels == ["no", "yes"] and {r["label"] for r in all_of(found)} == {"no", "yes"}
+    columns = {"tokens": "words.w", "tags": "words.t"}
+    found = load_rows(recipe_for(tmp_path, "TOKEN_CLS", source=source, columns=columns))
+    assert found.labels == ["O", "B-X"] and {tuple(r["tags"]) for r in all_of(found)} == {("B-X", "O")}
+
+
 WORDS = [(["a", "b"], ["B-X", "O"]), (["c d", "e"], ["O", "B-X"]), (["[", "f"], ["O", "O"]), (["g"], ["B-X"])]
 
 
