@@ -201,7 +201,7 @@ def _is_text(value: Any, most: int) -> bool:
 
 def _by_role(row: Row, task: Task, columns: Mapping[str, Column], where: str, cells: bool) -> Row:
     # a role is read where the recipe names its column, or a column has the role's own name
-    values = {role: _value(row, columns.get(role, role), where) for role in task.roles()}
+    values = {role: _value(row, columns.get(role, role), where, cells) for role in task.roles()}
     values |= {
         role: blank
         for role, blank in task.blanks.items()
@@ -287,7 +287,22 @@ def _has(row: Row, column: Column) -> bool:
 
 
 class _Texts(Formatter):
-    """What fills a text with columns: a row's texts and numbers; its lists and objects are none."""
+    """What fills a text with columns: a row's texts and numbers; its lists and objects are none.
+
+    Args:
+        cells: whether an empty text is an empty cell, as in CSV.
+    """
+
+    def __init__(self, cells: bool) -> None:
+        self.cells = cells
+        self.empty: list[str] = []
+        self.filled: list[str] = []
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        empty = missing(value) or (self.cells and value == "")
+        (self.empty if empty else self.filled).append(field_name)
+        return "" if empty else value, first
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if not _is_text(value, 0):
@@ -295,27 +310,18 @@ class _Texts(Formatter):
         return str(super().format_field(value, format_spec))
 
 
-class _Filled(dict[str, Any]):
-    """A row whose empty cells no text can name."""
-
-    def __getitem__(self, key: str) -> Any:
-        value = super().__getitem__(key)
-        if missing(value):
-            raise KeyError(key)
-        return value
-
-
-def _value(row: Row, column: Column, where: str) -> Any:
+def _value(row: Row, column: Column, where: str, cells: bool = False) -> Any:
     """What a row has in a column: `a`, `a.b` inside it, a text with `{a}`, or several columns as one list.
 
     Raises:
-        RecipeError: a text with `{a}` is of a list or an object.
+        RecipeError: a text with `{a}` is of a list or an object, or some of its columns are empty, and others are not.
     """
     if isinstance(column, list):
-        return [_value(row, c, where) for c in column] if _has(row, column) else None
+        return [_value(row, c, where, cells) for c in column] if _has(row, column) else None
     if "{" in column:
+        texts = _Texts(cells)
         try:
-            return _Texts().vformat(column, (), _Filled(row))
+            text = texts.vformat(column, (), row)
         except TypeError as error:
             raise RecipeError(
                 f"{where}: column {column!r} is to write {error}; expected text in each column that it names. Name a "
@@ -323,6 +329,11 @@ def _value(row: Row, column: Column, where: str) -> Any:
             ) from error
         except (KeyError, IndexError, ValueError, AttributeError):
             return None
+        if texts.empty and texts.filled:
+            raise RecipeError(
+                f"{where}: column {texts.empty[0]!r} is empty, which {column!r} names; fill it, or take the row out."
+            )
+        return None if texts.empty else text
     if column in row:
         return row[column]
     value: Any = row

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from test_data import recipe_for, words_tokenizer
+from test_data import recipe_for, words_tokenizer, write_rows
 from test_train import ROWS, write_base
 from tokenizers_of import tokenizer_of
 
@@ -156,9 +156,6 @@ def test_tags_that_are_numbers_want_names(tmp_path: Path) -> None:
 
 
 def test_an_empty_cell_is_no_data(tmp_path: Path) -> None:
-    source = write(tmp_path, "r.jsonl", [{"title": "a", "body": None, "label": "x"}])
-    columns = {"text": "{title}: {body}"}
-    assert "row 1: column '{title}: {body}' is empty" in said(tmp_path, "SEQ_CLS", source=source, columns=columns)
     rows = [{"p": "a", "r1": "b", "r2": "c", "r3": gap} for gap in (None, "", float("nan"), "d")]
     source = write(tmp_path, "g.jsonl", rows)
     columns = {"prompt": "p", "references": ["r1", "r2", "r3"]}
@@ -173,6 +170,31 @@ def test_an_empty_cell_is_no_data(tmp_path: Path) -> None:
     ]:
         with pytest.raises(RecipeError, match=r"here: .*(empty|without gaps)"):
             task.check_row(row, "here")
+
+
+@pytest.mark.parametrize("name", ["r.csv", "r.jsonl", "r.json", "r.parquet"])
+def test_a_text_of_several_columns_needs_them_all(name: str, tmp_path: Path) -> None:
+    def asked(columns: dict[str, Any], **row: Any) -> str:
+        rows = [{"title": "a", "body": "b", "label": "xy"[n % 2]} | row for n in range(4)]
+        source = write_rows(tmp_path, name, rows)
+        return said(tmp_path, task, source=source, columns=columns)
+
+    task, columns = "SEQ_CLS", {"text": "{title}: {body}"}
+    message = "row 1: column 'body' is empty, which '{title}: {body}' names; fill it, or take the row out."
+    assert message in asked(columns, body=None)
+    assert "row 1: column '{title}: {body}' is empty; fill it" in asked(columns, title=None, body=None)
+    # of what a row may lack too
+    task, columns = "CAUSAL_LM", {"instruction": "title", "output": "label", "input": "{body} {note}"}
+    assert "row 1: column 'note' is empty, which '{body} {note}' names" in asked(columns, note=None)
+
+
+def test_what_is_empty_inside_a_column_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path, "r.jsonl", [{"in": {"title": None}, "body": "b", "label": "x"}])
+    columns = {"text": "{in[title]} {body}"}
+    assert "column 'in[title]' is empty, which" in said(tmp_path, "SEQ_CLS", source=source, columns=columns)
+    source = write(tmp_path, "t.jsonl", [{"title": "", "body": "b", "label": "xy"[n % 2]} for n in range(8)])
+    found = load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, columns={"text": "{title} {body}"}))
+    assert found.train[0]["text"] == " b"  # an empty text that is written as such is one
 
 
 def test_a_role_is_of_all_rows_or_of_none(tmp_path: Path) -> None:
