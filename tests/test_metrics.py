@@ -268,6 +268,13 @@ def test_nothing_is_no_input_of_a_metric(metric: type) -> None:
         metric(keep_in_memory=True).compute(predictions=[], references=[])
 
 
+def test_sentences_without_a_tag_are_no_input_of_seqeval() -> None:
+    with pytest.raises(PTuneError, match="Seqeval was given 2 sentences without a tag; expected"):
+        Seqeval(keep_in_memory=True).compute(predictions=[[], []], references=[[], []])
+    found = Seqeval(keep_in_memory=True).compute(predictions=[[], ["B-X"]], references=[[], ["B-X"]])
+    assert found["f1"] == found["accuracy"] == 1.0
+
+
 @pytest.mark.parametrize("metric", [Bleu, RougeL])
 def test_a_text_without_a_reference_is_named(metric: type) -> None:
     with pytest.raises(PTuneError, match="prediction 1 has no reference"):

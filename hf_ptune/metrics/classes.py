@@ -46,6 +46,8 @@ class Seqeval(Metric):
         return same_kind("F1 of whole entities.", citation, datasets.Sequence(datasets.Value("string")))
 
     def _score(self, predictions: Sequence[list[str]], references: Sequence[list[str]]) -> dict[str, float]:
+        if not any(map(len, references)):
+            raise PTuneError(f"Seqeval was given {len(references)} sentences without a tag; expected one tag or more.")
         try:
             from seqeval import metrics
         except ImportError as error:
