@@ -14,6 +14,7 @@ from transformers import EvalPrediction
 
 from hf_ptune.errors import PTuneError
 from hf_ptune.metrics import Accuracy, Bleu, MacroF1, RougeL, Seqeval, SpanMatch
+from hf_ptune.metrics.texts import rouge_words
 from hf_ptune.tasks import IGNORED
 from hf_ptune.tasks.causal_lm import CausalLM, token_metrics
 from hf_ptune.tasks.sequence_classification import SequenceClassification
@@ -260,6 +261,36 @@ def test_rouge_equals_the_package_s() -> None:
     )
     found = RougeL(keep_in_memory=True).compute(predictions=predictions, references=references)
     assert found["rougeL"] == pytest.approx(expected)
+
+
+def test_rouge_of_ascii_has_the_words_of_the_package() -> None:
+    generator, signs = random.Random(0), string.ascii_letters + string.digits + string.punctuation + " \n\t"
+    for _ in range(300):
+        text = "".join(generator.choices(signs, k=40))
+        assert rouge_words(text) == re.sub(r"[^a-z0-9]+", " ", text.lower()).split()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("नमस्ते, दुनिया!", ["नमस्ते", "दुनिया"]),  # Hindi: vowel signs and virama belong to their letters
+        ("क्\u200dष है", ["क्\u200dष", "है"]),  # a joiner too
+        ("مَرْحَبًا بِالعالَم", ["مَرْحَبًا", "بِالعالَم"]),
+        ("cafe\u0301 noir", ["cafe\u0301", "noir"]),
+        ("สวัสดีครับ", ["ส", "วั", "ส", "ดี", "ค", "รั", "บ"]),  # no spaces: a letter with its signs is a word
+        ("ភាសា", ["ភា", "សា"]),
+        ("今天 café 第3章", ["今", "天", "café", "第", "3", "章"]),
+        ("葛\U000e0100城 か\u3099", ["葛", "城", "か", "\u3099"]),
+        ("I ❤\ufe0f u_2", ["i", "u", "2"]),
+    ],
+)
+def test_marks_are_of_their_words(text: str, words: list[str]) -> None:
+    assert rouge_words(text) == words
+
+
+def test_rouge_of_words_with_marks() -> None:
+    found = RougeL(keep_in_memory=True).compute(predictions=["नमस्ते दुनिया"], references=[["नमस्ते"]])
+    assert found == {"rougeL": pytest.approx(2 / 3)}
 
 
 @pytest.mark.parametrize("metric", [Accuracy, Bleu, MacroF1, RougeL, Seqeval, SpanMatch])

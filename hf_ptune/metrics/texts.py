@@ -1,7 +1,10 @@
 """The metrics of written text: BLEU and ROUGE-L, with several references."""
 
 import re
+import sys
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import evaluate
@@ -9,7 +12,9 @@ import evaluate
 from hf_ptune.errors import PTuneError
 from hf_ptune.metrics.inputs import EAST_ASIAN, WrittenTextMetric, texts_with_references
 
-_WORDS = re.compile(rf"[{EAST_ASIAN}]|[^\W_{EAST_ASIAN}]+")
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+_LETTER = rf"[^\W_{EAST_ASIAN}{_UNSPACED}]"
+_JOINERS = "\u200c\u200d"
 
 
 class Bleu(WrittenTextMetric):
@@ -51,8 +56,9 @@ def bleu_tokenizers() -> list[str]:
 class RougeL(WrittenTextMetric):
     """ROUGE-L: F1 of the longest common subsequence of words, the best reference of each text, from 0 to 1.
 
-    Words are lower-cased runs of letters and digits, as in the package rouge_score without its stemmer; every
-    Chinese or Japanese character is a word, which that package drops.
+    Words are lower-cased runs of letters and digits, as in the package rouge_score without its stemmer, which drops all
+    but ASCII: here a letter has its combining marks, every Chinese or Japanese character is a word, and so is every
+    letter of Thai, Lao, Burmese and Khmer, which have no spaces between words.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -62,14 +68,23 @@ class RougeL(WrittenTextMetric):
 
     def _score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
         scores = [
-            max(_subsequence_f1(_words(p), _words(r)) for r in rs)
+            max(_subsequence_f1(rouge_words(p), rouge_words(r)) for r in rs)
             for p, rs in zip(predictions, references, strict=True)
         ]
         return {"rougeL": sum(scores) / len(scores)}
 
 
-def _words(text: str) -> list[str]:
-    return _WORDS.findall(text.lower())
+def rouge_words(text: str) -> list[str]:
+    """The words of a text as ROUGE-L compares them."""
+    return _pattern().findall(text.lower())
+
+
+@cache
+def _pattern() -> re.Pattern[str]:
+    """A word; the module re has no name for combining marks."""
+    marks = "".join(c for n in range(0x300, sys.maxunicode) if unicodedata.category(c := chr(n)).startswith("M"))
+    ending = f"[{marks}{_JOINERS}]"
+    return re.compile(rf"[{EAST_ASIAN}]|(?![\W_])[{_UNSPACED}]{ending}*|{_LETTER}(?:{_LETTER}|{ending})*")
 
 
 def _subsequence_f1(found: Sequence[str], wanted: Sequence[str]) -> float:
