@@ -176,10 +176,18 @@ def _wanted(rows: Sequence[Row], wanted: Mapping[str, Any], place: str) -> list[
 
 
 def _is_same(cell: Any, wanted: Any) -> bool:
-    """Whether a cell holds a value; files write truths as true or True."""
+    """Whether a cell holds a value; files write truths as true or True, and whole numbers as 1 or 1.0."""
     if isinstance(cell, bool) or isinstance(wanted, bool):
         return str(cell).strip().lower() == str(wanted).strip().lower()
+    if isinstance(wanted, (int, float)):
+        cell, wanted = (int(v) if isinstance(v, float) and v.is_integer() else v for v in (_decimal(cell), wanted))
     return str(cell) == str(wanted)
+
+
+def _decimal(cell: Any) -> Any:
+    """The number that a text such as 1.0 tells; else the cell as it is: 1.10 is a name, as of a version."""
+    told = isinstance(cell, str) and _DECIMAL.fullmatch(cell) and str(float(cell)) == cell
+    return float(cell) if told else cell
 
 
 def _check_filled(part: Part, task: Task, columns: Mapping[str, Column]) -> None:
@@ -247,9 +255,7 @@ def _of_cell(value: Any, role: str, task: Task, where: str) -> Any:
         return value
     # pandas writes whole numbers beside missing ones as 1.0, and truths as True
     text = value.strip()
-    if _DECIMAL.fullmatch(text) and str(float(text)) == text:  # 1.10 is a name, as of a version
-        return float(text)
-    return {"True": True, "False": False}.get(text, text)
+    return {"True": True, "False": False}.get(text, _decimal(text))
 
 
 def _choose_form(found: dict[str, Any], task: Task, columns: Mapping[str, Column]) -> None:

@@ -273,6 +273,24 @@ def test_true_is_true_in_every_file(values: tuple[Any, Any], name: str, tmp_path
         assert len(found) == 8 and all(int(r["text"]) % 2 != asked for r in found)
 
 
+@pytest.mark.parametrize("name", ["r.jsonl", "r.csv", "r.parquet"])
+@pytest.mark.parametrize("values", [(1, 2), (1.0, 2.0), (1.5, 1.0)])
+def test_a_number_is_the_same_however_it_is_written(values: tuple[float, float], name: str, tmp_path: Path) -> None:
+    rows = [{"text": str(n), "label": "xy"[n // 2 % 2], "s": values[n % 2]} for n in range(16)]
+    source = write_rows(tmp_path, name, rows)
+    for asked in [v for v in (1, 1.0, 2, 2.0, 1.5) if v in values]:
+        found = all_of(load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, where={"s": asked})))
+        assert len(found) == 8 and all(values[int(r["text"]) % 2] == asked for r in found)
+
+
+def test_texts_of_digits_are_no_numbers(tmp_path: Path) -> None:
+    rows = [{"text": str(n), "label": "xy"[n // 2 % 2], "v": ["1.10", "1.1", "01", "1"][n // 8]} for n in range(32)]
+    source = write_rows(tmp_path, "r.csv", rows)
+    for asked in (1.1, "1.10", "1.1", "01", 1, "1"):
+        found = all_of(load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, where={"v": asked})))
+        assert len(found) == 8 and len({int(r["text"]) // 8 for r in found}) == 1
+
+
 def test_rows_are_asked_by_columns_that_there_are(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": "xy"[n % 2], "in": {"kind": "k"}} for n in range(8)]
     rows[1]["seldom"] = 1
