@@ -1,6 +1,7 @@
 """Conversations as a tokenizer's chat template writes them, and which tokens of the text are answers."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -127,20 +128,14 @@ def tell(parts: Sequence[Part], tokenizer: PreTrainedTokenizerBase, end: Sequenc
         tokenizer: reads them without special tokens.
         end: ids behind the last answer of each, where the template writes nothing there.
     """
-
-    def read(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
     told: list[Told] = []
-    last = Told([], [], [])
-    text, bare = "", False
-    for part in parts:
-        text += part.text
-        ids = read(text)
+    last, bare = Told([], [], []), False
+    read = tokenizer(list(accumulate(part.text for part in parts)), add_special_tokens=False)["input_ids"]
+    for part, ids in zip(parts, read, strict=True):
         if part.said:
-            behind = ids[len(last.prompt) :] if _begins(ids, last.prompt) else read(part.text)
-            last, bare = last._replace(answer=behind), part.bare
+            alone = not _begins(ids, last.prompt)
+            answer = tokenizer(part.text, add_special_tokens=False)["input_ids"] if alone else ids[len(last.prompt) :]
+            last, bare = last._replace(answer=answer), part.bare
             continue
         known = last.prompt + last.answer
         if _begins(ids, known):
