@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import align_special_tokens
 
 from hf_ptune.adapter_file import ADAPTER_FOLDER
 from hf_ptune.arguments import make_arguments, settle_arguments
@@ -29,6 +30,7 @@ from hf_ptune.callbacks import LearningCallback, MemoryCallback, check_batch
 from hf_ptune.callbacks.learning import TASK_LOSS
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.data import Rows, load_rows
+from hf_ptune.endings import let_end
 from hf_ptune.engines import TRAINED, at_end, engine_name, splits
 from hf_ptune.errors import PTuneError, RecipeError
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
@@ -46,6 +48,7 @@ from hf_ptune.optimizer import make_optimizer
 from hf_ptune.publishing import finish_folder
 from hf_ptune.recipe import Recipe, make_recipe, read_content
 from hf_ptune.tasks import Feature, Task, TaskTrainer
+from hf_ptune.tasks.generation import GenerationTask
 from hf_ptune.train import (
     card_facts,
     check_features,
@@ -187,6 +190,8 @@ class MultiTaskTrainer(Trainer):
                 f"{engine_name()} splits a model over ranks, and several tasks over one base are several models. "
                 "Launch them on one process or with DDP: recipes/accelerate/two_cpu_processes.yaml, ddp.yaml."
             )
+        for name in parts:  # the Trainer does so for a model of one task
+            align_special_tokens(model.model_of(name), processing_class)
         self.prompts = model
         self.measured: dict[str, dict[str, float]] = {}  # by task, of the last evaluation
         # by task: sum and number of the losses since the last log
@@ -356,6 +361,8 @@ def build(recipe: MultiTaskRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[
     head_states: dict[str, str | None] = {}
     for name, one in recipe.tasks.items():
         task, rows, config = one.build_task(), load_rows(one), make_config(one)
+        if isinstance(task, GenerationTask):
+            let_end(tokenizer)
         train, held_out, test = (
             task.encode(r, tokenizer, rows.labels, held_out=held) if r else []
             for r, held in ((rows.train, False), (rows.held_out, True), (rows.test, True))

@@ -15,6 +15,8 @@ from hf_ptune.tasks import IGNORED
 from hf_ptune.tasks.causal_lm import CausalLM
 from hf_ptune.templates import Template, add_virtual_tokens
 from hf_ptune.train import run
+from hf_ptune.train_multitask import make_multitask_recipe
+from hf_ptune.train_multitask import run as run_tasks
 
 OTHERS = [("[SEP]", ["[SEP]"]), (None, ["[SEP]"]), ("h", ["h"])]
 
@@ -63,13 +65,19 @@ def test_no_end_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert "has no token that ends texts, so no end of an answer is learned" in caplog.text
 
 
-def test_what_is_written_by_an_adapter_ends_where_answers_were_trained_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_what_is_written_by_an_adapter_ends_where_answers_were_trained_to(several: bool, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "gpt2", "CAUSAL_LM", eos_token_id=None)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(base)
     content = write_recipe(tmp_path, "CAUSAL_LM", base)
     content["training"] |= {"max_steps": 1}
-    folder = run(make_recipe(content, folder=tmp_path)).folder
+    if several:
+        content["tasks"] = [{"name": "one", "task": content.pop("task"), "data": content.pop("data")}]
+        run_tasks(make_multitask_recipe(content, folder=tmp_path))
+        folder = tmp_path / "out" / "adapter" / "one"
+    else:
+        folder = run(make_recipe(content, folder=tmp_path)).folder
     assert AutoTokenizer.from_pretrained(folder).eos_token == "[SEP]"
     assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == [tokenizer.sep_token_id]
