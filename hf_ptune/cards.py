@@ -55,7 +55,7 @@ class RunFacts:
         base_bytes: size of the base's weights, which full fine-tuning would write.
         base_parameters: those of the base, which full fine-tuning would train.
         example: an input for the snippet; of SEQ_CLS, where pairs were trained on, its `text` and `text_pair`, and of
-            a template with a gap its fields.
+            a template with a gap its fields; of CAUSAL_LM, where conversations were, the messages before the answer.
         datasets: ids or names of what it was trained on.
         languages: ISO codes.
         license: of the adapter; that of its base on the Hub where unset.
@@ -86,7 +86,7 @@ class RunFacts:
     adapter_bytes: int = 0
     base_bytes: int = 0
     base_parameters: int = 0
-    example: str | dict[str, str] = "Prompts are cheap."
+    example: str | dict[str, str] | list[dict[str, str]] = "Prompts are cheap."
     datasets: list[str] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
     license: str | None = None
@@ -150,6 +150,10 @@ class RunFacts:
                     raise ValueError(
                         f"example is {value!r}; expected a text, or {' and '.join(names)}, which are texts"
                     )
+                continue
+            if f.name == "example" and isinstance(value, list) and self.task == "CAUSAL_LM":
+                if not value or not all(isinstance(m, dict) and {*map(type, m.values())} == {str} for m in value):
+                    raise ValueError(f"example is {value!r}; expected a text, or messages with role and content")
                 continue
             kind = str if unset is None else type(unset)
             if not isinstance(value, kind) and (value is not None or unset is not None):
@@ -289,7 +293,7 @@ def _gap_template(facts: RunFacts) -> Template | None:
     return read if template and (read := Template.parse(template)).has_mask else None
 
 
-def _literal(example: str | dict[str, Any]) -> str:
+def _literal(example: Any) -> str:
     """An example as Python reads it, in its own letters."""
     return json.dumps(example, ensure_ascii=False)
 

@@ -45,7 +45,7 @@ from hf_ptune.multitask import (
     share_base,
 )
 from hf_ptune.optimizer import make_optimizer
-from hf_ptune.publishing import finish_folder
+from hf_ptune.publishing import finish_folder, save_tokenizer
 from hf_ptune.recipe import Recipe, make_recipe, read_content
 from hf_ptune.tasks import Feature, Task, TaskTrainer
 from hf_ptune.tasks.generation import GenerationTask
@@ -340,7 +340,7 @@ def _finish(
 ) -> None:
     """Write a task's adapter, tokenizer, facts and card."""
     model = trainer.prompts.model_of(name)
-    trainer.processing_class.save_pretrained(folder)
+    save_tokenizer(trainer.processing_class, folder)
     part = trainer.parts[name]
     told = card_facts(recipe.tasks[name], part.rows, part.task, trainer.processing_class)
     facts = gather_facts(trainer.args, trainer.state, model, told)

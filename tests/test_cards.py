@@ -26,6 +26,7 @@ from hf_ptune.cli import main
 from hf_ptune.errors import PTuneError
 from hf_ptune.methods import get_method, method_names
 from hf_ptune.publishing import facts_of, remake_card, save_tokenizer, write_repository
+from hf_ptune.tasks.causal_lm import CausalLM
 
 Wrap = Callable[..., PTunePreTrainedModel]
 
@@ -571,6 +572,27 @@ def test_facts_tell_what_a_prompt_started_from_and_what_ran_beside_it(tmp_path: 
     config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=2, backbone_dropout=False, **start)
     told = facts_of(get_ptune_model(build("bert"), config), None).options
     assert told["backbone_dropout"] is False and told["prompt_tuning_init_adapter"] == "earlier"
+
+
+def test_the_snippet_of_a_model_that_chats_sends_messages(
+    wrap: Wrap, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pipeline writes them by the chat template; a text would get its special tokens twice."""
+    words = tokenizer_of("wordpiece")
+    words.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    model, task = wrap("llama", "p_tuning_v2"), CausalLM()
+    row = task.check_row({"instruction": "hello", "output": "world"}, "row 1")
+    facts = facts_of(model)
+    facts.example = task.example(row, words)
+    write_repository(model, tmp_path, "user/adapter", tokenizer=words, facts=facts)
+    assert RunFacts.load(tmp_path).example == [{"role": "user", "content": "hello"}]
+    snippet = re.findall(r"```python\n(.*?)```", ModelCard.load(tmp_path / "README.md").text, re.DOTALL)[0]
+    assert 'print(pipe([{"role": "user", "content": "hello"}]))' in snippet
+    exec(snippet.replace("user/adapter", str(tmp_path)), {})
+    assert "'role': 'assistant'" in capsys.readouterr().out
+    (tmp_path / "run_facts.json").write_text(json.dumps(asdict(facts) | {"example": [{"role": 1}]}))
+    with pytest.raises(PTuneError, match="expected a text, or messages with role and content"):
+        RunFacts.load(tmp_path)
 
 
 def test_the_snippet_of_a_template_reads_it(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class ModelCardCallback(TrainerCallback):
         languages: ISO codes of its languages.
         license: of the adapter; that of its base on the Hub where unset.
         example: an input for the card's snippet; a dict of `text` and `text_pair` where SEQ_CLS reads pairs, of
-            its fields where a template has a gap.
+            its fields where a template has a gap, the messages before an answer where a chat template writes them.
         limits: sentences on what to know before use.
         base: the base's id on the Hub, where it was loaded by another name.
         hyperparameters: settings that no TrainingArguments tell, by their names.
@@ -67,7 +67,7 @@ class ModelCardCallback(TrainerCallback):
         datasets: list[str] | None = None,
         languages: list[str] | None = None,
         license: str | None = None,
-        example: str | dict[str, str] | None = None,
+        example: str | dict[str, str] | list[dict[str, str]] | None = None,
         limits: list[str] | None = None,
         base: str | None = None,
         hyperparameters: dict[str, Any] | None = None,
@@ -241,7 +241,8 @@ def _create_model_card(trainer: Any, original: Any, *args: Any, **kwargs: Any) -
     told = _told(inspect.signature(original).bind(*args, **kwargs).arguments, repo_id)
     if tags := [*told.get("tags", ()), *getattr(trainer, "_tag_names", ())]:
         told["tags"] = list(dict.fromkeys(tags))
-    if any("/" in name and is_hub_id(name) for name in map(public_name, given.get("datasets") or ())):
+    named: Any = given.get("datasets") or []
+    if any("/" in name and is_hub_id(name) for name in map(public_name, named)):
         told = {k: v for k, v in told.items() if k not in ("dataset_ids", "dataset_args")}
     # scripts name what they loaded, which may be an adapter
     if is_hub_id(model_facts(model).base) or told.get("base") == model.name_or_path:

@@ -198,7 +198,9 @@ class Task:
         """
         return {}
 
-    def example(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str] | None:
+    def example(
+        self, row: Row, tokenizer: PreTrainedTokenizerBase
+    ) -> str | dict[str, str] | list[dict[str, str]] | None:
         """A row as a card shows it to whoever asks the model; `None` where it has no text of its own.
 
         Args:

@@ -159,9 +159,13 @@ class CausalLM(GenerationTask):
             return asked(self._conversation(row, "", tokenizer), tokenizer)
         return (self.template or "Human: {instruction}\n\nAssistant: ").replace(_USER, row["instruction"])
 
-    def example(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-        """The text before the answer, as the model has learnt to read it."""
-        return self._prompt(row, tokenizer)
+    def example(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> str | list[dict[str, str]]:
+        """The text before the answer, as the model has learnt to read it; of a conversation the messages."""
+        if not self._chats(row, tokenizer):
+            return self._prompt(row, tokenizer)
+        # the pipeline writes them by the template, whose special tokens a text would get twice
+        before = self._conversation(row, "", tokenizer)[:-1]
+        return [{key: message[key] for key in ("role", "content")} for message in before]
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         return make_collator(tokenizer, DataCollatorForSeq2Seq(tokenizer))
