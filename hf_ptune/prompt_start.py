@@ -89,9 +89,8 @@ def _keys_of(injector: Injector, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
 
 def _embed(injector: Injector, rows: list[list[int]]) -> Tensor:
     """Embeddings `[P, H]`; several ids in a row are averaged."""
-    embed = injector.words()
-    device = device_of(embed)
-    return torch.stack([embed(torch.tensor([row], device=device))[0].float().mean(0) for row in rows])
+    device = device_of(injector.words())
+    return torch.stack([injector.embedded(torch.tensor([row], device=device))[0].float().mean(0) for row in rows])
 
 
 def _token_rows(model: Any, start: str, virtual: int, tokenizer: Any) -> list[list[int]]:
@@ -132,12 +131,10 @@ def base_tokenizer(config: Any) -> Any:
 
 def embedding_sample(injector: Injector) -> Tensor:
     """Input embeddings `[M, H]` of the first tokens of the vocabulary."""
-    embed = injector.words()
     size = vocabulary_size(injector.backbone)
-    ids = torch.arange(min(size, _SAMPLED), device=device_of(embed))
+    ids = torch.arange(min(size, _SAMPLED), device=device_of(injector.words()))
     with torch.no_grad():
-        embedded: Tensor = embed(ids[None])[0]
-    return embedded.float()
+        return injector.embedded(ids[None])[0].float()
 
 
 def vocabulary_size(backbone: PreTrainedModel) -> int:

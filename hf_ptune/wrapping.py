@@ -11,7 +11,7 @@ from hf_ptune import prompt_start
 from hf_ptune.backbone import POOLER, anchored, has_fresh_pooler, keep_pooler, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, shorten
-from hf_ptune.injection import complaint, prompts_agree
+from hf_ptune.injection import complaint, embeddings_agree, prompts_agree
 from hf_ptune.methods import PromptKind
 from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel
 from hf_ptune.pinning import UNPINNED, find_commit
@@ -140,3 +140,8 @@ def _try_prompt(model: PTunePreTrainedModel) -> None:
         )
     if injector.inputs is not None and (said := complaint(injector.body)) is not None:
         raise BackboneError(f"{name} cannot run with a prompt among its inputs ({shorten(said)}). {_PREFIXES}")
+    if injector.inputs is not None and not embeddings_agree(injector):
+        raise BackboneError(
+            f"{name} answers otherwise to the embeddings of a text than to its ids, so that {config.method}, which "
+            f"puts a prompt among embeddings, would change the text too. {_PREFIXES}"
+        )

@@ -16,6 +16,7 @@ from transformers import (
     CanineConfig,
     DynamicCache,
     EsmConfig,
+    PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import modeling_auto
@@ -247,6 +248,79 @@ def test_rows_without_a_position_left_are_answered_with_the_room_there_is(family
         model(input_ids=torch.full((1, 3), 1000))
     with pytest.raises(ConfigError, match="leaves none for a text"):
         get_ptune_model(model.unwrap(), PTuneConfig(method="prompt_tuning", num_virtual_tokens=room + 4))
+
+
+@pytest.mark.parametrize("family", ["marian", "pegasus", "blenderbot-small", "mvp", "bart", "mbart", "m2m_100"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning"])
+def test_a_text_is_embedded_as_the_base_embeds_it(family: str, method: str) -> None:
+    """Some scale what they look up themselves, some have scaled tables, and none scales what is given."""
+    base = _scaled(family)
+    encoder, ids = base.get_encoder(), torch.randint(5, 99, (2, 9))
+    with torch.no_grad():
+        expected = encoder(input_ids=ids)[0]
+        model = get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=3)).eval()
+        inputs = model._injector.inputs
+        named = inputs.insert(model.prompt()[:0], {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        with model.disable_adapter():
+            assert torch.allclose(encoder(**named)[0], expected, atol=1e-9)
+            assert torch.equal(encoder(input_ids=ids)[0], expected)
+            embeds = torch.randn(2, 9, 32, dtype=torch.float64)
+            assert torch.equal(inputs.insert(model.prompt()[:0], {"inputs_embeds": embeds})["inputs_embeds"], embeds)
+
+
+@pytest.mark.parametrize("family", ["marian", "mbart"])
+def test_a_prompt_starts_as_large_as_a_text_is(family: str) -> None:
+    """Started as words, an encoder's prompt answers as those words before the text."""
+    base = _scaled(family)
+    ids, start = torch.randint(5, 99, (2, 9)), torch.tensor([7, 12, 31])
+    with torch.no_grad():
+        expected = base(input_ids=torch.cat([start.expand(2, -1), ids], 1), decoder_input_ids=ids).logits
+        config = PTuneConfig(
+            method="prompt_tuning", num_virtual_tokens=3, prompt_tuning_init="TEXT", prompt_tuning_init_text="a b c"
+        )
+        model = get_ptune_model(base, config, lambda text, **_: {"input_ids": start.tolist()}).eval()
+        assert torch.allclose(model(input_ids=ids, decoder_input_ids=ids).logits, expected, atol=1e-6)
+
+
+def _scaled(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    sides = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=99,
+        d_model=32,
+        encoder_ffn_dim=37,
+        decoder_ffn_dim=37,
+        max_position_embeddings=64,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        scale_embedding=True,
+        **sides,
+    )
+    base: PreTrainedModel = AutoModelForSeq2SeqLM.from_config(config)
+    return base.double().eval()
+
+
+def test_an_encoder_that_does_more_to_ids_takes_no_prompt_among_embeddings() -> None:
+    """ESM leaves positions and norms out for embeddings that it is given."""
+    for kind in ("absolute", "rotary"):
+        base = _esm(kind)
+        with pytest.raises(BackboneError, match="to the embeddings of a text than to its ids.*p_tuning_v2"):
+            get_ptune_model(base, PTuneConfig(method="prompt_tuning", num_virtual_tokens=3))
+        get_ptune_model(base, PTuneConfig(method="p_tuning_v2", num_virtual_tokens=3))
+    get_ptune_model(_esm("rotary", norm=False), PTuneConfig(method="prompt_tuning", num_virtual_tokens=3))
+
+
+def _esm(kind: str, norm: bool = True) -> PreTrainedModel:
+    config = EsmConfig(**_SMALL, pad_token_id=1, mask_token_id=32, position_embedding_type=kind)
+    config.token_dropout, config.emb_layer_norm_before = False, norm
+    base: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.normal_(0, 0.3)
+    return base.eval()
 
 
 def test_an_encoder_that_cannot_run_with_a_prompt_among_its_inputs() -> None:

@@ -16,7 +16,7 @@ from hf_ptune.injection.probe import (
     text_of,
     trying,
 )
-from hf_ptune.injection.trials import prompts_agree
+from hf_ptune.injection.trials import embeddings_agree, prompts_agree
 
 __all__ = [
     "PROBE_TOKENS",
@@ -28,6 +28,7 @@ __all__ = [
     "cache_of",
     "complaint",
     "device_of",
+    "embeddings_agree",
     "evaluating",
     "find_geometry",
     "forget_captures",

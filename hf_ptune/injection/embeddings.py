@@ -31,6 +31,14 @@ class InputPrompt:
         self.embed = embed
         self.index = index
         self.accepted = parameters_of(encoder)
+        # Marian and its kin scale what they embed themselves, and no embeddings that they are given
+        scale = getattr(encoder, "embed_scale", None)
+        self.scale = float(scale) if isinstance(scale, (int, float)) else 1.0
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Embeddings as the encoder has them behind its own look-up `[..., H]`."""
+        found: Tensor = self.embed(ids)
+        return found if self.scale == 1.0 else found * self.scale
 
     def insert(self, prompt: Tensor, named: dict[str, Any]) -> dict[str, Any]:
         """Rewrite the named arguments of a call so that every row holds the prompt."""
@@ -38,7 +46,7 @@ class InputPrompt:
         if embeds is None:
             if ids is None:
                 raise InjectionError("neither input_ids nor inputs_embeds were given; pass one of them.")
-            embeds = self.embed(ids)
+            embeds = self.embedded(ids)
         batch, length = embeds.shape[:2]
         prompt = prompt.to(embeds.device, embeds.dtype)
         virtual = prompt.shape[0]

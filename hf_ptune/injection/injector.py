@@ -172,6 +172,11 @@ class Injector:
             )
         return words
 
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Embeddings `[..., H]` of tokens, as large as a prompt that stands for them starts."""
+        found: Tensor = self.words()(ids) if self.inputs is None else self.inputs.embedded(ids)
+        return found
+
     def _attach(self) -> None:
         add = self.handles.append
         add(self.body.register_load_state_dict_post_hook(self._forget))

@@ -63,7 +63,7 @@ def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
     """
     body = body_of(backbone)
     frozen_rng = torch.random.fork_rng(devices=[])
-    with probing(backbone), frozen_rng, _sparse_as_it_was(body), torch.no_grad():
+    with probing(backbone), frozen_rng, sparse_as_it_was(body), torch.no_grad():
         seen, first = _watch(body)
         second = _states(body, changed=True)
     found: list[dict[str, Any]] = [
@@ -167,7 +167,7 @@ def _states(body: PreTrainedModel, changed: bool = False) -> Tensor:
 def complaint(body: PreTrainedModel) -> str | None:
     """What a body says that cannot run on a handful of tokens with all that is attached to it; `None` if it can."""
     try:
-        with probing(body), _sparse_as_it_was(body), torch.no_grad():
+        with probing(body), sparse_as_it_was(body), torch.no_grad():
             run_on_tokens(body)
     except BackboneError as error:
         return str(error.__cause__ or error)
@@ -256,7 +256,7 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def _sparse_as_it_was(body: nn.Module) -> Iterator[None]:
+def sparse_as_it_was(body: nn.Module) -> Iterator[None]:
     """Undo that BigBird and its kin turn to full attention for good where they meet a short row."""
     sparse: list[Any] = [m for m in body.modules() if callable(getattr(m, "set_attention_type", None))]
     kept = [(m, m.attention_type) for m in sparse]

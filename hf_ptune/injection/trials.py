@@ -5,7 +5,15 @@ from typing import Any
 import torch
 
 from hf_ptune.errors import InjectionError
-from hf_ptune.injection.probe import close, device_of, probing, trying, vocabulary_of
+from hf_ptune.injection.probe import (
+    PROBE_TOKENS,
+    close,
+    device_of,
+    probing,
+    sparse_as_it_was,
+    trying,
+    vocabulary_of,
+)
 
 
 def prompts_agree(injector: Any) -> bool:
@@ -31,6 +39,30 @@ def prompts_agree(injector: Any) -> bool:
     finally:
         injector.busy, injector.cached = False, None
         injector.encode, injector.num_virtual_tokens = kept
+    return False
+
+
+def embeddings_agree(injector: Any) -> bool:
+    """Whether an encoder that is given the embeddings of a text, with no prompt among them, answers as it does to ids.
+
+    It does not where it does more to ids than look them up: scales by what it counts of them, or norms and positions
+    that it leaves out for embeddings.
+    """
+    inputs, answers = injector.inputs, []
+    device = device_of(injector.words())
+    ids = (torch.arange(PROBE_TOKENS, device=device) * 7 + 11)[None] % vocabulary_of(injector.body)
+    injector.busy = True
+    try:
+        with trying(InjectionError), probing(inputs.encoder), sparse_as_it_was(inputs.encoder), torch.no_grad():
+            no_prompt = injector.encode()[:0]
+            for given in (False, True):
+                named = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                named = {k: v for k, v in named.items() if k == "input_ids" or k in inputs.accepted}
+                with torch.random.fork_rng(devices=[]):  # the same for both, for families that draw
+                    answers.append(inputs.encoder(**(inputs.insert(no_prompt, named) if given else named))[0].float())
+            return close(answers[1], answers[0], injector.backbone.dtype)
+    finally:
+        injector.busy = False
     return False
 
 
