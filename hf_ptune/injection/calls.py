@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_ptune.injection.interrupts import OnInterrupt
+
 _CACHE_NAMES = ("cache", "past_key_values")  # the second one before transformers 5.24
 
 
@@ -19,6 +21,8 @@ def _without_self(function: Any) -> inspect.Signature:
 
 def _forward_of(module: nn.Module) -> inspect.Signature:
     forward: Any = module.forward
+    while isinstance(forward, OnInterrupt):
+        forward = forward.__wrapped__
     if hasattr(forward, "__func__"):
         return _without_self(forward.__func__)
     return inspect.signature(forward)  # replaced on the instance, such as by a device map

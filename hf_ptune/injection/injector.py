@@ -18,6 +18,7 @@ from hf_ptune.injection.bridge import bridge, checkpoint_layers, reentrant_layer
 from hf_ptune.injection.calls import bind, parameters_of, this_thread, version_of
 from hf_ptune.injection.embeddings import InputPrompt
 from hf_ptune.injection.input_route import InputRoute
+from hf_ptune.injection.interrupts import OnInterrupt
 from hf_ptune.injection.layer_mix import LayerMix, ScalarMix
 from hf_ptune.injection.merge import keep_masks
 from hf_ptune.injection.placeholders import Placeholders
@@ -193,6 +194,7 @@ class Injector:
             self.install()
             add(self.body.register_forward_pre_hook(self._before_body, with_kwargs=True, prepend=True))
             add(self.body.register_forward_hook(self._after_body, always_call=True))
+            add(OnInterrupt(self.body, self._end))
             if self.gives_positions or self.moves_with_pads:
                 add(self.text.register_forward_pre_hook(self._before_text, with_kwargs=True))
             words = embeddings.word_embeddings(self.backbone)
@@ -235,7 +237,11 @@ class Injector:
             return None
         self.inside = True
         keep_masks(True)
-        return self._begin(self._meet(bind(module, args, kwargs)) if self.enabled else None)
+        try:
+            return self._begin(self._meet(bind(module, args, kwargs)) if self.enabled else None)
+        except BaseException:
+            self._end()
+            raise
 
     def _begin(self, named: dict[str, Any] | None) -> Any:
         """Let a pass begin with the arguments that the prompt has met; `None` where it is turned off."""
@@ -276,16 +282,21 @@ class Injector:
         return (), named
 
     def _after_body(self, module: nn.Module, args: Any, output: Any) -> Any:
+        layout = self._end()
+        return None if layout is None or output is None else joint.part(output, layout)  # none where it has raised
+
+    def _end(self) -> joint.Layout | None:
+        """Leave nothing of a pass of the body; how prompt and rows were laid out in it, where they were."""
         if self.busy:
             return None
         self.inside = False
         keep_masks(False)
         self._free_checkpoints()
+        self.crossing = None
         layout, self.layout = self.layout, None
-        if layout is None:
-            return None
-        joint.begin(None)
-        return None if output is None else joint.part(output, layout)  # none where the body has raised
+        if layout is not None:
+            joint.begin(None)
+        return layout
 
     def _before_part(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.inside or self.busy:

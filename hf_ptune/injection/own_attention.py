@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from hf_ptune.errors import InjectionError
 from hf_ptune.injection import alibi, attention
 from hf_ptune.injection.attention import extend_dense_mask
+from hf_ptune.injection.interrupts import OnInterrupt
 from hf_ptune.injection.merge import lay, merge_kernel, merged_attention
 from hf_ptune.injection.shared_prefix import shared_product
 from hf_ptune.injection.sites import Site, key_groups, site_of
@@ -55,11 +56,26 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def after(module: nn.Module, args: Any, output: Any) -> None:
     """Forward hook of an attention module: stop following, and refuse to have missed the prefix."""
-    mode = _stack().pop()
+    mode = _leave()
+    if mode is not None and output is not None and not mode.site.probing:
+        mode.check()
+
+
+def follow(module: nn.Module) -> list[Any]:
+    """Follow an attention module's scores from now on; handles that end it."""
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, always_call=True),
+        OnInterrupt(module, _leave),
+    ]
+
+
+def _leave() -> "ScoreShadow | None":
+    stack = _stack()
+    mode: ScoreShadow | None = stack.pop() if stack else None
     if mode is not None:
         mode.__exit__(None, None, None)
-        if output is not None and not mode.site.probing:
-            mode.check()
+    return mode
 
 
 class Watch:
@@ -89,8 +105,7 @@ class Watch:
         self.stop()
         self.names = names
         for module in filter(is_own, self.modules):
-            self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            self.handles.append(module.register_forward_hook(after, always_call=True))
+            self.handles += follow(module)
         return True
 
     def stop(self) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_ptune.errors import InjectionError
 from hf_ptune.injection.calls import Slot, bind, parameters_of
+from hf_ptune.injection.interrupts import OnInterrupt
 from hf_ptune.injection.probe import close, device_of, probing, trying, vocabulary_of
 
 _NOWHERE = -1
@@ -44,6 +45,7 @@ class Placeholders:
             reader.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             reader.register_forward_hook(self._after, always_call=True),
             words.register_forward_hook(self._after_words),
+            OnInterrupt(reader, self.places.take),
         ]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

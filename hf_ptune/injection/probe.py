@@ -179,7 +179,7 @@ def _watch(body: PreTrainedModel) -> tuple[dict[str, tuple[Tensor, Tensor, int]]
     names = {module: name for name, module in body.named_modules()}
     seen: dict[str, tuple[Tensor, Tensor, int]] = {}
     candidates: dict[str, tuple[nn.Module, Site]] = {}
-    handles = []
+    handles: list[Any] = []
 
     def heard(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> None:
         if module in names:
@@ -192,8 +192,7 @@ def _watch(body: PreTrainedModel) -> tuple[dict[str, tuple[Tensor, Tensor, int]]
             site.recording = site.probing = True
             candidates[name] = (module, site)
             sites.place(module, site)
-            handles.append(module.register_forward_pre_hook(own_attention.before, with_kwargs=True))
-            handles.append(module.register_forward_hook(own_attention.after, always_call=True))
+            handles += own_attention.follow(module)
     for function in _implementations(body):
         attention.install(function)
     attention.listen(heard)

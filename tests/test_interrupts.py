@@ -1,0 +1,91 @@
+"""A pass that is stopped by the keyboard leaves nothing behind, in the model or in the process."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import batch, build
+from torch.overrides import _get_current_function_mode_stack as function_modes
+
+from hf_ptune import PTunePreTrainedModel
+
+Wrap = Callable[..., PTunePreTrainedModel]
+
+
+def stop(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def interrupt(model: PTunePreTrainedModel, where: str, run: Callable[[], Any]) -> None:
+    handle = model.base_model.get_submodule(where).register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    handle.remove()
+
+
+def answers(model: Any, family: str) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch(family)).logits
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "where"),
+    [
+        ("bloom", "p_tuning_v2", "h.1.self_attention.dense"),
+        ("bloom", "prompt_tuning", "h.1.self_attention.dense"),
+        ("t5", "p_tuning_v2", "encoder.block.1.layer.0.SelfAttention.o"),
+        ("llama", "prompt_tuning", "layers.1.mlp"),
+        ("llama", "p_tuning_v2", "layers.1.mlp"),
+        ("bert", "prompt_tuning", "encoder.layer.1.output"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False], ids=["first pass", "later pass"])
+def test_the_next_passes_are_as_if_it_had_not_been(
+    family: str, method: str, where: str, first: bool, wrap: Wrap
+) -> None:
+    """Of the model, and of another that lives beside it."""
+    model, other = wrap(family, method), build("bert")
+    expected, beside = answers(model, family), answers(other, "bert")
+    model.train()
+    if not first:
+        model(**batch(family)).loss.backward()
+    interrupt(model, where, lambda: model(**batch(family)))
+    assert not function_modes()
+    model.eval()
+    assert torch.equal(answers(other, "bert"), beside)
+    assert torch.allclose(answers(model, family), expected, atol=1e-9)
+    model.train()
+    model(**batch(family)).loss.backward()
+
+
+def test_an_interrupt_in_a_layer_that_runs_again(wrap: Wrap) -> None:
+    model = wrap("bloom", "p_tuning_v2")
+    expected = answers(model, "bloom")
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    loss = model(**batch("bloom")).loss
+    interrupt(model, "h.1.self_attention.dense", loss.backward)
+    assert not function_modes()
+    assert torch.allclose(answers(model.eval(), "bloom"), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(("family", "where"), [("t5", "decoder.block.1.layer.1"), ("bart", "decoder.layers.1.fc1")])
+def test_generating_after_an_interrupt_begins_with_an_encoder_of_its_own(family: str, where: str, wrap: Wrap) -> None:
+    model, ids = wrap(family, "p_tuning_v2"), batch(family)["input_ids"]
+
+    def generated() -> torch.Tensor:
+        with model.disable_adapter():
+            given = model.generate(ids, max_new_tokens=2, output_logits=True, return_dict_in_generate=True)
+        return torch.stack(given.logits)
+
+    expected = generated()
+    interrupt(model.train(), where, lambda: model(**batch(family)))
+    model.eval()
+    assert torch.allclose(generated(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["bloom", "llama"])
+def test_a_forward_is_given_back(family: str, wrap: Wrap) -> None:
+    model = wrap(family, "p_tuning_v2")
+    assert "forward" in vars(model.base_model)
+    assert not any("forward" in vars(module) for module in model.unwrap().modules())
