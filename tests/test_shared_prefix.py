@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import CONFIGS, DECODERS, batch, build
+from families import CONFIGS, DECODERS, VOCABULARY, batch, build
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.injection import attention, joint, kernels, merge, own_attention
@@ -255,6 +256,42 @@ def test_one_sweep_is_taken_while_training_only(wrap: Wrap, monkeypatch: pytest.
     model(**inputs, use_cache=True)
     model(inputs["input_ids"], attention_mask=torch.ones(2, 1, 7, 7, dtype=torch.bool).tril())
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [
+        ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}),
+        ("llama", {"rope_type": "dynamic", "factor": 4.0}),
+    ],
+)
+@pytest.mark.parametrize("length", [5, 30])
+def test_frequencies_that_follow_the_length_train_as_they_serve(family: str, rope: dict[str, Any], length: int) -> None:
+    """A text past the original length lets them change for all tokens of a pass, a prompt's among them."""
+    torch.manual_seed(0)
+    first = 16 if family == "llama" else 256
+    further = {"original_max_position_embeddings": 16} if family == "phi3" else {}
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=first,
+        pad_token_id=0,
+        initializer_range=0.3,
+        rope_parameters=rope | further | {"rope_theta": 100.0},
+        **further,
+    )
+    base = AutoModelForCausalLM.from_config(config).double()
+    model = get_ptune_model(base, PTuneConfig(method="prompt_tuning", num_virtual_tokens=4, loss_at_labels=False))
+    ids = torch.randint(3, VOCABULARY, (2, length))
+    trained = model.train()(input_ids=ids, labels=ids).logits
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(input_ids=ids, labels=ids).logits, trained, atol=1e-9)
+    assert model._injector.joins is False
 
 
 def test_packed_sequences_stay_apart_while_training(wrap: Wrap) -> None:

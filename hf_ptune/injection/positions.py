@@ -50,3 +50,12 @@ def moved(positions: Tensor, by: int, table: tuple[nn.Embedding, int] | None = N
         return positions + by
     rows, first = table[0].num_embeddings, table[1]
     return torch.where(positions < first, positions, first + (positions - first + by) % (rows - first))
+
+
+def follow_length(body: nn.Module) -> bool:
+    """Whether rotary frequencies depend on the length of a pass, as dynamic NTK's and longrope's do."""
+    kinds: list[Any] = []
+    for module in body.modules():
+        kind = getattr(module, "rope_type", None)
+        kinds += kind.values() if isinstance(kind, dict) else [kind]
+    return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds)

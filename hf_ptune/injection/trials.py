@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from hf_ptune.errors import InjectionError
+from hf_ptune.injection.positions import follow_length
 from hf_ptune.injection.probe import (
     PROBE_TOKENS,
     close,
@@ -68,6 +69,8 @@ def embeddings_agree(injector: Any) -> bool:
 
 def joining_agrees(injector: Any) -> bool:
     """Whether prompt and rows in one sequence answer as the prompt shared as a prefix does."""
+    if follow_length(injector.body):  # a prompt by itself is shorter than with the rows
+        return False
     if (
         not injector.shift
         or injector.text is not injector.body
