@@ -9,7 +9,15 @@ from transformers.utils import logging
 
 from hf_ptune.backbone import read_tokenizer
 from hf_ptune.errors import BackboneError, ConfigError
-from hf_ptune.injection import PROBE_TOKENS, Injector, device_of, normalises_embeddings, probing, word_embeddings
+from hf_ptune.injection import (
+    PROBE_TOKENS,
+    Injector,
+    device_of,
+    has_decoder,
+    normalises_embeddings,
+    probing,
+    word_embeddings,
+)
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import join_prefix
 from hf_ptune.methods.initializers import fit_length, random_like, sample_vocabulary
@@ -81,7 +89,7 @@ def _keys_of(injector: Injector, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
     body = injector.body
     tokens = torch.tensor([ids], device=device_of(body))
     inputs = {"input_ids": tokens}
-    if body.config.is_encoder_decoder:
+    if has_decoder(body):
         inputs["decoder_input_ids"] = tokens
     with probing(body):
         return injector.record(inputs)

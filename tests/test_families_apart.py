@@ -17,6 +17,9 @@ from transformers import (
     DynamicCache,
     EsmConfig,
     PreTrainedModel,
+    UMT5Config,
+    UMT5EncoderModel,
+    UMT5ForTokenClassification,
 )
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import modeling_auto
@@ -321,6 +324,28 @@ def _esm(kind: str, norm: bool = True) -> PreTrainedModel:
         for parameter in base.parameters():
             parameter.normal_(0, 0.3)
     return base.eval()
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "p_tuning_v2"])
+def test_an_encoder_by_itself_that_says_it_has_a_decoder(method: str) -> None:
+    """Virtual positions leave what UMT5's encoder gives, as they leave T5's."""
+    for made in (UMT5ForTokenClassification, UMT5EncoderModel):
+        torch.manual_seed(0)
+        config = UMT5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, num_labels=3)
+        base = made(config).double().eval()
+        ids, mask = torch.randint(5, 99, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+        short = {"input_ids": ids[:1, :6], "attention_mask": mask[:1, :6]}
+        mask[0, 6:] = 0
+        with torch.no_grad():
+            plain = base(input_ids=ids, attention_mask=mask)[0]
+            model = get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=4)).eval()
+            found = model(input_ids=ids, attention_mask=mask)[0]
+            assert found.shape == plain.shape and not torch.allclose(found, plain)
+            assert torch.allclose(model(**short)[0], found[:1, :6], atol=1e-9)
+            with model.disable_adapter():
+                assert torch.equal(model(input_ids=ids, attention_mask=mask)[0], plain)
+        if made is UMT5ForTokenClassification:
+            model.train()(input_ids=ids, attention_mask=mask, labels=ids % 3).loss.backward()
 
 
 def test_an_encoder_that_cannot_run_with_a_prompt_among_its_inputs() -> None:

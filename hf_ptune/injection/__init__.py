@@ -1,7 +1,7 @@
 """The only place where prompts meet a backbone."""
 
 from hf_ptune.injection.calls import bind, cache_name, cache_of, parameters_of, this_thread
-from hf_ptune.injection.embeddings import normalises_embeddings, word_embeddings
+from hf_ptune.injection.embeddings import has_decoder, normalises_embeddings, word_embeddings
 from hf_ptune.injection.injector import Injector
 from hf_ptune.injection.layer_mix import ScalarMix, forget_captures, gives_layers, layers_of, restore_captures
 from hf_ptune.injection.pooling import reads_first_token
@@ -33,6 +33,7 @@ __all__ = [
     "find_geometry",
     "forget_captures",
     "gives_layers",
+    "has_decoder",
     "layers_of",
     "normalises_embeddings",
     "parameters_of",

@@ -166,6 +166,11 @@ def cut_encoder_fields(output: Any, at: Tensor, virtual: int, length: int) -> An
     return output
 
 
+def has_decoder(backbone: PreTrainedModel) -> bool:
+    """Whether a decoder goes on with what an encoder reads; UMT5's encoders say so too where they are by themselves."""
+    return bool(backbone.config.is_encoder_decoder) and "decoder_input_ids" in parameters_of(backbone.base_model)
+
+
 def word_embeddings(backbone: PreTrainedModel) -> nn.Module | None:
     """The module that turns the input's token ids into embeddings, of the encoder where there are two.
 

@@ -114,7 +114,7 @@ class Injector:
         self.inputs: InputPrompt | None = None
         self.placeholders: Placeholders | None = None
         if virtual_token_ids is not None:
-            reader = self.body.get_encoder() if backbone.config.is_encoder_decoder else self.body
+            reader = self.body.get_encoder() if embeddings.has_decoder(backbone) else self.body
             self.placeholders = Placeholders(reader, self.words(), virtual_token_ids, self._current_rows)
         elif kind is PromptKind.EMBEDDINGS and not self.causal:
             self.inputs = self._input_prompt()
@@ -159,7 +159,7 @@ class Injector:
 
     def _input_prompt(self) -> InputPrompt:
         embed = self.words()
-        if self.backbone.config.is_encoder_decoder:
+        if embeddings.has_decoder(self.backbone):
             return InputPrompt(self.body.get_encoder(), embed, index=0)
         return InputPrompt(self.body, embed, index=1)
 
@@ -200,7 +200,7 @@ class Injector:
             words = embeddings.word_embeddings(self.backbone)
             if words is not None:
                 add(words.register_forward_hook(self._after_words))
-            if self.backbone.config.is_encoder_decoder:
+            if embeddings.has_decoder(self.backbone):
                 # generate runs the encoder by itself, before its first step
                 encoder = self.body.get_encoder()
                 add(encoder.register_forward_pre_hook(self._before_part, with_kwargs=True))

@@ -38,7 +38,7 @@ class InputRoute:
         self.as_tuple = Slot()  # whether the encoder-decoder was asked for a tuple
         encoder = inputs.encoder
         self.handles = [encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True, prepend=True)]
-        if not backbone.config.is_encoder_decoder:
+        if not embeddings.has_decoder(backbone):
             self.handles.append(encoder.register_forward_hook(self._after_encoder, with_kwargs=True))
             return
         decoder = backbone.base_model.get_decoder()

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_ptune.errors import InjectionError
 from hf_ptune.injection.calls import Slot, bind, parameters_of
+from hf_ptune.injection.embeddings import has_decoder
 from hf_ptune.injection.interrupts import OnInterrupt
 from hf_ptune.injection.probe import close, device_of, probing, trying, vocabulary_of
 
@@ -92,7 +93,7 @@ class Placeholders:
         device = device_of(self.words)
         ids = torch.tensor([[11, 18, 25, 7]], device=device) % vocabulary_of(body)
         inputs: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
-        if body.config.is_encoder_decoder:
+        if has_decoder(body):
             inputs["decoder_input_ids"] = ids
         inputs = {k: v for k, v in inputs.items() if k in parameters_of(body)}
         rows, answers = self.rows, []
