@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BigBirdConfig,
     CanineConfig,
     DynamicCache,
@@ -346,6 +347,50 @@ def test_an_encoder_by_itself_that_says_it_has_a_decoder(method: str) -> None:
                 assert torch.equal(model(input_ids=ids, attention_mask=mask)[0], plain)
         if made is UMT5ForTokenClassification:
             model.train()(input_ids=ids, attention_mask=mask, labels=ids % 3).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "axes"),
+    [
+        ("layoutlm", "bbox", (4,)),
+        ("roc_bert", "input_shape_ids", ()),
+        ("markuplm", "xpath_tags_seq", (50,)),
+        ("xlm", "langs", ()),
+        ("xlnet", "input_mask", ()),
+    ],
+)
+def test_what_is_said_of_every_token_is_refused_beside_a_prompt_among_them(
+    family: str, name: str, axes: tuple[int, ...]
+) -> None:
+    sizes = {"xlm": {"emb_dim": 32, "n_layers": 2}, "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 37}}
+    base = AutoModelForTokenClassification.from_config(
+        AutoConfig.for_model(family, **(sizes.get(family, _SMALL) | {"vocab_size": 99}))
+    ).eval()
+    ids = torch.randint(5, 99, (2, 9))
+    given = {name: torch.zeros(2, 9, *axes, dtype=torch.float if family == "xlnet" else torch.long)}
+    with torch.no_grad():
+        expected = base(input_ids=ids, **given).logits
+        model = get_ptune_model(base, PTuneConfig(method="prompt_tuning", num_virtual_tokens=4)).eval()
+        with pytest.raises(InjectionError, match=f"{name} .*of every token.*p_tuning_v2"):
+            model(input_ids=ids, **given)
+        assert model(input_ids=ids).logits.shape == expected.shape
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids, **given).logits, expected)
+        model = get_ptune_model(model.unwrap(), PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4)).eval()
+        assert model(input_ids=ids, **given).logits.shape == expected.shape
+
+
+def test_types_of_several_axes_are_lengthened() -> None:
+    """TAPAS tells rows and columns of a table by them."""
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("tapas", **_SMALL, num_labels=2)).eval()
+    model = get_ptune_model(base, PTuneConfig(method="prompt_tuning", num_virtual_tokens=4)).eval()
+    ids, types = torch.randint(5, 99, (2, 9)), torch.zeros(2, 9, 7, dtype=torch.long)
+    with torch.no_grad():
+        logits = model(input_ids=ids, token_type_ids=types).logits
+        assert torch.allclose(logits, model(input_ids=ids).logits, atol=1e-6)
+        types[:, 4:, 2] = 1
+        assert not torch.allclose(logits, model(input_ids=ids, token_type_ids=types).logits, atol=1e-6)
 
 
 def test_an_encoder_that_cannot_run_with_a_prompt_among_its_inputs() -> None:

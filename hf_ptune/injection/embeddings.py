@@ -16,6 +16,9 @@ from transformers.utils import ModelOutput
 from hf_ptune.errors import InjectionError
 from hf_ptune.injection.calls import parameters_of
 
+_LENGTHENED = {"attention_mask", "token_type_ids", "position_ids"}
+_OF_OTHERS = ("encoder_", "entity_", "visual_", "pixel_", "image")  # sequences beside the text
+
 
 class InputPrompt:
     """Insert the prompt `[P, H]` into the inputs of one encoder and cut it from its outputs.
@@ -55,6 +58,7 @@ class InputPrompt:
             raise InjectionError(
                 f"attention_mask has {mask.dim()} axes; a prompt among the inputs of an encoder needs [B, S]."
             )
+        _check_lengthened(self.encoder, named, embeds)
         at = self.places(mask, batch, embeds.device)
         rows = prompt[None].expand(batch, -1, -1)
         positions = self._positions(ids, named, batch, length, embeds.device)
@@ -62,7 +66,7 @@ class InputPrompt:
         if mask is not None:
             named["attention_mask"] = splice(mask, mask.new_ones(batch, virtual), at)
         if (types := named.get("token_type_ids")) is not None:
-            named["token_type_ids"] = splice(types, types[:, :1].expand(batch, virtual), at)
+            named["token_type_ids"] = splice(types, types[:, :1].expand(batch, virtual, *types.shape[2:]), at)
         if positions is not None:
             first = positions.gather(1, (at[:, None] - self.index))
             named["position_ids"] = splice(positions, first.expand(-1, virtual), at)
@@ -108,6 +112,18 @@ class InputPrompt:
     def _cutter(self, states: Tensor, virtual: int, mask: Tensor | None) -> Callable[[Tensor], Tensor]:
         at = self.places(mask, states.shape[0], states.device)
         return lambda tensor: cut_tensor(tensor, at, virtual, states.shape[1] - virtual)
+
+
+def _check_lengthened(encoder: nn.Module, named: dict[str, Any], embeds: Tensor) -> None:
+    for name, given in named.items():
+        if name in _LENGTHENED or name.startswith(_OF_OTHERS) or not isinstance(given, Tensor):
+            continue
+        if given.dim() > 1 and given.shape[:2] == embeds.shape[:2]:
+            raise InjectionError(
+                f"{name} {tuple(given.shape)} says something of every token of {type(encoder).__name__}, of which a "
+                "prompt among its inputs has nothing. Leave it out, or take a method that puts nothing there: "
+                "p_tuning_v2, prefix_tuning, bitfit."
+            )
 
 
 def splice(own: Tensor, virtual: Tensor, at: Tensor) -> Tensor:
