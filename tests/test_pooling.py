@@ -102,6 +102,10 @@ def test_a_mask_that_names_no_tokens_is_refused(wrap: Wrap) -> None:
     model, ids = wrap("bert", "p_tuning_v2", pooling="mean"), batch("bert")["input_ids"]
     with pytest.raises(InjectionError, match="4 axes"):
         model(input_ids=ids, attention_mask=torch.ones(len(ids), 1, ids.shape[1], ids.shape[1]))
+    mask = torch.ones(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    with torch.no_grad(), model.disable_adapter():
+        found = model(input_ids=ids, attention_mask=mask).logits
+        assert torch.equal(found, model.unwrap()(input_ids=ids, attention_mask=mask).logits)
 
 
 _SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -100,18 +100,18 @@ class MeanPooling:
         self.inputs = inputs if producer is not body else None
         self.virtual = virtual
         self.active = active
-        self.own = Slot()  # [B, S], while the body runs
+        self.own = Slot()  # [B, S], while the body runs with the prompt
         self.handles = [
             body.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             producer.register_forward_hook(self._after),
         ]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.own.put(own_tokens(bind(module, args, kwargs)))
+        self.own.put(own_tokens(bind(module, args, kwargs)) if self.active() else None)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
         own = self.own.take()
-        if own is None or not self.active():
+        if own is None:
             return None
         if self.inputs is not None:
             rows = own.shape[0]  # len() would make a number of a size that torch.export leaves open
