@@ -1,6 +1,7 @@
 """Gradients under checkpoints where other passes lie between a pass and its backward."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from families import ENCODERS, METHODS, batch, takes_bitfit
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
 
 from hf_ptune import PTunePreTrainedModel
 
@@ -117,6 +119,25 @@ def test_layers_that_an_engine_wraps_in_checkpoints(case: Callable[..., Tensor],
     found = [gradient for _, gradient in gradients(model, lambda: case(model, inputs))]
     for gradient, wanted in zip(found, expected.values(), strict=True):
         assert torch.allclose(gradient, wanted, atol=1e-9)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_a_whole_model_under_a_checkpoint_has_its_gradients_from_the_first_step_on(
+    family: str, method: str, trains: bool, wrap: Wrap
+) -> None:
+    """What a decoder tries in its first training pass is no part of that pass."""
+    inputs = batch(family)
+    options = {"train_backbone": trains, "loss_at_labels": False}
+    plain = dict(gradients(model := wrap(family, method, **options).train(), lambda: model(**inputs).loss))
+    fresh = wrap(family, method, **options).train()
+    fresh.load_state_dict(model.state_dict())
+    run = partial(checkpoint, lambda ids: fresh(**inputs | {"input_ids": ids}).loss, use_reentrant=False)
+    for _ in range(2):
+        found = dict(gradients(fresh, lambda: run(inputs["input_ids"])))
+        for name, gradient in plain.items():
+            assert torch.allclose(found[name], gradient, atol=1e-9), name
 
 
 @pytest.mark.parametrize("method", ["p_tuning_v2", "prompt_tuning"])

@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from hf_ptune.errors import InjectionError
 from hf_ptune.injection.positions import follow_length
@@ -82,14 +84,14 @@ def joining_agrees(injector: Any) -> bool:
         "input_ids": ids % vocabulary_of(injector.body),
         "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=ids.device),
     }
-    with probing(injector.prompt):
-        encode, encoded = injector.encode, injector.encode().detach()
+    with probing(injector.prompt), torch.no_grad():
+        encode, encoded = injector.encode, injector.encode()
     injector.encode = lambda: encoded
     answers = []
     injector.trying = True
     try:
         # layers that look into their mask, or that mix tokens by themselves, refuse it
-        with trying(InjectionError), probing(injector.body):
+        with trying(InjectionError), probing(injector.body), saved_tensors_hooks(_itself, _itself):
             for injector.joins in (False, True):
                 output = injector.body(**inputs)
                 answers.append(output[0].detach().float()[inputs["attention_mask"].bool()])
@@ -97,3 +99,8 @@ def joining_agrees(injector: Any) -> bool:
     finally:
         injector.encode, injector.inside, injector.joins, injector.trying = encode, True, False, False
     return False
+
+
+def _itself(saved: Tensor) -> Tensor:
+    """Keep a saved tensor as it is: a checkpoint around the pass that is being tried would count it as its own."""
+    return saved
