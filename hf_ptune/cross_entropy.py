@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 IGNORED = -100  # label of a position that has no loss
 _PIECE = 2**22  # logits that are exponentiated at a time: as many as a CPU's caches hold
@@ -68,10 +67,12 @@ class _CrossEntropy(torch.autograd.Function):
         return (lse - picked).masked_fill(~counts, 0.0).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, counts, lse = ctx.saved_tensors
         weights = counts * grad.float()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: to be differentiated again
+            hits = F.one_hot(targets, logits.shape[1])
+            return ((logits.float().softmax(-1) - hits) * weights[:, None]).to(logits.dtype), None, None
         negative, gradient = -weights, torch.empty_like(logits)
         for piece in _pieces(logits):
             shares = (logits[piece].float() - lse[piece, None]).exp_().mul_(weights[piece, None])

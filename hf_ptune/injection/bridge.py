@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_ptune.errors import InjectionError
+
 
 class _Bridge(torch.autograd.Function):
     @staticmethod
@@ -20,6 +22,11 @@ class _Bridge(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise InjectionError(
+                "gradients of gradients (create_graph=True) do not pass reentrant checkpoints; take "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
         gathered = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in ctx.leaves]
         for leaf in ctx.leaves:
             leaf.grad = None

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_ptune.errors import InjectionError
@@ -209,7 +208,6 @@ class _Apart(torch.autograd.Function):
         return (*prompts, *others)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # tokens first, as they lie in memory behind a projection
         pairs = zip(grads[:3], grads[3:], strict=True)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hf_ptune.injection.calls import version_of
 from hf_ptune.injection.kernels import Kernel, in_rows, kernel_for
@@ -254,8 +253,9 @@ class _Merged(torch.autograd.Function):
         return _keep(ctx, args, output, torch.logaddexp(own_lse, shared_lse))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if _differentiates_again():
+            return _plain_backward(ctx, grad)
         query, key, value, prefix_key, prefix_value, additive, output, lse = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
         grads: list[Tensor | None] = [None] * 5
@@ -285,8 +285,9 @@ class _Joined(torch.autograd.Function):
         return _keep(ctx, args, *_Joined.compute(*args))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if _differentiates_again():
+            return _plain_backward(ctx, grad)
         query, key, value, prefix_key, prefix_value, additive, output, lse = ctx.saved_tensors
         keys, values = lay(prefix_key, key), lay(prefix_value, value)
         to_query, to_keys, to_values = ctx.kernel.backward(
@@ -303,6 +304,49 @@ def _keep(ctx: Any, args: tuple[Any, ...], output: Tensor, lse: Tensor) -> Tenso
     ctx.save_for_backward(*tensors, output, lse)
     ctx.causal, ctx.scale, ctx.kernel = causal, scale, kernel
     return output
+
+
+def _differentiates_again() -> bool:
+    """Whether the backward that runs is to be differentiated itself: `create_graph`, which no fused kernel can."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _plain_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """The gradients by products and a softmax, which have gradients of their own."""
+    *saved, additive, _, _ = ctx.saved_tensors
+    # gradients of the call's own arguments, whether or not one of them comes from another
+    tensors = [t.view_as(t) for t in saved]
+    how: tuple[Any, ...] = (additive, ctx.causal, ctx.scale)
+    with torch.autocast(grad.device.type, enabled=False):
+        output = _attend(*tensors, *how)
+        wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad[:5], strict=True) if needed]
+        found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+    return _needed(ctx, [next(found) if needed else None for needed in ctx.needs_input_grad[:5]])
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    additive: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """Attention over copies of the prefix before every row, as `compute` gives it, with all scores at once."""
+    groups = query.shape[1] // key.shape[1]
+    keys, values = (
+        lay(prefix, own).repeat_interleave(groups, 1) for prefix, own in ((prefix_key, key), (prefix_value, value))
+    )
+    exact = torch.promote_types(query.dtype, torch.float32)
+    scores = (query @ keys.mT).to(exact) * scale  # B H S P+T
+    if additive is not None:
+        scores = scores + F.pad(additive, (scores.shape[-1] - additive.shape[-1], 0))
+    if causal:
+        later = torch.ones(scores.shape[-2], key.shape[2], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(F.pad(later, (prefix_key.shape[1], 0)), -torch.inf)
+    return scores.softmax(-1).to(query.dtype) @ values
 
 
 def _needed(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
