@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from hf_ptune.cross_entropy import IGNORED, causal_lm_loss, masked_lm_loss
 from hf_ptune.errors import PTuneError
-from hf_ptune.injection import bind, probing, trying
+from hf_ptune.injection import bind, probing, transformed, trying
 
 logger = logging.get_logger(__name__)
 _SHIFTED = "CAUSAL_LM"
@@ -61,7 +61,7 @@ class LossAtLabels:
         Returns:
             The backbone's output; its `logits` are computed if somebody asks for them.
         """
-        if not self.backbone.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not self.backbone.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
             return None
         if self.handle is None or self.agrees is False or "_loss_function" in vars(self.backbone):
             return None  # a loss of the user's own may read any position

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from families import batch
 from torch import Tensor
+from torch.func import functional_call, grad, jacrev, vmap
 
 from hf_ptune import PTunePreTrainedModel
 from hf_ptune.cross_entropy import masked_lm_loss
@@ -108,3 +109,82 @@ def test_what_has_none_says_so(wrap: Wrap) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(InjectionError, match="use_reentrant"):
         model(**batch("llama")).loss.backward(create_graph=True)
+
+
+def flat_gradients(model: Any, inputs: dict[str, Tensor], rows: slice | None = None) -> dict[str, Tensor]:
+    """Gradients of the prompt's parameters, as one backward gives them."""
+    model.zero_grad()
+    model(**{n: t if rows is None else t[rows] for n, t in inputs.items()}).loss.backward()
+    return {n: p.grad for n, p in model.named_parameters() if n.startswith("prompt.")}
+
+
+ignore_slow_rules = pytest.mark.filterwarnings("ignore:There is a performance drop")
+FUNCTIONAL = [
+    (f, m) for f in ("llama", "bert", "t5") for m in ("prompt_tuning", "p_tuning", "prefix_tuning", "p_tuning_v2")
+]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@ignore_slow_rules
+@pytest.mark.parametrize(("family", "method"), FUNCTIONAL)
+def test_torch_func_gives_the_same_gradients(
+    family: str, method: str, training: bool, wrap: Wrap, exact_losses: None
+) -> None:
+    model, inputs = wrap(family, method).train(training), batch(family)
+    inputs["attention_mask"][0, -2:] = 0
+
+    def loss(prompt: dict[str, Tensor], *rows: Tensor) -> Tensor:
+        given = dict(zip(inputs, rows, strict=True))
+        found: Tensor = functional_call(model, prompt, (), given).loss
+        return found
+
+    prompt = {n: p.detach() for n, p in model.named_parameters() if n.startswith("prompt.")}
+    found = {"grad": grad(loss)(prompt, *inputs.values()), "jacrev": jacrev(loss)(prompt, *inputs.values())}
+    expected = flat_gradients(model, inputs)
+    for way, gradients in found.items():
+        for name, gradient in gradients.items():
+            difference = (gradient - expected[name]).abs().max()  # the loss at labels is in float32
+            assert difference <= 1e-5 * expected[name].abs().max(), (way, name)
+
+
+@ignore_slow_rules
+@pytest.mark.parametrize(("family", "method"), FUNCTIONAL)
+def test_vmap_over_rows_gives_the_gradients_of_each(family: str, method: str, wrap: Wrap, exact_losses: None) -> None:
+    model, inputs = wrap(family, method), batch(family)
+    del inputs["attention_mask"]  # read by value in transformers' own masks
+
+    def loss(prompt: dict[str, Tensor], *row: Tensor) -> Tensor:
+        given = {n: t[None] for n, t in zip(inputs, row, strict=True)}
+        found: Tensor = functional_call(model, prompt, (), given).loss
+        return found
+
+    prompt = {n: p.detach() for n, p in model.named_parameters() if n.startswith("prompt.")}
+    found = vmap(grad(loss), in_dims=(None, *(0 for _ in inputs)))(prompt, *inputs.values())
+    for row in range(2):
+        for name, gradient in flat_gradients(model, inputs, slice(row, row + 1)).items():
+            assert torch.allclose(found[name][row], gradient, rtol=1e-5, atol=1e-8), name
+
+
+@ignore_slow_rules
+@pytest.mark.parametrize(("family", "method"), FUNCTIONAL)
+def test_vmap_over_prompts_keeps_none_of_them(family: str, method: str, wrap: Wrap) -> None:
+    model, inputs = wrap(family, method), batch(family)
+    del inputs["attention_mask"]
+    own = {n: p for n, p in model.named_parameters() if n.startswith("prompt.")}
+    several = {n: torch.stack([p, 2 * p]).detach() for n, p in own.items()}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        found = vmap(lambda prompt: functional_call(model, prompt, (), inputs).logits)(several)
+        assert torch.allclose(found[0], expected, atol=1e-9) and not torch.allclose(found[1], expected, atol=1e-3)
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_several_gradients_at_once(method: str, wrap: Wrap) -> None:
+    model, inputs = wrap("llama", method, loss_at_labels=False).train(), batch("llama")
+    logits = model(**inputs).logits
+    weight = next(p for p in model.prompt.parameters())
+    directions = torch.randn(3, *logits.shape, dtype=torch.float64)
+    (several,) = torch.autograd.grad(logits, weight, directions, is_grads_batched=True, retain_graph=True)
+    for direction, found in zip(directions, several, strict=True):
+        assert torch.allclose(found, torch.autograd.grad(logits, weight, direction, retain_graph=True)[0], atol=1e-9)

@@ -61,6 +61,11 @@ def this_thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func runs around the call: fused kernels, and what is kept, are not for it."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 class Slot:
     """What one hook leaves for another of the same pass, apart for threads."""
 

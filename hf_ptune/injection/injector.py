@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection import attention, embeddings, joint, own_attention, positions, sites
 from hf_ptune.injection.bridge import bridge, checkpoint_layers, reentrant_layers
-from hf_ptune.injection.calls import bind, parameters_of, this_thread, version_of
+from hf_ptune.injection.calls import bind, parameters_of, this_thread, transformed, version_of
 from hf_ptune.injection.embeddings import InputPrompt
 from hf_ptune.injection.input_route import InputRoute
 from hf_ptune.injection.interrupts import OnInterrupt
@@ -342,7 +342,8 @@ class Injector:
         global _passes_with_gradients
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _passes_with_gradients += 1
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.prompt.training:  # dropout draws it anew
+        # dropout draws it anew
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.prompt.training or transformed():
             self.cached = None
             return make()
         with _ONE_AT_A_TIME:  # the prompt's own pass is no matter for the rows of another thread
@@ -414,6 +415,8 @@ class Injector:
 
     def _may_join(self, named: dict[str, Any]) -> bool:
         if self.kind is not PromptKind.EMBEDDINGS or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if transformed():
             return False
         if self.joins is None and self.backbone.training:
             self.joins = joining_agrees(self)

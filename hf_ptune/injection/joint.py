@@ -211,5 +211,5 @@ class _Apart(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # tokens first, as they lie in memory behind a projection
         pairs = zip(grads[:3], grads[3:], strict=True)
-        joined = [torch.cat([p.transpose(0, 1), r.transpose(1, 2).flatten(0, 1)]) for p, r in pairs]
+        joined = [torch.cat([p.transpose(0, 1), r.transpose(1, 2).reshape(-1, *r.shape[1::2])]) for p, r in pairs]
         return (*(t.transpose(0, 1)[None] for t in joined), None)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_ptune.injection.calls import version_of
+from hf_ptune.injection.calls import transformed, version_of
 from hf_ptune.injection.kernels import Kernel, in_rows, kernel_for
 from hf_ptune.injection.shared_prefix import shared_backward, shared_forward
 
@@ -65,7 +65,7 @@ def merge_kernel(
         virtual: P, the length of the prefix.
     """
     alike = query.dim() == 4 and query.shape[0] == key.shape[0] and key.shape[-1] == value.shape[-1]
-    if _disabled or dropout or not _is_plain(mask) or not alike or query.shape[1] % key.shape[1]:
+    if _disabled or dropout or not _is_plain(mask) or not alike or query.shape[1] % key.shape[1] or transformed():
         return None
     if torch.compiler.is_exporting():
         return None  # other runtimes take these kernels with as many heads of keys as of queries alone
@@ -104,6 +104,8 @@ def mask_beside_prefix(query: Tensor, mask: Any, keys: int, virtual: int, causal
         An additive one `[.., S, P + T]`, or `None` where another way has to be taken.
     """
     if _disabled or not _is_plain(mask) or (mask is None and not (causal and keys == query.shape[2])):
+        return None
+    if transformed():
         return None
     dtype = _working_type(query)
     if mask is None:
