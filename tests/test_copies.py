@@ -61,6 +61,32 @@ def test_a_copy_answers_alike_and_has_a_life_of_its_own(family: str, method: str
     step(model, family)
 
 
+@pytest.mark.parametrize(("family", "method"), KINDS)
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weights_written_in_place_behind_an_answer_leave_a_model_that_can_be_copied(
+    family: str, method: str, make: Any, mode: Any, wrap: Wrap
+) -> None:
+    model, inputs = wrap(family, method), batch(family)
+    with mode():
+        model(**inputs)
+    for tensor in model.state_dict().values():  # an average of weights, with gradients on
+        if tensor.is_floating_point():
+            tensor.mul_(0.9)
+    twin = make(model)
+    with torch.no_grad():
+        assert torch.allclose(twin(**inputs).logits, model(**inputs).logits, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_a_pickle_does_not_tell_whether_a_model_has_answered(method: str, wrap: Wrap) -> None:
+    model = wrap("llama", method)
+    before = pickle.dumps(model)
+    with torch.no_grad():
+        model(**batch("llama"))
+    assert pickle.dumps(model) == before
+
+
 @pytest.mark.parametrize(("family", "method"), [k for k in KINDS if k[1] != "bitfit"])
 def test_inference_mode_answers_alike_and_leaves_nothing_that_training_meets(
     family: str, method: str, wrap: Wrap

@@ -124,6 +124,10 @@ class Injector:
         elif pools_mean:
             self.handles += MeanPooling(self.body, self.inputs, num_virtual_tokens, self._active).handles
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy encodes its prompt by itself, so that what was encoded, and when, makes no difference to it
+        return vars(self) | {"cached": None}
+
     @property
     def busy(self) -> bool:
         """Whether the prompt itself runs through the backbone, in this thread."""
@@ -329,13 +333,13 @@ class Injector:
     def _current_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The prefix of every site."""
         dtype = self.backbone.dtype
-        return self._once(self._pairs, lambda pairs: [(key.to(dtype), value.to(dtype)) for key, value in pairs])
+        return self._once(self._pairs, lambda pairs: [(_apart(k, dtype), _apart(v, dtype)) for k, v in pairs])
 
     def _current_rows(self) -> Tensor | None:
         """The prompt `[P, H]`, or `None` while it is turned off."""
         if not self.enabled:
             return None
-        return self._once(self.encode, lambda rows: rows.to(self.backbone.dtype))
+        return self._once(self.encode, lambda rows: _apart(rows, self.backbone.dtype))
 
     def _once(self, make: Callable[[], Any], settle: Callable[[Any], Any]) -> Any:
         """What the prompt becomes; made anew while it trains, once and kept otherwise."""
@@ -449,6 +453,11 @@ class Injector:
         if given is None:
             given = positions.own_positions(named, self.table)
         return positions.moved(given, self.num_virtual_tokens, self.table) if self.shift else given
+
+
+def _apart(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor to be kept: one that is still a view of a parameter breaks where that is written in place."""
+    return tensor.to(dtype).detach()
 
 
 def _with_states(output: Any, states: Tensor) -> Any:
