@@ -1,5 +1,6 @@
 """Families with habits of their own: gates over all scores, blocks in place of full attention, ids that are read."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -119,13 +120,16 @@ def test_layers_that_look_tokens_up_again_take_prefixes_alone(method: str) -> No
 @pytest.mark.parametrize(("family", "method"), [("bert", "prompt_tuning"), ("llama", "p_tuning")])
 def test_a_device_that_fails_is_no_fault_of_the_family(family: str, method: str) -> None:
     base, calls = build(family), []
+    forward = base.base_model.forward
 
-    def full(*args: Any) -> None:
+    @functools.wraps(forward)
+    def full(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) > 2:  # what follows finding its attention
             raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
 
-    base.base_model.register_forward_pre_hook(full)
+    base.base_model.forward = full
     with pytest.raises(torch.OutOfMemoryError):
         get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=4))
 

@@ -6,6 +6,7 @@ gradients gather there, and enter the encoder's graph once, when the backward ha
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,3 +65,17 @@ def reentrant_layers(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
         reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
         if reentrant and getattr(module, "gradient_checkpointing", False):
             yield module
+
+
+@contextmanager
+def without_checkpointing(layers: list[nn.Module]) -> Iterator[None]:
+    """Run layers without their checkpoints for a while."""
+    # a reentrant checkpoint keeps no graph of what it computes; the prompt's own pass is short
+    stopped = [m for m in layers if getattr(m, "gradient_checkpointing", False)]
+    for module in stopped:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in stopped:
+            module.gradient_checkpointing = True  # type: ignore[assignment]

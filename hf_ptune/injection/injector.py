@@ -3,8 +3,8 @@
 import math
 import re
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection import attention, embeddings, joint, own_attention, positions, sites
-from hf_ptune.injection.bridge import bridge, checkpoint_layers, reentrant_layers
+from hf_ptune.injection.bridge import bridge, checkpoint_layers, reentrant_layers, without_checkpointing
 from hf_ptune.injection.calls import bind, parameters_of, this_thread, transformed, version_of
 from hf_ptune.injection.embeddings import InputPrompt
 from hf_ptune.injection.input_route import InputRoute
 from hf_ptune.injection.interrupts import OnInterrupt
 from hf_ptune.injection.layer_mix import LayerMix, ScalarMix
 from hf_ptune.injection.merge import keep_masks
+from hf_ptune.injection.outsiders import Lookout, set_aside
 from hf_ptune.injection.placeholders import Placeholders
 from hf_ptune.injection.pooling import MeanPooling
 from hf_ptune.injection.probe import body_of, device_of, text_of
@@ -108,6 +109,7 @@ class Injector:
         self.crossing: Callable[[Tensor], Tensor] | None = None
         self.handles: list[Any] = []
         self.watch = own_attention.Watch()
+        self.lookout = Lookout(self.body, embeddings.word_embeddings(backbone))
         self.sites = [] if virtual_token_ids is not None else [self._site(c) for c in chosen]
         self.recomputations: list[Recomputation] = []
         self.bound: list[Recomputation] = []  # while a pass runs
@@ -405,7 +407,8 @@ class Injector:
         for site in self.sites:
             site.recording = True
         try:
-            with _without_checkpointing(self.layers):
+            aside = set_aside(self.body) if self.lookout.sees() else nullcontext()
+            with without_checkpointing(self.layers), aside:
                 self.body(**inputs)
             for site in self.sites:
                 site.check_recorded()
@@ -420,7 +423,7 @@ class Injector:
     def _may_join(self, named: dict[str, Any]) -> bool:
         if self.kind is not PromptKind.EMBEDDINGS or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        if transformed():
+        if transformed() or self.lookout.sees():
             return False
         if self.joins is None and self.backbone.training:
             self.joins = joining_agrees(self)
@@ -465,16 +468,3 @@ def _with_states(output: Any, states: Tensor) -> Any:
     if isinstance(output, dict):
         return type(output)(**(dict(output) | {"last_hidden_state": states}))
     return (states, *output[1:])
-
-
-@contextmanager
-def _without_checkpointing(layers: list[nn.Module]) -> Iterator[None]:
-    # a reentrant checkpoint keeps no graph of what it computes; the prompt's own pass is short
-    stopped = [m for m in layers if getattr(m, "gradient_checkpointing", False)]
-    for module in stopped:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in stopped:
-            module.gradient_checkpointing = True  # type: ignore[assignment]

@@ -13,6 +13,7 @@ from hf_ptune.errors import DEVICE_FAILURES, BackboneError, PTuneError
 from hf_ptune.injection import attention, own_attention, sites
 from hf_ptune.injection.calls import parameters_of
 from hf_ptune.injection.embeddings import word_embeddings
+from hf_ptune.injection.outsiders import set_aside
 from hf_ptune.injection.sites import Site, key_groups
 from hf_ptune.methods.base import SiteShape
 
@@ -296,10 +297,10 @@ def trying(*refusals: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def probing(module: nn.Module) -> Iterator[None]:
-    """Run a module for the sake of what it shows: in eval mode, and in its own types where autocast would round them.
+    """Run a module for the sake of what it shows: in eval mode, without hooks of others, and in its own types.
 
-    Casts of parameters that autocast made here would serve the pass around it too, in some versions of torch without
-    their gradients.
+    Autocast would round what is compared. Casts of parameters that it made here would serve the pass around it too,
+    in some versions of torch without their gradients.
     """
-    with evaluating(module), torch.autocast(device_of(module).type, enabled=False):
+    with evaluating(module), set_aside(module), torch.autocast(device_of(module).type, enabled=False):
         yield
