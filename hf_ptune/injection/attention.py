@@ -78,6 +78,8 @@ def _wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             return joint.attend(attention, site, module, (query, key, value), attention_mask, kwargs)
         if site.recording:
             site.record(key[0], value[0])
+            if site.causal and attention_mask is None and not _is_causal(module, kwargs):
+                kwargs["is_causal"] = True
         if site.key is None:
             return function(module, query, key, value, attention_mask, *args, **kwargs)
         if flash:

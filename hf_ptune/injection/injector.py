@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection import attention, embeddings, joint, own_attention, positions, sites
 from hf_ptune.injection.bridge import bridge, checkpoint_layers, reentrant_layers, without_checkpointing
-from hf_ptune.injection.calls import bind, parameters_of, this_thread, transformed, version_of
+from hf_ptune.injection.calls import Slot, bind, parameters_of, this_thread, transformed, version_of
 from hf_ptune.injection.embeddings import InputPrompt
 from hf_ptune.injection.input_route import InputRoute
 from hf_ptune.injection.interrupts import OnInterrupt
@@ -102,6 +102,7 @@ class Injector:
         self.enabled = True
         self.within: set[int] = set()  # threads in which the body runs
         self.runners: set[int] = set()  # and those in which the prompt itself runs through it
+        self.around = Slot()  # what the body around the text model was called with, while it runs
         self.layout: joint.Layout | None = None  # while prompt and rows run as one sequence
         self.joins: bool | None = None  # whether they may; tried when the first batch trains
         self.trying = False  # while that is tried
@@ -157,7 +158,8 @@ class Injector:
 
     def _site(self, found: dict[str, Any]) -> Site:
         shape = SiteShape(found["heads"], found["key_dim"], found["value_dim"])
-        return Site(found["name"], found["where"], found["layer"], shape, found["product"], self.body.config)
+        which = found["name"], found["where"], found["layer"]
+        return Site(*which, shape, found["product"], self.body.config, self.causal)
 
     @property
     def in_attention(self) -> bool:
@@ -244,7 +246,10 @@ class Injector:
         self.inside = True
         keep_masks(True)
         try:
-            return self._begin(self._meet(bind(module, args, kwargs)) if self.enabled else None)
+            named = self._meet(bind(module, args, kwargs)) if self.enabled else None
+            if self.text is not self.body:
+                self.around.put(named)
+            return self._begin(named)
         except BaseException:
             self._end()
             raise
@@ -260,7 +265,7 @@ class Injector:
         """Let the prompt meet a call of the body."""
         if self._may_join(named):
             prompt = self._once(self.encode, lambda rows: rows)
-            named, self.layout = joint.join(named, prompt, self.words(), self._shifted_positions(named))
+            named, self.layout = joint.join(named, prompt, self.words(), self._shifted_positions(named, named))
             joint.begin(self.layout)
             self.fill(None)
             return named
@@ -277,8 +282,9 @@ class Injector:
         if self.busy or not self.enabled or self.layout is not None:
             return None
         named = bind(module, args, kwargs)
+        around = named if self.text is self.body else self.around.take() or named
         if self.gives_positions and not (named.get("input_ids") is None and named.get("inputs_embeds") is None):
-            named["position_ids"] = self._shifted_positions(named)
+            named["position_ids"] = self._shifted_positions(named, around)
         mask = named.get("attention_mask")
         if self.moves_with_pads and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):
             raise InjectionError(
@@ -296,6 +302,8 @@ class Injector:
         if self.busy:
             return None
         self.inside = False
+        if self.text is not self.body:
+            self.around.take()
         keep_masks(False)
         self._free_checkpoints()
         self.crossing = None
@@ -394,7 +402,7 @@ class Injector:
         device, dtype = device_of(words), next(words.parameters()).dtype
         dtype = dtype if dtype.is_floating_point else prompt.dtype
         inputs: dict[str, Any] = {"inputs_embeds": prompt.to(device, dtype)[None]}
-        if "position_ids" in accepted:
+        if "position_ids" in accepted and self.text is self.body:  # what is around the text counts as it does for rows
             inputs["position_ids"] = torch.arange(prompt.shape[0], device=device)[None]
         if "use_cache" in accepted:
             inputs["use_cache"] = False
@@ -408,7 +416,7 @@ class Injector:
             site.recording = True
         try:
             aside = set_aside(self.body) if self.lookout.sees() else nullcontext()
-            with without_checkpointing(self.layers), aside:
+            with without_checkpointing(self.layers), aside, positions.of_text_alone(self.body):
                 self.body(**inputs)
             for site in self.sites:
                 site.check_recorded()
@@ -451,11 +459,9 @@ class Injector:
         cross, self.crossing = self.crossing, None
         return None if cross is None else cross(output)
 
-    def _shifted_positions(self, named: dict[str, Any]) -> Tensor:
-        given: Tensor | None = named.get("position_ids")
-        if given is None:
-            given = positions.own_positions(named, self.table)
-        return positions.moved(given, self.num_virtual_tokens, self.table) if self.shift else given
+    def _shifted_positions(self, named: dict[str, Any], around: dict[str, Any]) -> Tensor:
+        own = positions.settled(named, around, self.table)
+        return positions.moved(own, self.num_virtual_tokens, self.table) if self.shift else own
 
 
 def _apart(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -96,9 +96,10 @@ def _wrap(function: Callable[..., Any]) -> Callable[..., Any]:
 def can_join(named: dict[str, Any]) -> bool:
     """Whether a call of the body asks for nothing that a joint sequence could not give."""
     given = {k for k, v in named.items() if v is not None and v is not False}
-    mask = named.get("attention_mask")
+    mask, counted = named.get("attention_mask"), named.get("position_ids")
     # without a mask, backbones tell packed sequences apart by positions
-    plain = named.get("position_ids") is None if mask is None else isinstance(mask, Tensor) and mask.dim() == 2
+    plain = counted is None if mask is None else isinstance(mask, Tensor) and mask.dim() == 2
+    plain = plain and (counted is None or counted.dim() == 2)  # one axis, not those of images
     return plain and given <= _KNOWN and not named.get("use_cache")
 
 

@@ -1,5 +1,7 @@
 """Positions of own tokens, and where they stand when the prompt counts before them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +44,46 @@ def own_positions(named: dict[str, Any], table: tuple[nn.Embedding, int] | None 
         counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
         return counted[:, seen : seen + length].to(own.device)
     return (torch.arange(length, device=own.device) + seen)[None]
+
+
+def settled(named: dict[str, Any], around: dict[str, Any], table: tuple[nn.Embedding, int] | None = None) -> Tensor:
+    """Positions of a call's tokens, `[B or 1, S]`, or `[N, B, S]` where images are counted along several axes.
+
+    Args:
+        named: arguments of the model that counts.
+        around: those of the body around it, which may have counted already, images and all.
+        table: as in `own_positions`.
+    """
+    given, mask = named.get("position_ids"), around.get("attention_mask")
+    length = _length(named)
+    if given is None:
+        return own_positions(around if _length(around) == length else named, table)
+    positions: Tensor = given[..., -length:]  # Qwen2-VL's kin count what is in a cache once more
+    if around is named or around.get("position_ids") is not None or positions.dim() != 2:
+        return positions
+    if isinstance(mask, Tensor) and mask.dim() == 2:  # counted from 0 or 1, pads and all: these move nothing
+        plain = (positions.diff(dim=-1) == 1).all()
+        pads = mask.to(positions.device).long().argmax(-1, keepdim=True)  # [B, 1]
+        positions = positions - pads * plain
+    return positions
+
+
+def _length(named: dict[str, Any]) -> int:
+    tokens = next((named[n] for n in ("input_ids", "inputs_embeds") if named.get(n) is not None), None)
+    return 0 if tokens is None else int(tokens.shape[1])
+
+
+@contextmanager
+def of_text_alone(body: nn.Module) -> Iterator[None]:
+    """Let a body forget the images of its last call for a while: it would count what has no ids from them."""
+    kept = [(m, m.rope_deltas) for m in body.modules() if getattr(m, "rope_deltas", None) is not None]
+    for module, _ in kept:
+        module.rope_deltas = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, deltas in kept:
+            module.rope_deltas = deltas
 
 
 def moved(positions: Tensor, by: int, table: tuple[nn.Embedding, int] | None = None) -> Tensor:

@@ -41,12 +41,19 @@ def body_of(backbone: PreTrainedModel) -> PreTrainedModel:
 
 
 def text_of(body: PreTrainedModel, names: list[str]) -> nn.Module:
-    """The outermost model around all attention sites that takes `position_ids`; the body where none does."""
-    for name, module in body.named_modules():
-        around = not name or all(n.startswith(name + ".") for n in names)
-        if isinstance(module, PreTrainedModel) and around and "position_ids" in parameters_of(module):
-            return module
-    return body
+    """The innermost model around words and all attention sites that takes `position_ids`; the body where none does.
+
+    What is around it may count by itself, such as images along several axes.
+    """
+    words = word_embeddings(body)
+    takes = [
+        module
+        for name, module in body.named_modules()
+        if isinstance(module, PreTrainedModel)
+        and (not name or all(n.startswith(name + ".") for n in names))
+        and "position_ids" in parameters_of(module)
+    ]
+    return next((t for t in reversed(takes) if any(m is words for m in t.modules())), takes[0] if takes else body)
 
 
 def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
@@ -66,7 +73,9 @@ def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
     frozen_rng = torch.random.fork_rng(devices=[])
     with probing(backbone), frozen_rng, sparse_as_it_was(body), torch.no_grad():
         seen, first = _watch(body)
-        second = _states(body, changed=True)
+        causal = not backbone.config.is_encoder_decoder and _ignores_later(first, _states(body, changed=True))
+        if not causal and body.config.get_text_config() is not body.config:
+            causal = _is_masked_alone(body)
     found: list[dict[str, Any]] = [
         {
             "name": name,
@@ -89,7 +98,7 @@ def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
     width = backbone.config.hidden_size if embeddings is None else _embed(backbone, embeddings).shape[-1]
     return {
         "sites": found,
-        "causal": not backbone.config.is_encoder_decoder and _ignores_later(first, second),
+        "causal": causal,
         "skipped": _layers_without(body, [s["name"] for s in found]),
         "embedding_dim": width,
     }
@@ -99,6 +108,18 @@ def _ignores_later(first: Tensor, second: Tensor) -> bool:
     """Whether the first token's state stayed where the later ones' moved."""
     moved = (first - second).abs()
     return bool(moved[:, 0].max() <= 1e-4 * moved[:, 1:].max())
+
+
+def _is_masked_alone(body: PreTrainedModel) -> bool:
+    """Whether a body of text and images is causal by a mask alone, which is left out where no token is a pad.
+
+    So is PaliGemma, whose start may be read both ways, and whose attention says of itself that it is not causal.
+    """
+    if "attention_mask" not in parameters_of(body):
+        return False
+    mask = torch.ones(1, PROBE_TOKENS, dtype=torch.long, device=device_of(body))
+    mask[:, -1] = 0
+    return _ignores_later(*(_states(body, changed, attention_mask=mask)[:, :-1] for changed in (False, True)))
 
 
 def _embed(backbone: PreTrainedModel, embeddings: nn.Module) -> Tensor:
@@ -148,7 +169,7 @@ def run_on_tokens(body: PreTrainedModel, changed: bool = False, **further: Any) 
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     try:
-        return body(**inputs, **further)
+        return body(**inputs | further)
     except PTuneError:
         raise
     except DEVICE_FAILURES:
@@ -160,8 +181,8 @@ def run_on_tokens(body: PreTrainedModel, changed: bool = False, **further: Any) 
         ) from error
 
 
-def _states(body: PreTrainedModel, changed: bool = False) -> Tensor:
-    hidden: Any = run_on_tokens(body, changed)[0]
+def _states(body: PreTrainedModel, changed: bool = False, **further: Any) -> Tensor:
+    hidden: Any = run_on_tokens(body, changed, **further)[0]
     return torch.as_tensor(hidden).float()
 
 

@@ -40,10 +40,18 @@ class Site:
         shape: heads and widths of its keys and values.
         product: which of the products in an attention of its own is that of queries and keys.
         config: the backbone's configuration.
+        causal: whether the tokens of a prompt that runs by itself see only those before them.
     """
 
     def __init__(
-        self, name: str, where: str, layer: int, shape: SiteShape, product: int = 0, config: Any = None
+        self,
+        name: str,
+        where: str,
+        layer: int,
+        shape: SiteShape,
+        product: int = 0,
+        config: Any = None,
+        causal: bool = False,
     ) -> None:
         self.name = name
         self.where = where
@@ -51,6 +59,7 @@ class Site:
         self.shape = shape
         self.product = product
         self.config = config
+        self.causal = causal
         self.probing = False  # a candidate may turn out not to attend
         # `pair`, `recording`, `recorded` of each thread's pass, and of the latest one: compiled code runs in one thread
         self._here: Any = threading.local()

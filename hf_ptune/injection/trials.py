@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from hf_ptune.errors import InjectionError
-from hf_ptune.injection.positions import follow_length
+from hf_ptune.injection.calls import parameters_of
+from hf_ptune.injection.positions import follow_length, of_text_alone
 from hf_ptune.injection.probe import (
     PROBE_TOKENS,
     close,
@@ -29,15 +30,16 @@ def prompts_agree(injector: Any) -> bool:
     ids = torch.tensor([[11, 18, 25]], device=device_of(words)) % vocabulary_of(injector.body)
     kept = injector.encode, injector.num_virtual_tokens
     try:
-        with trying(), probing(injector.body), torch.no_grad():  # families that need input_ids refuse embeddings
+        # families that need input_ids refuse embeddings
+        with trying(), probing(injector.body), of_text_alone(injector.body), torch.no_grad():
             embeds = words(ids)
             embeds = torch.cat([embeds[:, :1] / 2, embeds[:, 1:]], 1)  # as a prompt, no token's embedding
             injector.fill(None)
             injector.busy = True
-            expected = injector.body(inputs_embeds=embeds)[0][:, 1:].float()
+            expected = _states(injector, embeds)[:, 1:]
             injector.busy = False
             injector.encode, injector.num_virtual_tokens, injector.cached = lambda: embeds[0, :1], 1, None
-            found = injector.body(inputs_embeds=embeds[:, 1:])[0].float()
+            found = _states(injector, embeds[:, 1:])
             return close(found, expected, injector.backbone.dtype)
     finally:
         injector.busy, injector.cached = False, None
@@ -69,13 +71,24 @@ def embeddings_agree(injector: Any) -> bool:
     return False
 
 
+def _states(injector: Any, embeds: torch.Tensor) -> torch.Tensor:
+    """Last states of `[1, S, H]`; where attention is causal by a mask alone, a pad behind them asks for one."""
+    body = injector.body
+    causal = all(getattr(body.get_submodule(site.name), "is_causal", True) for site in injector.sites)
+    if causal or "attention_mask" not in parameters_of(body):
+        return torch.as_tensor(body(inputs_embeds=embeds)[0]).float()
+    mask = torch.tensor([[1] * embeds.shape[1] + [0]], device=embeds.device)
+    states = body(inputs_embeds=torch.cat([embeds, embeds[:, :1]], 1), attention_mask=mask)[0]
+    return torch.as_tensor(states[:, :-1]).float()
+
+
 def joining_agrees(injector: Any) -> bool:
     """Whether prompt and rows in one sequence answer as the prompt shared as a prefix does."""
     if follow_length(injector.body):  # a prompt by itself is shorter than with the rows
         return False
     if (
         not injector.shift
-        or injector.text is not injector.body
+        or "position_ids" not in parameters_of(injector.body)
         or injector.backbone.config._attn_implementation != "sdpa"
     ):
         return False
