@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from families import CONFIGS, DECODERS, VOCABULARY, batch, build
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Llama4TextConfig
 
 from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.injection import attention, joint, kernels, merge, own_attention
@@ -292,6 +292,19 @@ def test_frequencies_that_follow_the_length_train_as_they_serve(family: str, rop
     with torch.no_grad():
         assert torch.allclose(model.eval()(input_ids=ids, labels=ids).logits, trained, atol=1e-9)
     assert model._injector.joins is False
+
+
+def test_attention_in_chunks_is_never_tried_in_one_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4 masks chunks by the pads of every row; the trial would fail on the device, and take it down."""
+    monkeypatch.setattr(joint, "join", lambda *a: pytest.fail("prompt and rows were laid in one sequence"))
+    small = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 37, "intermediate_size_mlp": 37, "head_dim": 8}
+    small |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    config = Llama4TextConfig(**small, attention_chunk_size=6, eos_token_id=2, pad_token_id=0, bos_token_id=1)
+    base = AutoModelForCausalLM.from_config(config)
+    model = get_ptune_model(base, PTuneConfig(method="prompt_tuning", num_virtual_tokens=4)).train()
+    model(**batch("llama")).loss.backward()
+    assert model._injector.joins is False
+    assert model.prompt.weight.grad.abs().sum() > 0
 
 
 def test_packed_sequences_stay_apart_while_training(wrap: Wrap) -> None:

@@ -86,8 +86,10 @@ def joining_agrees(injector: Any) -> bool:
     """Whether prompt and rows in one sequence answer as the prompt shared as a prefix does."""
     if follow_length(injector.body):  # a prompt by itself is shorter than with the rows
         return False
+    chunked = getattr(injector.body.config.get_text_config(), "attention_chunk_size", None)
     if (
-        not injector.shift
+        chunked  # by the pads of each row, of which one sequence has but its own: a device would not survive the others
+        or not injector.shift
         or "position_ids" not in parameters_of(injector.body)
         or injector.backbone.config._attn_implementation != "sdpa"
     ):
