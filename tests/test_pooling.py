@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BigBirdConfig,
     ElectraConfig,
+    FunnelConfig,
     MPNetConfig,
     PretrainedConfig,
     XLNetConfig,
@@ -199,6 +200,28 @@ def test_refused_where_the_head_reads_the_last_token() -> None:
     backbone = AutoModelForSequenceClassification.from_config(XLNetConfig(**small))
     with pytest.raises(ConfigError, match="XLNetForSequenceClassification does not do so"):
         get_ptune_model(backbone, PTuneConfig(method="p_tuning_v2", pooling="mean"))
+
+
+def test_states_that_are_fewer_than_the_tokens_have_no_mean_of_these() -> None:
+    """Funnel gives half as many states behind every block."""
+    torch.manual_seed(0)
+    small = {"vocab_size": 99, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 36, "initializer_std": 0.3}
+    backbone = AutoModelForSequenceClassification.from_config(FunnelConfig(**small, block_sizes=[1, 1])).eval()
+    with pytest.raises(ConfigError, match="FunnelForSequenceClassification does not do so"):
+        get_ptune_model(backbone, PTuneConfig(method="p_tuning_v2", pooling="mean"))
+    for settings in ({"method": "prompt_tuning"}, {"method": "p_tuning_v2", "pooling": "auto"}):
+        model = get_ptune_model(backbone, PTuneConfig(num_virtual_tokens=4, **settings)).eval()
+        assert model.config.pooling == "cls"
+        backbone = model.unwrap()
+
+
+def test_masks_of_three_axes_reach_the_base_while_the_prompt_is_off(wrap: Wrap) -> None:
+    model, ids = wrap("bert", "p_tuning_v2", pooling="mean"), batch("bert")["input_ids"]
+    with model.disable_adapter():
+        found = model(ids, attention_mask=torch.ones(2, 7, 7, dtype=torch.long)).logits
+        assert torch.allclose(found, model(ids).logits)
+    with pytest.raises(InjectionError, match="3 axes"):
+        model(ids, attention_mask=torch.ones(2, 7, 7, dtype=torch.long))
 
 
 def test_a_word_that_is_none_of_its_values() -> None:

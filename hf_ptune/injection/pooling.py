@@ -19,8 +19,10 @@ _FIRST = (None, "cls", "bos", "first")
 
 
 def reads_first_token(body: nn.Module) -> bool:
-    """Whether a head over this body, as transformers has them, reads the state of the first token alone."""
+    """Whether a head over this body, as transformers has them, reads the first token's state alone, of all tokens'."""
     config: Any = body.config
+    if len(getattr(config, "block_sizes", None) or ()) > 1:  # Funnel: fewer states than tokens
+        return False
     named = {getattr(config, name, None) for name in ("classifier_pooling", "summary_type")}
     return named <= set(_FIRST) and isinstance(_producer(body), nn.Module)
 
