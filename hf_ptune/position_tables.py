@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_ptune.errors import InjectionError
-from hf_ptune.injection import cache_of
+from hf_ptune.injection import body_of, cache_of, text_of
 
 _NAMES = ("wpe", "position_embeddings", "position_embedding", "embed_positions", "pos_emb")
 
@@ -32,10 +32,15 @@ class PositionTable:
 def position_tables(model: Any) -> Iterator[PositionTable]:
     """The tables of absolute positions of a wrapped model's backbone; none where positions are rotary or relative."""
     others: tuple[str, ...] = ()  # what reads images or sounds has tables of its own
+    body = body_of(model.backbone)
+    text = text_of(body, [s["name"] for s in model.config.geometry["sites"]])
+    inside = None if text is body else set(text.modules())
     for name, module in model.backbone.named_modules():
         if name and isinstance(module, PreTrainedModel) and module.main_input_name != "input_ids":
             others = (*others, f"{name}.")
         if not isinstance(module, nn.Embedding) or name.rpartition(".")[2] not in _NAMES or name.startswith(others):
+            continue
+        if inside is not None and module not in inside:
             continue
         offset = getattr(module, "offset", None)  # BART, OPT: rows before position 0
         if not isinstance(offset, int):

@@ -18,6 +18,7 @@ from transformers import (
 
 from hf_ptune import PTuneConfig, get_ptune_model
 from hf_ptune.methods.base import join_prefix
+from hf_ptune.position_tables import token_room
 
 P = 3
 _IMAGE = 90
@@ -239,3 +240,19 @@ def test_a_base_that_reads_its_start_both_ways_and_counts_from_one(attention: st
             told = model.generate(**rows, max_new_tokens=4, min_new_tokens=4, suppress_tokens=[_IMAGE], **wishes)
             again = model(**_longer(rows, told.sequences), use_cache=False).logits[:, -5:-1]
             assert torch.allclose(torch.stack(told.logits, 1), again.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("language", "room"), [("llama", None), ("gpt2", 64 - 20)])
+@pytest.mark.parametrize("method", ["p_tuning_v2", "bitfit"])
+def test_places_in_an_image_are_no_positions_of_a_text(language: str, room: int | None, method: str) -> None:
+    seeing = {"hidden_size": 32, "intermediate_size": 36, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = _TEXT if language == "llama" else {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 99}
+    config = AutoConfig.for_model(
+        "idefics3",
+        vision_config=seeing | {"image_size": 16, "patch_size": 8},
+        text_config=text | {"model_type": language} | ({} if language == "llama" else {"n_positions": 64}),
+        image_token_id=_IMAGE,
+    )
+    base = AutoModelForImageTextToText.from_config(config)
+    model = get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=20))
+    assert token_room(model) == (64 if room and method == "bitfit" else room)
