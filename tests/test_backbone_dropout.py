@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 import torch
 from families import CONFIGS, METHODS, batch, build
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from hf_ptune import PTuneConfig, get_ptune_model
 from hf_ptune.callbacks.guard import kept_model_state
@@ -125,3 +131,27 @@ def test_nothing_of_it_is_saved(tmp_path: Any) -> None:
     assert set(probabilities(loaded.backbone.bert).values()) == {0.5}
     loaded.train()
     assert set(probabilities(loaded.backbone.bert).values()) == {0.0}
+
+
+_SMALL = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 36}
+
+
+@pytest.mark.parametrize("family", ["falcon", "persimmon", "prophetnet"])
+def test_probabilities_that_are_read_while_a_pass_runs(family: str) -> None:
+    """These families ask their configuration, in every pass."""
+    noise = {"hidden_dropout": 0.5, "attention_dropout": 0.5, "dropout": 0.5, "activation_dropout": 0.5}
+    heads = {f"num{part}_attention_heads": 4 for part in ("", "_encoder", "_decoder")}
+    layers = {"num_encoder_layers": 1, "num_decoder_layers": 1, "encoder_ffn_dim": 36, "decoder_ffn_dim": 36}
+    depth = {"num_hidden_layers": 2} if family != "prophetnet" else layers
+    config = AutoConfig.for_model(family, **_SMALL, **heads, **depth, **noise, pad_token_id=0)
+    kind = AutoModelForCausalLM if family != "prophetnet" else AutoModelForSeq2SeqLM
+    method = "p_tuning_v2" if family != "prophetnet" else "bitfit"
+    model = get_ptune_model(kind.from_config(config), PTuneConfig(method=method, backbone_dropout=False))
+    inputs = {"input_ids": batch("llama")["input_ids"]}
+    inputs |= {"decoder_input_ids": inputs["input_ids"]} if family == "prophetnet" else {}
+    first, second = passes(model.train(), inputs)
+    assert torch.equal(first, second)
+    assert torch.equal(*passes(copy.deepcopy(model), inputs))
+    assert model.backbone.config.attention_dropout == 0.5, "what may be saved says what it was"
+    torch.testing.assert_close(first, model.eval()(**inputs).logits)
+    assert not torch.equal(*passes(model.unwrap().train(), inputs))
