@@ -60,6 +60,27 @@ def test_a_gate_over_all_scores_sees_the_prefix() -> None:
         assert torch.allclose(model(input_ids=ids[:, 4:]).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("attention", "told"), [("sdpa", False), ("eager", False), ("eager", True)])
+def test_positions_that_a_base_counts_twice_are_the_prompt_s_too(attention: str, told: bool) -> None:
+    """Falcon adds ALiBi to its scores and to its mask, where it attends by itself."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("falcon", **_SMALL, alibi=True, bos_token_id=1, eos_token_id=2)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
+    ids, mask = torch.randint(5, 80, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.normal_(0, 0.3)
+        model = get_ptune_model(base, PTuneConfig(method="prompt_tuning", num_virtual_tokens=3)).eval()
+        prompt = model.prompt.weight[None].expand(2, -1, -1).double()
+        with model.disable_adapter():
+            rows = {"inputs_embeds": torch.cat([prompt, base.get_input_embeddings()(ids)], 1)}
+            rows["attention_mask"] = torch.cat([mask.new_ones(2, 3), mask], 1)
+            expected = model.backbone(**rows, output_attentions=told).logits[:, 3:]
+        found = model(input_ids=ids, attention_mask=mask, output_attentions=told).logits
+    assert torch.allclose(found[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)
+
+
 def test_wrapping_leaves_blocks_as_they_were() -> None:
     """BigBird turns to full attention for good where it meets a short row, such as the one that it is tried with."""
     torch.manual_seed(0)

@@ -43,6 +43,14 @@ def prefix_bias(module: Any, site: Site, kwargs: dict[str, Any]) -> torch.Tensor
     return None
 
 
+def bias_of_mask(module: Any, bias: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """What a mask adds to that bias once more: Falcon's own holds it too, scaled as the scores are."""
+    mask = kwargs.get("attention_mask")
+    if bias is None or type(module).__name__ != "FalconAttention" or mask is None or mask.dim() != 4:
+        return None
+    return bias * module.inv_norm_factor if mask.shape[1] == module.num_heads else None
+
+
 def _ramp(per_head: list[float], site: Site) -> torch.Tensor:
     virtual = site.num_virtual_tokens
     back = torch.arange(-virtual, 0, dtype=torch.float32)

@@ -148,6 +148,7 @@ class ScoreShadow(TorchFunctionMode):
         self.module = module
         self.groups = key_groups(module)
         self.bias = alibi.prefix_bias(module, site, kwargs)
+        self.again = alibi.bias_of_mask(module, self.bias, kwargs)
         self.shadows: dict[int, Tensor] = {}
         self.products: dict[int, int] = {}  # of a tracked tensor: the number of the product it comes from
         self.owners: list[Tensor] = []  # keeps the ids above alive
@@ -218,7 +219,8 @@ class ScoreShadow(TorchFunctionMode):
     def _add_bias(self, shadow: Tensor) -> Tensor:
         if self.bias is None:
             return shadow
-        bias, self.bias = self.bias.to(shadow), None  # [B, H, 1, P], added once
+        # [B, H, 1, P], as often as the base adds its own
+        bias, self.bias, self.again = self.bias.to(shadow), self.again, None
         if shadow.dim() == 3:
             return (shadow.unflatten(0, (-1, bias.shape[1])) + bias).flatten(0, 1)
         return shadow + bias
