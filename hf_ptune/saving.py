@@ -5,14 +5,15 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import HUB_KEYS, check_tensors, digest_of, is_foreign, read_tensors, staged, write_tensors
 from hf_ptune.backbone import anchored, check_target, head_names
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import BackboneError, ConfigError
+from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
 from hf_ptune.loading import (
     check_prompt,
     find_adapter,
@@ -77,9 +78,11 @@ class SavedAdapter(PreTrainedModel):
             flatten: fold the reparameterisation into the written prompt; it cannot be trained further then.
 
         Raises:
-            AdapterFileError: the folder is that of the base, which would be lost.
+            AdapterFileError: the folder is that of the base, which would be lost; or a parameter is made of others,
+                as `torch.nn.utils.parametrize` has it, which nobody could load.
         """
         check_target(save_directory, self.config.base_model_name_or_path)
+        _check_plain(self)
         tensors = self.adapter_state_dict(state_dict)
         config = self.config
         config.set_base(self.backbone.config, self.backbone.dtype)  # which may have changed since
@@ -246,6 +249,29 @@ class SavedAdapter(PreTrainedModel):
         if model.can_generate():
             model.generation_config = backbone.generation_config = read_generation(source, backbone, own)
         return (model, info) if with_info else model
+
+
+def _check_plain(model: Any) -> None:
+    """Refuse to write parameters whose names a model that is loaded does not have."""
+    modules = {"prompt": model.prompt, "mix": model.mix, "backbone": model.backbone}
+    names = {n.rsplit(".", 1)[0] for n in model.adapter_parameter_names()}
+    for place, part in modules.items():
+        for path, module in () if part is None else part.named_modules(prefix=place):
+            kinds = _made_of_others(module)
+            if kinds and any(n == path or n.startswith(f"{path}.parametrizations") for n in names):
+                raise AdapterFileError(
+                    f"{path} has parameters that are made of others ({', '.join(kinds)}); a model that is loaded has "
+                    "plain ones. Make them plain before saving, for which torch.nn.utils has "
+                    "parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm and prune.remove."
+                )
+
+
+def _made_of_others(module: nn.Module) -> list[str]:
+    """What makes parameters of a module of others, by name: parametrizations, and hooks of torch before these."""
+    if is_parametrized(module):
+        return sorted(f"parametrization of {n}" for n in module.parametrizations)  # type: ignore[union-attr, arg-type]
+    hooks = (type(h) for h in module._forward_pre_hooks.values())
+    return sorted(kind.__name__ for kind in hooks if kind.__module__.startswith("torch.nn.utils."))
 
 
 def _other_head(found: dict[str, Tensor], expected: dict[str, Tensor], model: Any) -> dict[str, Tensor]:

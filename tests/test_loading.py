@@ -15,6 +15,9 @@ import transformers
 from families import batch, build
 from safetensors.torch import load_file, save_file
 from tokenizers_of import tokenizer_of
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -241,6 +244,40 @@ def test_head_and_labels_come_back(wrap: Wrap, tmp_path: Path) -> None:
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"} and loaded.config.num_labels == 3
     assert (loaded.backbone.classifier.weight == 0.25).all()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("of", [lambda m: (m.prompt, "weight"), lambda m: (m.backbone.classifier, "weight")])
+@pytest.mark.parametrize(
+    ("make", "undo"),
+    [
+        (lambda m, n: register_parametrization(m, n, nn.Tanh()), remove_parametrizations),
+        (lambda m, n: parametrizations.weight_norm(m, n), remove_parametrizations),
+        (lambda m, n: nn.utils.weight_norm(m, n), nn.utils.remove_weight_norm),
+        (lambda m, n: prune.l1_unstructured(m, n, 0.5), prune.remove),
+    ],
+)
+def test_parameters_made_of_others_are_refused_before_writing(
+    make: Any, undo: Any, of: Any, wrap: Wrap, tmp_path: Path
+) -> None:
+    model, inputs = wrap("bert", "p_tuning_v2"), batch("bert")
+    module, name = of(model)
+    make(module, name)
+    expected = model(**inputs).logits
+    with pytest.raises(AdapterFileError, match="made of others.*plain"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    undo(module, name)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert torch.allclose(loaded(**inputs).logits, expected, atol=1e-9)
+
+
+def test_what_is_no_part_of_an_adapter_may_be_made_of_others(wrap: Wrap, tmp_path: Path) -> None:
+    model = wrap("bert", "p_tuning_v2")
+    parametrizations.weight_norm(model.backbone.bert.encoder.layer[0].output.dense)
+    model.save_pretrained(tmp_path / "adapter")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
