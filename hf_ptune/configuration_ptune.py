@@ -201,8 +201,8 @@ class PTuneConfig(PreTrainedConfig):
         object.__setattr__(self, "_base", base)
         for name in _FROM_BASE:
             setattr(self, name, getattr(base, name))
-        # what the base alone knows (vocab_size, hidden_size, pad_token_id, …)
-        self.tie_word_embeddings = False
+        # a wrapper ties nothing by itself; scripts ask it what its base ties, and some bases do not say
+        self.tie_word_embeddings = getattr(base, "tie_word_embeddings", False)
 
     @classmethod
     def get_config_dict(

@@ -88,6 +88,29 @@ class Delegating(SavedAdapter):
             logger.warning(lost)
         return cast(nn.Embedding, resized)
 
+    @property
+    def dummy_inputs(self) -> dict[str, Any]:
+        """The backbone's, which an encoder-decoder has more of."""
+        return cast(dict[str, Any], self.backbone.dummy_inputs)
+
+    def get_position_embeddings(self) -> Any:
+        return self.backbone.get_position_embeddings()
+
+    def resize_position_embeddings(self, new_num_position_embeddings: int) -> None:
+        """Refuse positions that the base, as an adapter's folder names it, would not have.
+
+        Raises:
+            PTuneError: another number of them than the base has.
+            NotImplementedError: the base's positions cannot be resized.
+        """
+        self.backbone.get_position_embeddings()
+        found = self.backbone.config.max_position_embeddings
+        if new_num_position_embeddings != found:
+            raise PTuneError(
+                f"the base has {found} positions, not {new_num_position_embeddings}: an adapter's folder holds none of "
+                "them, and names a base as it is. Resize them in the base, save it, and wrap what is loaded from there."
+            )
+
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         return self.backbone.get_encoder(*args, **kwargs)
 

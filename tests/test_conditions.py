@@ -568,6 +568,7 @@ def test_config_answers_what_scripts_ask(wrap: Wrap) -> None:
     assert (config.vocab_size, config.hidden_size, config.num_labels, config.pad_token_id) == (99, 32, 2, 0)
     assert config.is_encoder_decoder is False and config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
     assert wrap("t5", "p_tuning_v2").config.is_encoder_decoder is True
+    assert config.tie_word_embeddings is True and wrap("llama", "p_tuning_v2").config.tie_word_embeddings is False
 
 
 def test_grouped_query_heads_are_counted() -> None:

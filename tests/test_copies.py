@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.errors import PTuneError
 from hf_ptune.methods import Method, registry
 
 Wrap = Callable[..., PTunePreTrainedModel]
@@ -272,6 +273,25 @@ def test_resized_embeddings_change_no_answer_and_go_on_training(family: str, met
     step(model, family)
     names = model.adapter_parameter_names()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if n in names)
+
+
+def test_other_positions_of_the_base_are_refused(wrap: Wrap) -> None:
+    """They would be no part of the adapter's folder, whose base has as many as before."""
+    model = wrap("distilbert", "p_tuning_v2")
+    assert model.get_position_embeddings() is model.backbone.get_position_embeddings()
+    model.resize_position_embeddings(64)
+    with pytest.raises(PTuneError, match="has 64 positions.*Resize them in the base, save it"):
+        model.resize_position_embeddings(128)
+    assert model.get_position_embeddings().weight.shape[0] == 64
+    with pytest.raises(NotImplementedError, match="Bert"):
+        wrap("bert", "p_tuning_v2").resize_position_embeddings(128)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "bert", "llama"])
+def test_a_base_s_own_inputs_to_try_it_with(family: str, wrap: Wrap) -> None:
+    model = wrap(family, "p_tuning_v2")
+    inputs = {name: t % 9 if t.dtype == torch.long else t for name, t in model.dummy_inputs.items()}
+    assert inputs.keys() == model.backbone.dummy_inputs.keys() and model(**inputs).logits is not None
 
 
 def test_a_template_prompt_outlives_resized_embeddings(wrap: Wrap) -> None:
