@@ -75,7 +75,7 @@ def _hooks(modules: Iterator[nn.Module]) -> Iterator[dict[int, Any]]:
     for module in modules:
         held = module.__dict__
         for kind in _KINDS:
-            if hooks := held[kind]:
+            if hooks := held.get(kind):
                 yield hooks
 
 
