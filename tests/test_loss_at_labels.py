@@ -55,7 +55,8 @@ def test_same_loss_and_gradients(
         assert seen == [count + (family in DECODERS) if on else inputs["labels"].numel()]
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-6)
     for ours, whole in zip(results[0][1], results[1][1], strict=True):
-        assert torch.allclose(ours, whole, rtol=1e-5, atol=1e-8)
+        # bases that attend in float32 round there, by what the processor's kernels add up first
+        assert torch.allclose(ours, whole, rtol=1e-5, atol=1e-6 * float(whole.abs().max()))
 
 
 @every_case
