@@ -1,14 +1,17 @@
 """A pass that is stopped by the keyboard leaves nothing behind, in the model or in the process."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from families import batch, build
 from torch.overrides import _get_current_function_mode_stack as function_modes
 
 from hf_ptune import PTunePreTrainedModel
+from hf_ptune.injection.interrupts import OnInterrupt
 
 Wrap = Callable[..., PTunePreTrainedModel]
 
@@ -89,3 +92,23 @@ def test_a_forward_is_given_back(family: str, wrap: Wrap) -> None:
     model = wrap(family, "p_tuning_v2")
     assert "forward" in vars(model.base_model)
     assert not any("forward" in vars(module) for module in model.unwrap().modules())
+
+
+def test_forwards_that_stand_before_one_another_leave_in_any_order() -> None:
+    module, cleaned = torch.nn.Linear(2, 2), []
+    first, second = (OnInterrupt(module, partial(cleaned.append, name)) for name in ("first", "second"))
+    first.remove()
+    assert vars(module)["forward"] is second and module(torch.ones(2)).shape == (2,)
+    second.remove()
+    assert "forward" not in vars(module) and not cleaned
+
+
+def test_a_forward_that_a_device_map_puts_before_it_stays_behind(wrap: Wrap) -> None:
+    model = wrap("bloom", "p_tuning_v2")
+    expected, body = answers(model, "bloom"), model.base_model
+    add_hook_to_module(body, ModelHook())
+    assert torch.equal(answers(model, "bloom"), expected)
+    backbone = model.unwrap()
+    bare = answers(backbone, "bloom")
+    remove_hook_from_module(body)
+    assert torch.equal(answers(backbone, "bloom"), bare) and not torch.allclose(bare, expected)
