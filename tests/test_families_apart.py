@@ -405,6 +405,20 @@ def test_what_is_said_of_every_token_is_refused_beside_a_prompt_among_them(
         assert model(input_ids=ids, **given).logits.shape == expected.shape
 
 
+def test_lengths_of_rows_count_the_prompt() -> None:
+    """XLM takes them in place of a mask."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("xlm", vocab_size=99, emb_dim=32, n_layers=2, n_heads=4)
+    base = AutoModelForTokenClassification.from_config(config).double().eval()
+    model = get_ptune_model(base, PTuneConfig(method="prompt_tuning", num_virtual_tokens=4)).eval()
+    ids, mask, lengths = torch.randint(5, 99, (2, 9)), torch.ones(2, 9, dtype=torch.long), torch.tensor([9, 6])
+    mask[1, 6:] = 0
+    with torch.no_grad():
+        expected, found = model(input_ids=ids, attention_mask=mask).logits, model(input_ids=ids, lengths=lengths).logits
+        assert torch.allclose(found[mask.bool()], expected[mask.bool()], atol=1e-9)
+        assert torch.equal(lengths, torch.tensor([9, 6]))
+
+
 def test_types_of_several_axes_are_lengthened() -> None:
     """TAPAS tells rows and columns of a table by them."""
     torch.manual_seed(0)

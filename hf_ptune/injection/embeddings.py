@@ -67,6 +67,8 @@ class InputPrompt:
             named["attention_mask"] = splice(mask, mask.new_ones(batch, virtual), at)
         if (types := named.get("token_type_ids")) is not None:
             named["token_type_ids"] = splice(types, types[:, :1].expand(batch, virtual, *types.shape[2:]), at)
+        if (lengths := named.get("lengths")) is not None:  # XLM's, of rows in place of a mask
+            named["lengths"] = lengths + virtual
         if positions is not None:
             first = positions.gather(1, (at[:, None] - self.index))
             named["position_ids"] = splice(positions, first.expand(-1, virtual), at)
