@@ -23,6 +23,7 @@ from hf_ptune.injection.probe import close, vocabulary_of
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import flatten, split_prefix
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
+from hf_ptune.peft_words import settle, shared_names
 from hf_ptune.wrapping import get_ptune_model
 
 FilePath = str | os.PathLike[str]
@@ -78,6 +79,8 @@ def load_peft(source: FilePath, backbone: PreTrainedModel | None = None, **kwarg
     task = task_of(backbone)
     if settings["task_type"] not in (task, None):
         raise ConfigError(f"{name} was trained for {settings['task_type']}, but the backbone does {task}.")
+    inputs = get_method(method).kind is PromptKind.EMBEDDINGS
+    kept = settle(kept, backbone, settings.get("modules_to_save") or (), inputs, name)
     config = PTuneConfig(
         method=method,
         num_virtual_tokens=settings["num_virtual_tokens"],
@@ -96,7 +99,9 @@ def save_peft(model: PTunePreTrainedModel, folder: FilePath) -> None:
     """Write a prompt as a folder that `peft.PeftModel.from_pretrained(base, folder)` loads.
 
     The prompt is written without its reparameterisation. With a prefix of a bidirectional encoder whose positions do
-    not shift, the base's table of positions is written too, moved by P, since PEFT counts positions from P on.
+    not shift, the base's table of positions is written too, moved by P, since PEFT counts positions from P on. Trained
+    weights that the base ties, and the words beside a prompt among the inputs, are written so that PEFT puts them in
+    the place of the base's own, as it does with resized ones: a copy of them would not be read everywhere.
 
     Args:
         model: a wrapped model of one of PEFT's tasks.
@@ -117,9 +122,12 @@ def save_peft(model: PTunePreTrainedModel, folder: FilePath) -> None:
     if _moves_table(injector):
         name, table, first = _positions(model.backbone)
         tensors[f"{name}.weight"] = _moved(table.weight, first, model.config.num_virtual_tokens)
+    shared = shared_names(model.backbone, injector.kind is PromptKind.EMBEDDINGS)
+    in_place = {n: tensors[names[0]].clone() for names in shared if names[0] in tensors for n in names}
+    tensors |= in_place
     written: dict[str, Tensor] = {f"base_model.{n}": t for n, t in tensors.items()} | {"prompt_embeddings": prompt}
     heads = head_names(model.backbone, model.task)  # kept as wholes there
-    modules = sorted({n.split(".")[0] if n in heads else n.rpartition(".")[0] for n in tensors})
+    modules = sorted({n.split(".")[0] if n in heads else n.rpartition(".")[0] for n in tensors if n not in in_place})
     settings = _peft_settings(model, injector, modules)
     target.mkdir(parents=True, exist_ok=True)
     (target / PEFT_CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

@@ -13,7 +13,7 @@ import torch
 from families import batch, build
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache, PreTrainedModel
 
 from hf_ptune import PTuneConfig, PTuneForSequenceClassification, get_ptune_model
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
@@ -219,6 +219,63 @@ def test_further_modules_are_kept(tmp_path: Path) -> None:
     assert_equal(loaded, theirs, "gpt2")
     save_peft(loaded, tmp_path / "ours")
     assert_equal(loaded, reloaded("gpt2", "CAUSAL_LM", tmp_path / "ours"), "gpt2")
+
+
+TABLES = {"gpt2": "wte", "llama": "embed_tokens"}  # tied to the head, and not
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("family", TABLES)
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_trained_words_answer_alike_in_peft(method: str, family: str, low_memory: bool, tmp_path: Path) -> None:
+    """PEFT reads words beside an input prompt, and a tied head, from the base's own table, never from a copy."""
+    ours = ours_of(family, method, modules_to_save=[TABLES[family]])
+    save_peft(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(build(family), tmp_path / "ours", low_cpu_mem_usage=low_memory).eval()
+    for a, b in zip(answers(ours, family), answers(theirs, family), strict=True):
+        assert torch.allclose(a, b, atol=1e-4), (a - b).abs().max()
+    assert_equal(ours, load_peft(tmp_path / "ours", build(family)), family)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "modules", "taken"),
+    [
+        ("llama", "p_tuning_v2", ["embed_tokens"], True),
+        ("llama", "prompt_tuning", ["embed_tokens"], False),  # PEFT trains a copy, and reads the base's own
+        ("llama", "prompt_tuning", ["lm_head"], True),
+        ("gpt2", "p_tuning_v2", ["wte"], False),  # the head stays the base's own
+        ("gpt2", "p_tuning_v2", ["lm_head"], False),
+        ("gpt2", "p_tuning_v2", ["wte", "lm_head"], False),  # each moved by itself
+    ],
+)
+def test_peft_s_copies_of_words(family: str, method: str, modules: list[str], taken: bool, tmp_path: Path) -> None:
+    theirs = theirs_of(family, method, "CAUSAL_LM", tmp_path, modules_to_save=modules)
+    if taken:
+        assert_equal(load_peft(tmp_path, build(family)), theirs, family)
+        return
+    base = build(family)
+    before = {n: t.clone() for n, t in base.state_dict().items()}
+    with pytest.raises(ConfigError, match="one weight for both"):
+        load_peft(tmp_path, base)
+    assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_resized_words_of_peft_are_taken(method: str, base_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Those of a base that got more words are in the folder, under both names of a tied table."""
+    folder = base_folder("gpt2", "CAUSAL_LM")
+    bases = [AutoModelForCausalLM.from_pretrained(folder) for _ in range(2)]
+    for base in bases:
+        base.resize_token_embeddings(101)
+    kind = peft.PromptTuningConfig if method == "prompt_tuning" else peft.PrefixTuningConfig
+    theirs = peft.get_peft_model(bases[0], kind(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)).double().eval()
+    move(theirs)
+    with pytest.warns(UserWarning, match="resized"):
+        theirs.save_pretrained(tmp_path / "theirs")
+    assert "base_model.lm_head.weight" in load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert_equal(load_peft(tmp_path / "theirs", bases[1].double()), theirs, "gpt2")
+    with pytest.raises(AdapterFileError, match="101"):
+        load_peft(tmp_path / "theirs", build("gpt2"))
 
 
 def test_the_module_is_imported_alone_and_without_peft() -> None:

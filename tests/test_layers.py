@@ -38,7 +38,7 @@ LAYERS = [
     {"saving"},
     {"delegation"},
     {"modeling_ptune"},
-    {"wrapping"},
+    {"wrapping", "peft_words"},
     {"engines", "defaults"},
     {"multitask", "presets"},
     {"metrics", "cloze", "optimizer"},
