@@ -55,7 +55,8 @@ class RunFacts:
         base_bytes: size of the base's weights, which full fine-tuning would write.
         base_parameters: those of the base, which full fine-tuning would train.
         example: an input for the snippet; of SEQ_CLS, where pairs were trained on, its `text` and `text_pair`, and of
-            a template with a gap its fields; of CAUSAL_LM, where conversations were, the messages before the answer.
+            a template with a gap or virtual tokens its fields; of CAUSAL_LM, where conversations were, the messages
+            before the answer.
         datasets: ids or names of what it was trained on.
         languages: ISO codes.
         license: of the adapter; that of its base on the Hub where unset.
@@ -132,7 +133,7 @@ class RunFacts:
 
     def _example_names(self) -> tuple[str, ...]:
         """Names of the texts that an example may consist of; none where it is one text."""
-        if (read := _gap_template(self)) is not None:
+        if (read := _template(self)) is not None:
             return tuple(read.fields)
         return ("text", "text_pair") if self.task == "SEQ_CLS" else ()
 
@@ -217,7 +218,7 @@ def make_card(facts: RunFacts, repo_id: str = "user/adapter", curves: str | None
     facts = RunFacts(**_finite(asdict(facts)))
     facts.datasets = [public_name(name) for name in facts.datasets]
     method = get_method(facts.method)
-    epochs = _by_epoch(facts.history)
+    read, epochs = _template(facts), _by_epoch(facts.history)
     template = resources.files("hf_ptune").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     card: ModelCard = ModelCard.from_template(
         _metadata(facts, repo_id),
@@ -232,7 +233,8 @@ def make_card(facts: RunFacts, repo_id: str = "user/adapter", curves: str | None
         trained=bool(facts.seeds or facts.history),
         auto_class=TASKS[facts.task].__name__,
         pipeline=None if facts.task in _WITHOUT_PIPELINE else _PIPELINES[facts.task],
-        cloze=_cloze(facts),
+        read=read,
+        row=read and _row(facts, read),
         percent=100 * facts.parameters / max(facts.all_parameters, 1),
         summary=summarise(facts.metrics),
         epochs=epochs,
@@ -279,18 +281,16 @@ def draw_curves(facts: RunFacts, path: Path) -> str | None:
     return path.name
 
 
-def _cloze(facts: RunFacts) -> tuple[str, dict[str, Any]] | None:
-    """What reads an adapter's template, and a row of its fields; none where it has no template with a gap."""
-    if (read := _gap_template(facts)) is None:
-        return None
-    row = facts.example if isinstance(facts.example, dict) else dict.fromkeys(read.fields, facts.example)
-    return "classify" if facts.options.get("verbalizer") else "predict_words", row
-
-
-def _gap_template(facts: RunFacts) -> Template | None:
-    """The template of an adapter, where it has one with a gap."""
+def _template(facts: RunFacts) -> Template | None:
+    """The template by which an adapter's rows are to be written: one with a gap, or virtual tokens of its own."""
     template = facts.options.get("template")
-    return read if template and (read := Template.parse(template)).has_mask else None
+    read = Template.parse(template) if template else None
+    return read if read is not None and (read.has_mask or read.num_virtual_tokens) else None
+
+
+def _row(facts: RunFacts, read: Template) -> dict[str, Any]:
+    """The example by the fields of a template."""
+    return facts.example if isinstance(facts.example, dict) else dict.fromkeys(read.fields, facts.example)
 
 
 def _literal(example: Any) -> str:

@@ -18,15 +18,17 @@ from families import batch, build
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tokenizers_of import tokenizer_of
-from transformers import AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from hf_ptune import MemoryCallback, ModelCardCallback, PTuneConfig, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts, make_card, merge_seeds
 from hf_ptune.cli import main
 from hf_ptune.errors import PTuneError
 from hf_ptune.methods import get_method, method_names
 from hf_ptune.publishing import facts_of, remake_card, save_tokenizer, write_repository
 from hf_ptune.tasks.causal_lm import CausalLM
+from hf_ptune.templates import virtual_tokens
 
 Wrap = Callable[..., PTunePreTrainedModel]
 
@@ -605,6 +607,37 @@ def test_the_snippet_of_a_template_reads_it(tmp_path: Path) -> None:
     assert '[{"first": "it rains", "second": "it is wet"}]' in make_card(RunFacts.load(tmp_path)).text
     card = make_card(RunFacts("p_tuning", "CAUSAL_LM", options=options | {"verbalizer": None}))
     assert "predict_words(model, tokenizer" in card.text and "pipeline" not in card.text.split("## Size")[0]
+
+
+TEXTS = {"text": "it rains", "more": "again"}
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "MULTIPLE_CHOICE", "MASKED_LM", "CAUSAL_LM"])
+@pytest.mark.parametrize("example", [TEXTS, "it rains"])
+def test_the_snippet_places_the_virtual_tokens_of_a_template(
+    task: str, example: Any, base_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text without them gets no prompt, and so the base's own answer."""
+    family = "llama" if task == "CAUSAL_LM" else "bert"
+    words = tokenizer_of("wordpiece")
+    config = PTuneConfig(method="prompt_tuning", template="[P2] {text} [P1] {more}")
+    backbone = TASKS[task].from_pretrained(base_folder(family, task))
+    model = get_ptune_model(backbone, config, words).eval()
+    facts = replace(facts_of(model), example=example)
+    write_repository(model, tmp_path, "user/adapter", tokenizer=words, facts=facts)
+    assert RunFacts.load(tmp_path).example == example
+    snippet = re.findall(r"```python\n(.*?)```", ModelCard.load(tmp_path / "README.md").text, re.DOTALL)[0]
+    read: list[Any] = []
+    call = PreTrainedTokenizerFast.__call__
+
+    def watch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        read.append(call(self, *args, **kwargs))
+        return read[-1]
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", watch)
+    exec(snippet.replace("user/adapter", str(tmp_path)), {})
+    ids, wanted = torch.as_tensor(read[-1]["input_ids"]), words.convert_tokens_to_ids(virtual_tokens(3))
+    assert all([i for i in row if i in wanted] == wanted for row in ids.reshape(-1, ids.shape[-1]).tolist())
 
 
 @pytest.mark.parametrize(
