@@ -640,6 +640,18 @@ def test_the_snippet_places_the_virtual_tokens_of_a_template(
     assert all([i for i in row if i in wanted] == wanted for row in ids.reshape(-1, ids.shape[-1]).tolist())
 
 
+def test_the_snippet_takes_words_of_several_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = tokenizer_of("wordpiece")
+    options = {"template": "[P2] {text} [MASK]", "verbalizer": {"a": "terrible", "b": "great"}}
+    build("bert", "MASKED_LM").save_pretrained(tmp_path / "base")
+    backbone = TASKS["MASKED_LM"].from_pretrained(tmp_path / "base")
+    model = get_ptune_model(backbone, PTuneConfig(method="prompt_tuning", **options), words)
+    write_repository(model, tmp_path / "ours", "user/adapter", tokenizer=words)
+    snippet = re.findall(r"```python\n(.*?)```", ModelCard.load(tmp_path / "ours" / "README.md").text, re.DOTALL)[0]
+    exec(snippet.replace("user/adapter", str(tmp_path / "ours")), {})
+    assert "Choice(label=" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("task", "options"),
     [
