@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from hf_ptune.adapter_file import check_tensors, find_weights, read_tensors
 from hf_ptune.backbone import POOLER, head_names, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import BackboneError, ConfigError, PTuneError
+from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
 from hf_ptune.methods import get_method
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
-from hf_ptune.placement import reading_for
+from hf_ptune.placement import reading_for, shifts_positions
+from hf_ptune.resuming import differences
 from hf_ptune.wrapping import get_ptune_model
 
 TASK_KEY = "task"
@@ -87,16 +88,33 @@ class MultiTaskPrompt(nn.Module):
             self.model_of(task).save_pretrained(Path(save_directory) / task, flatten=flatten, **kwargs)
 
     def load_adapters(self, folder: str | os.PathLike[str]) -> None:
-        """Take over the prompt and the heads that `save_pretrained` wrote, in place.
+        """Take over the prompt and the heads that `save_pretrained` wrote, in place; all of them, or nothing.
 
         Raises:
-            AdapterFileError: the folder holds other adapters.
+            AdapterFileError: the folder holds other adapters, or such as share no prompt.
         """
+        taken: dict[str, dict[str, Tensor]] = {}
         for task in self.tasks:
-            source = str(Path(folder) / task)
-            model, found = self.model_of(task), read_tensors(find_weights(source))
+            source, model = str(Path(folder) / task), self.model_of(task)
+            taken[task] = found = read_tensors(find_weights(source))
             check_tensors(found, model.adapter_state_dict(), source)
-            model.load_adapter_state_dict(found)
+            there = _read_config(source)
+            differ = differences(there, model.config)
+            shifts = [shifts_positions(model.backbone, c) for c in (there, model.config)]
+            if shifts[0] != shifts[1]:
+                differ.append(f"position_shift is {shifts[0]} there and {shifts[1]} here")
+            if differ:
+                raise AdapterFileError(
+                    f"{source} holds another adapter: {'; '.join(differ)}. Load the tasks with its options and labels."
+                )
+            first = next(iter(taken.values()))
+            if any(n.startswith("prompt.") and not torch.equal(t, first[n]) for n, t in found.items()):
+                raise AdapterFileError(
+                    f"{source} has another prompt than {next(iter(taken))} beside it; expected adapters that were "
+                    "trained together. Load each by itself, with its Auto class."
+                )
+        for task, found in taken.items():
+            self.model_of(task).load_adapter_state_dict(found)
 
 
 def get_multitask_model(
@@ -157,6 +175,14 @@ def get_multitask_model(
             held.update(own_weights)
         raise
     return MultiTaskPrompt(models)
+
+
+def _read_config(source: str) -> PTuneConfig:
+    try:
+        config: PTuneConfig = PTuneConfig.from_pretrained(source)
+    except OSError as error:
+        raise AdapterFileError(f"{source} has no config.json that could be read ({error}).") from error
+    return config
 
 
 def _share_prompt(models: Mapping[str, PTunePreTrainedModel]) -> None:

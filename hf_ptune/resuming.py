@@ -136,11 +136,18 @@ def check_checkpoint(model: Any, checkpoint: str, of_a_recipe: bool = True) -> N
     for folder, part in parts.items():
         if not (folder / CONFIG_NAME).is_file():
             continue
-        if differ := _differences(PTuneConfig.from_pretrained(folder), part.config, of_a_recipe):
+        if differ := differences(PTuneConfig.from_pretrained(folder), part.config, of_a_recipe):
             raise (RecipeError if of_a_recipe else PTuneError)(_told(folder, differ))
 
 
-def _differences(there: PTuneConfig, here: PTuneConfig, of_a_recipe: bool) -> list[str]:
+def differences(there: PTuneConfig, here: PTuneConfig, of_a_recipe: bool = False) -> list[str]:
+    """What an adapter would mean something else by than a model that takes over its tensors, in words.
+
+    Args:
+        there: of the adapter.
+        here: of the model.
+        of_a_recipe: whether options are called as in recipes, and the base is compared too.
+    """
     told: list[tuple[str, Any, Any]] = [("method", there.method, here.method)]
     where = "options." if of_a_recipe else ""
     if there.method == here.method:  # options of the one may mean nothing to the other

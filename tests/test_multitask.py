@@ -159,6 +159,40 @@ def test_adapters_are_loaded_back(tmp_path: Path) -> None:
         model.load_adapters(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("options", "labels", "said"),
+    [
+        ({"pooling": "mean"}, ("a", "b"), "pooling is 'mean' there and 'cls' here"),
+        ({}, ("b", "a"), r"labels is \['b', 'a'\] there and \['a', 'b'\] here"),
+        ({"position_shift": True}, ("a", "b"), "position_shift is True there and False here"),
+        ({}, ("a", "b"), "two has another prompt than one beside it"),
+    ],
+)
+def test_other_adapters_are_not_loaded(
+    options: dict[str, Any], labels: tuple[str, str], said: str, tmp_path: Path
+) -> None:
+    """Their tensors have the same shapes, and mean something else."""
+
+    def named(labels: tuple[str, str]) -> PreTrainedModel:
+        made = build("bert", "SEQ_CLS", num_labels=2)
+        made.config.id2label = dict(enumerate(labels))
+        made.config.label2id = {label: n for n, label in enumerate(labels)}
+        return made
+
+    for number, task in enumerate(("one", "two")):
+        single = get_ptune_model(named(labels), PTuneConfig(**{"num_virtual_tokens": 4, "pooling": "cls"} | options))
+        with torch.no_grad():
+            single.prompt.weight.fill_(number)
+        single.save_pretrained(tmp_path / task)
+    model = get_multitask_model(
+        {task: named(("a", "b")) for task in ("one", "two")}, PTuneConfig(num_virtual_tokens=4, pooling="cls")
+    )
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(AdapterFileError, match=said):
+        model.load_adapters(tmp_path)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
 def test_what_cannot_be_shared_is_refused() -> None:
     config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4)
     other = backbones()
