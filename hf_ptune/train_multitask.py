@@ -31,8 +31,8 @@ from hf_ptune.callbacks.learning import TASK_LOSS
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.endings import let_end
-from hf_ptune.engines import TRAINED, at_end, engine_name, splits
-from hf_ptune.errors import PTuneError, RecipeError
+from hf_ptune.engines import TRAINED, at_end
+from hf_ptune.errors import RecipeError
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
 from hf_ptune.hub import push_folder
 from hf_ptune.multitask import (
@@ -185,11 +185,6 @@ class MultiTaskTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        if splits(self):
-            raise PTuneError(
-                f"{engine_name()} splits a model over ranks, and several tasks over one base are several models. "
-                "Launch them on one process or with DDP: recipes/accelerate/two_cpu_processes.yaml, ddp.yaml."
-            )
         for name in parts:  # the Trainer does so for a model of one task
             align_special_tokens(model.model_of(name), processing_class)
         self.prompts = model
@@ -256,10 +251,6 @@ class MultiTaskTrainer(Trainer):
             trainer.remove_callback(callback)
         return evaluate(trainer)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
-            self.prompts.save_pretrained(output_dir or self.args.output_dir)
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not at_end(self):
             before = self.state.global_step
@@ -267,12 +258,6 @@ class MultiTaskTrainer(Trainer):
             for task in self.prompts.tasks:
                 marks = vars(self.prompts.model_of(task))
                 marks[TRAINED] = marks.get(TRAINED, 0) + self.state.global_step - before
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.prompts.load_adapters(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        self.prompts.load_adapters(str(self.state.best_model_checkpoint))
 
 
 def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:

@@ -41,7 +41,7 @@ LAYERS = [
     {"wrapping", "peft_words"},
     {"engines", "defaults"},
     {"multitask", "presets"},
-    {"metrics", "cloze", "optimizer"},
+    {"metrics", "cloze", "optimizer", "multitask_saving"},
     {"tasks"},
     {"recipe", "sources", "labels"},
     {"data"},

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from families import VOCABULARY, build
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
 
 from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.backbone import TASKS
@@ -251,3 +252,47 @@ def test_a_temperature_gives_small_tasks_more() -> None:
         TaskSampler(sizes, 16, 0.0)
     with pytest.raises(ConfigError, match="'b' has no rows"):
         TaskSampler({"a": 1, "b": 0}, 4)
+
+
+def test_a_plain_trainer_saves_and_goes_on(tmp_path: Path) -> None:
+    """Checkpoints, the best of them and the end hold an adapter folder a task; a run from one ends as one without."""
+    rows = {task: [{k: v[0] for k, v in batch_of(task, rows=1).items()} for _ in range(4)] for task in ("topic", "ner")}
+    dataset = MultiTaskDataset(rows)
+
+    class Tasks(Trainer):
+        def _get_train_sampler(self, *args: Any) -> TaskSampler:
+            return TaskSampler(dataset.sizes, 2)
+
+    def trainer(folder: str, **options: Any) -> Trainer:
+        settings: dict[str, Any] = {
+            "num_train_epochs": 2,
+            "save_strategy": "epoch",
+            "learning_rate": 0.1,
+            "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 1,
+            "remove_unused_columns": False,
+            "label_names": ["labels"],
+            "report_to": [],
+            "use_cpu": True,
+        }
+        arguments = TrainingArguments(tmp_path / folder, **settings | options)
+        pad = TaskCollator(dict.fromkeys(rows, default_data_collator))
+        model = together("prefix_tuning")
+        return Tasks(model, arguments, train_dataset=dataset, eval_dataset=dataset, data_collator=pad)
+
+    whole = trainer("whole")
+    whole.train()
+    saved = tmp_path / "whole" / "checkpoint-4"
+    tensors = load_file(saved / "ner" / "model.safetensors")
+    assert set(tensors) == set(whole.model.model_of("ner").adapter_state_dict())
+    again = trainer("whole")
+    again.train(resume_from_checkpoint=str(saved))
+    names = whole.model.adapter_parameter_names()
+    first, second = (dict(t.model.named_parameters()) for t in (whole, again))
+    assert all(torch.allclose(first[n], second[n], atol=1e-10) for n in names)
+    whole.save_model(str(tmp_path / "end"))
+    assert {p.name for p in (tmp_path / "end").iterdir()} == set(LABELS)
+    best = trainer("best", eval_strategy="epoch", load_best_model_at_end=True, prediction_loss_only=True)
+    best.train()
+    kept = load_file(Path(str(best.state.best_model_checkpoint)) / "topic" / "model.safetensors")
+    assert all(torch.equal(t, kept[n]) for n, t in best.model.model_of("topic").adapter_state_dict().items())

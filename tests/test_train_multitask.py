@@ -172,7 +172,7 @@ def test_the_mean_is_of_numbers_from_0_to_1(
 def test_engines_that_split_models_are_refused(
     content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_ptune.train_multitask.splits", lambda trainer: True)
+    monkeypatch.setattr("hf_ptune.multitask_saving.splits", lambda trainer: True)
     with pytest.raises(PTuneError, match="splits a model over ranks"):
         run(make_multitask_recipe(content, folder=tmp_path))
 

@@ -1,6 +1,7 @@
 """Callbacks of the Trainer: freeze the backbone, guard the first batch, watch learning, report memory and speed."""
 
-import hf_ptune.engines  # noqa: F401  # the Trainer comes there
+import hf_ptune.engines  # the Trainer comes there
+import hf_ptune.multitask_saving  # noqa: F401  # and there
 from hf_ptune.callbacks.best import BestMetricCallback
 from hf_ptune.callbacks.decay import DecayCallback
 from hf_ptune.callbacks.freeze import FreezeBackboneCallback
