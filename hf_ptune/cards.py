@@ -22,7 +22,7 @@ TIMES = ("runtime", "per_second", "preparation_time")  # how names end that meas
 CARD_NAME = "README.md"
 CURVES_NAME = "curves.png"
 _TEMPLATE = "adapter_card.md.jinja"
-_TEST = "test_"  # how names of metrics of test rows begin; others are of held-out rows
+TEST = "test_"  # how names of metrics of test rows begin; others are of held-out rows
 _PIPELINES = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
@@ -334,10 +334,10 @@ def _metadata(facts: RunFacts, repo_id: str) -> ModelCardData:
             task_type=_PIPELINES[facts.task],
             dataset_type=_slug(ids[0]) if ids else "held-out",
             dataset_name=facts.datasets[0] if facts.datasets else "held-out rows",
-            dataset_split="test" if name.startswith(_TEST) else facts.split,
+            dataset_split="test" if name.startswith(TEST) else facts.split,
             dataset_args=part,
-            metric_type=name.removeprefix(_TEST),
-            metric_name=name.removeprefix(_TEST),
+            metric_type=name.removeprefix(TEST),
+            metric_name=name.removeprefix(TEST),
             metric_value=round(mean, 4),
         )
         for name, (mean, _) in summarise(facts.metrics).items()

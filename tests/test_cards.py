@@ -119,6 +119,21 @@ def test_a_card_has_the_metrics_of_every_dataset(wrap: Wrap, tmp_path: Path) -> 
     assert len(table) == 4 and all(c.strip() for line in table[2:] for c in line.split("|")[1:-1])
 
 
+@pytest.mark.parametrize("evaluated", ["no", "steps"])
+def test_a_card_has_the_test_metrics_of_the_model_that_is_there(evaluated: str, wrap: Wrap, tmp_path: Path) -> None:
+    """Those that were measured after training, with or without held-out rows; none of a model before that."""
+    scores = (0.1, 0.2, 0.3) if evaluated == "steps" else (0.3,)
+    run = trained(wrap, tmp_path, ModelCardCallback(), scores=scores, eval_strategy=evaluated)
+    early = {"test_accuracy": 0.7, "epoch": 0.0, "step": 0}
+    run.state.log_history.insert(0, dict(early))
+    run.create_model_card()
+    assert "test_accuracy" not in facts_of(run.model).metrics[0] if evaluated == "steps" else not results(tmp_path)
+    run.evaluate(run.eval_dataset, metric_key_prefix="test")
+    assert RunFacts.load(tmp_path).metrics[0]["test_accuracy"] == 0.3
+    run.create_model_card()
+    assert results(tmp_path)["accuracy"] == 0.3
+
+
 def test_a_card_has_no_metrics_of_the_untrained_model(wrap: Wrap, tmp_path: Path) -> None:
     run = trained(wrap, tmp_path, eval_strategy="no", eval_on_start=True)
     run.create_model_card()

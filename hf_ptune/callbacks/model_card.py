@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import hf_ptune
 from hf_ptune.adapter_file import WEIGHTS_NAME, read_tensors
 from hf_ptune.backbone import is_hub_id
-from hf_ptune.cards import TIMES, RunFacts, public_name
+from hf_ptune.cards import TEST, TIMES, RunFacts, public_name
 from hf_ptune.engines import engine_name, ours, replaces, splits
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.publishing import RUN, finish_folder, inherit_license, model_facts
@@ -166,13 +166,15 @@ def _measured(args: TrainingArguments, state: TrainerState, history: list[dict[s
     ends = [n for n, entry in enumerate(history) if "train_runtime" in entry]
     step, afterwards = state.global_step, []
     if ends and args.load_best_model_at_end and state.best_model_checkpoint is not None:
-        afterwards = [e for e in history[ends[-1] :] if _named(e, "eval_")]
+        afterwards = history[ends[-1] :]
         number = Path(state.best_model_checkpoint).name.rpartition("-")[2]
         step = int(number) if number.isdigit() else state.best_global_step
-    chosen = afterwards or [e for e in history if e.get("step") == step and _named(e, "eval_")]
-    found = {k.removeprefix("eval_"): v for entry in chosen for k, v in _named(entry, "eval_").items()}
-    for entry in history if found else []:
-        found |= _named(entry, "test_")
+    found: dict[str, float] = {}
+    for prefix, dropped in (("eval_", "eval_"), (TEST, "")):
+        rows = [_named(e, prefix) for e in afterwards]
+        if not any(rows):
+            rows = [_named(e, prefix) for e in history if e.get("step") == step]
+        found |= {k.removeprefix(dropped): v for row in rows for k, v in row.items()}
     return {k: v for k, v in found.items() if not k.endswith((*TIMES, "epoch", "flos"))}
 
 
