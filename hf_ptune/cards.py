@@ -242,6 +242,7 @@ def make_card(facts: RunFacts, repo_id: str = "user/adapter", curves: str | None
         curves=curves,
         human=human_bytes,
         literal=_literal,
+        cell=_cell,
     )
     return card
 
@@ -296,6 +297,11 @@ def _row(facts: RunFacts, read: Template) -> dict[str, Any]:
 def _literal(example: Any) -> str:
     """An example as Python reads it, in its own letters."""
     return json.dumps(example, ensure_ascii=False)
+
+
+def _cell(value: Any) -> str:
+    """A value as a table's cell holds it: in one line, without an end of the cell."""
+    return "<br>".join(str(value).replace("|", "\\|").splitlines())
 
 
 def summarise(metrics: list[dict[str, float]]) -> dict[str, tuple[float, float | None]]:

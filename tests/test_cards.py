@@ -504,6 +504,19 @@ def test_weights_that_do_not_fit_on_the_disk_are_told_with_their_name(wrap: Wrap
     assert (tmp_path / "model.safetensors").read_bytes() == before and not list(tmp_path.glob(".ptune-*"))
 
 
+def test_no_value_breaks_the_table_of_settings() -> None:
+    options = {
+        "template": "[P4] Review: {text}\nSentiment: [MASK]",
+        "verbalizer": {"good": ["great | fine"]},
+        "prompt_tuning_init_text": "Classify:\n\n- pos\r\n- neg",
+    }
+    text = make_card(RunFacts("prompt_tuning", "MASKED_LM", options=options, datasets=["a|b"])).text
+    table = text.split("## Training\n\n")[1].split("\n\n")[0].splitlines()
+    assert len(table) == 2 + len(options) + 1
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in table)
+    assert "| `template` | [P4] Review: {text}<br>Sentiment: [MASK] |" in table
+
+
 def test_seeds_are_summarised() -> None:
     runs = [
         RunFacts("p_tuning_v2", "SEQ_CLS", base="user/base", seeds=[n], metrics=[{"accuracy": value}])
