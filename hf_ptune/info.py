@@ -15,7 +15,7 @@ from hf_ptune.adapter_file import is_foreign, read_tensors
 from hf_ptune.backbone import describe, read_tokenizer, resolve
 from hf_ptune.cards import FACTS_NAME, RunFacts, human_bytes, summarise
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import AdapterFileError, PTuneError, shorten
+from hf_ptune.errors import AdapterFileError, BackboneError, PTuneError, shorten
 from hf_ptune.loading import find_adapter
 from hf_ptune.methods import PromptKind, get_method
 
@@ -126,11 +126,11 @@ def _embedding_file(config: PTuneConfig, hub: dict[str, Any]) -> tuple[str, str]
     base = config.base_model_name_or_path
     if base is None:
         return None
-    folder = resolve(base)
     try:
+        folder = resolve(base)
         here = hub | {"revision": config.base_model_revision or "main", "local_files_only": True}
         path = cached_file(folder, "model.safetensors", **here)
-    except (OSError, ValueError):
+    except (OSError, ValueError, BackboneError):  # in a package that is not installed
         return None
     if path is None:
         return None

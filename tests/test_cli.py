@@ -546,6 +546,18 @@ def test_info_takes_what_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "task: MASKED_LM\n" in said and "metrics: not known" in said and "task is 'FOO'" in said
 
 
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_info_does_without_a_base_that_is_not_there(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = "package:no_such_package/tiny"
+    config = PTuneConfig(method=method, num_virtual_tokens=2, base_model_name_or_path=base)
+    get_ptune_model(build("llama"), config).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert f"base: {base}" in told and ("are not at hand" in told) == (method == "prompt_tuning")
+
+
 def test_info_of_a_folder_without_an_adapter_is_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(tmp_path)]) == 2
     assert f"error: {tmp_path} holds no adapter (" in capsys.readouterr().err
