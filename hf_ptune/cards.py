@@ -75,6 +75,8 @@ class RunFacts:
         dataset_args: which part of each of them, as GLUE has several.
         split: of the rows that were held out, as their dataset calls it.
         name: the card's title; the repository's own when unset.
+        license_name: of a licence that the Hub has no name for.
+        license_link: to its text.
     """
 
     method: str
@@ -106,6 +108,8 @@ class RunFacts:
     dataset_args: list[str] = field(default_factory=list)
     split: str = "validation"
     name: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
 
     def save(self, folder: str | Path) -> Path:
         """Write the facts beside the adapter, in the place of older ones when they are on the disk."""
@@ -358,6 +362,8 @@ def _metadata(facts: RunFacts, repo_id: str) -> ModelCardData:
         library_name="transformers",
         pipeline_tag=_PIPELINES[facts.task],
         license=facts.license,
+        license_name=facts.license_name,
+        license_link=facts.license_link,
         language=facts.languages or None,
         datasets=list(dict.fromkeys(datasets)) or None,
         tags=list(dict.fromkeys(tags)),

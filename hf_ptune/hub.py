@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_url
 
 # HTTPError is that of the client which the installed huggingface_hub is built on
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -107,15 +107,24 @@ def commit_of(repo_id: str, token: str | bool | None = None) -> str | None:
         return None
 
 
-def license_of(repo_id: str, token: str | bool | None = None) -> str | None:
-    """The licence that a repository's card names, or `None` where it has none or cannot be read."""
+def license_of(repo_id: str, token: str | bool | None = None) -> dict[str, str]:
+    """What a repository's card says of its licence, a link to it made whole; nothing where it cannot be read.
+
+    Returns:
+        `license`, and of one that the Hub has no name for (`other`) `license_name` and `license_link`.
+    """
     try:
-        found = ModelCard.load(
+        data = ModelCard.load(
             repo_id, token=token if isinstance(token, str) else None, ignore_metadata_errors=True
-        ).data.get("license")
+        ).data
     except (HTTPError, OfflineModeIsEnabled, OSError, ValueError):
-        return None
-    return found if isinstance(found, str) else None
+        return {}
+    names = ("license", "license_name", "license_link")
+    found = {name: value for name in names if isinstance(value := data.get(name), str)}
+    link = found.get("license_link")
+    if link is not None and "://" not in link:  # a file beside that card
+        found["license_link"] = hf_hub_url(repo_id, link).replace("/resolve/", "/blob/")
+    return found if "license" in found else {}
 
 
 def adapter_files(folder: str | os.PathLike[str]) -> dict[str, Path]:

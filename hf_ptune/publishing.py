@@ -417,7 +417,8 @@ def _source_of(model: Any, token: str | bool | None) -> tuple[str | None, dict[s
 def inherit_license(facts: RunFacts, token: str | bool | None = None) -> RunFacts:
     """Take the base's licence where none was given."""
     if facts.license is None and facts.base is not None and is_hub_id(facts.base):
-        facts.license = license_of(facts.base, token)
+        for name, value in license_of(facts.base, token).items():
+            setattr(facts, name, value)
     return facts
 
 

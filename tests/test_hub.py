@@ -116,6 +116,18 @@ def test_a_stranger_loads_what_was_pushed(server: HubServer, model: Any, tmp_pat
     assert card.license == "bsd-3-clause"
 
 
+@pytest.mark.parametrize(
+    ("link", "whole"), [("LICENSE.md", "{url}/alice/base/blob/main/LICENSE.md"), ("https://a.b/c", "https://a.b/c")]
+)
+def test_a_licence_of_the_base_s_own_keeps_its_name(link: str, whole: str, server: HubServer, model: Any) -> None:
+    told = f"license: other\nlicense_name: tiny-license\nlicense_link: {link}\n"
+    server.add_repo("alice/base", {"README.md": f"---\n{told}---\n# A tiny base\n".encode()})
+    model.push_to_hub(ADAPTER, token=TOKEN, tokenizer=words())
+    card = ModelCard.load(ADAPTER, token=TOKEN).data
+    assert (card.license, card.license_name) == ("other", "tiny-license")
+    assert card.license_link == whole.format(url=server.url)
+
+
 def test_pipeline_loads_by_id(server: HubServer, model: Any, tmp_path: Path) -> None:
     model.push_to_hub(ADAPTER, token=TOKEN, tokenizer=words())
     pipe = pipeline(model=ADAPTER, token=TOKEN, model_kwargs={"cache_dir": tmp_path / "other"})
