@@ -37,6 +37,7 @@ _PEFT_TYPES = {
     "p_tuning_v2": "PREFIX_TUNING",
 }
 _PEFT_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+_WORDS = "word_embeddings.weight"  # PEFT's own name for the base's table, copied where modules_to_save has it
 _NO_PREFIX = "PEFT puts a prefix into the decoder's own attention alone, and moves or biases positions there."
 _NO_PROMPT = "PEFT puts it before the first token, where the head pools; here it stands behind that. A prefix could be."
 
@@ -73,6 +74,7 @@ def load_peft(source: FilePath, backbone: PreTrainedModel | None = None, **kwarg
         raise AdapterFileError(f"{name} has neither {PEFT_WEIGHTS_NAME} nor {PEFT_PICKLE_NAME}.")
     tensors = _read_file(path)
     prompt = _pop_prompt(tensors, settings, name)
+    looked_up = tensors.pop(_WORDS, None)
     kept = {n.removeprefix("base_model."): t for n, t in tensors.items()}
     if backbone is None:
         backbone = _load_base(settings, kept, name, hub | kwargs)
@@ -80,7 +82,7 @@ def load_peft(source: FilePath, backbone: PreTrainedModel | None = None, **kwarg
     if settings["task_type"] not in (task, None):
         raise ConfigError(f"{name} was trained for {settings['task_type']}, but the backbone does {task}.")
     inputs = get_method(method).kind is PromptKind.EMBEDDINGS
-    kept = settle(kept, backbone, settings.get("modules_to_save") or (), inputs, name)
+    kept = settle(kept, backbone, settings.get("modules_to_save") or (), inputs, name, looked_up)
     config = PTuneConfig(
         method=method,
         num_virtual_tokens=settings["num_virtual_tokens"],

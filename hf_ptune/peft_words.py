@@ -27,7 +27,12 @@ def shared_names(backbone: PreTrainedModel, reads_words: bool) -> list[list[str]
 
 
 def settle(
-    kept: dict[str, Tensor], backbone: PreTrainedModel, copied: Collection[str], reads_words: bool, source: str
+    kept: dict[str, Tensor],
+    backbone: PreTrainedModel,
+    copied: Collection[str],
+    reads_words: bool,
+    source: str,
+    looked_up: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Give each weight that PEFT reads in several places one name, where all of them hold the same.
 
@@ -37,6 +42,7 @@ def settle(
         copied: ends of the names of modules that PEFT copies, its `modules_to_save`; others are written into the base.
         reads_words: as for `shared_names`.
         source: of the adapter, for messages.
+        looked_up: the table of words that PEFT has a copy of besides, and reads beside a prompt among the inputs.
 
     Raises:
         ConfigError: they hold different values, so that no one weight could answer alike.
@@ -54,12 +60,13 @@ def settle(
         read = [t if _is_in(n, copied) else written for n, t in found.items()]
         if len(found) < len(names) or reads_words:
             read.append(written)
-        if not all(torch.equal(read[0], t) for t in read):
+        if reads_words and looked_up is not None:
+            read.append(looked_up.to(own))
+        if not all(t.shape == own.shape and torch.equal(read[0], t) for t in read):
             raise ConfigError(
                 f"{source} has a trained copy of {next(iter(found))} (modules_to_save), and PEFT goes on to read the "
                 f"base's own beside it: {type(backbone).__name__} has one weight for both, so that outputs could not "
-                "be equal. "
-                "Train without it in modules_to_save, or with all that it is tied to."
+                "be equal. Train without it in modules_to_save."
             )
         kept[names[0]] = read[0]
     return kept

@@ -241,6 +241,8 @@ def test_trained_words_answer_alike_in_peft(method: str, family: str, low_memory
     ("family", "method", "modules", "taken"),
     [
         ("llama", "p_tuning_v2", ["embed_tokens"], True),
+        ("bert", "p_tuning_v2", ["word_embeddings"], True),  # PEFT keeps it by two names
+        ("bloom", "prompt_tuning", ["word_embeddings"], False),
         ("llama", "prompt_tuning", ["embed_tokens"], False),  # PEFT trains a copy, and reads the base's own
         ("llama", "prompt_tuning", ["lm_head"], True),
         ("gpt2", "p_tuning_v2", ["wte"], False),  # the head stays the base's own
@@ -249,11 +251,12 @@ def test_trained_words_answer_alike_in_peft(method: str, family: str, low_memory
     ],
 )
 def test_peft_s_copies_of_words(family: str, method: str, modules: list[str], taken: bool, tmp_path: Path) -> None:
-    theirs = theirs_of(family, method, "CAUSAL_LM", tmp_path, modules_to_save=modules)
+    task = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
+    theirs = theirs_of(family, method, task, tmp_path, modules_to_save=modules)
+    base = build(family, task)
     if taken:
-        assert_equal(load_peft(tmp_path, build(family)), theirs, family)
+        assert_equal(load_peft(tmp_path, base), theirs, family)
         return
-    base = build(family)
     before = {n: t.clone() for n, t in base.state_dict().items()}
     with pytest.raises(ConfigError, match="one weight for both"):
         load_peft(tmp_path, base)
