@@ -109,6 +109,10 @@ def _token_rows(model: Any, start: str, virtual: int, tokenizer: Any) -> list[li
     tokenizer = tokenizer or base_tokenizer(model.config)
     if start == "TEXT":
         ids = tokenizer(model.config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ConfigError(
+                f"prompt_tuning_init_text={model.config.prompt_tuning_init_text!r} has no tokens; give it a word."
+            )
         return [[i] for i in fit_length(ids, virtual)]
     labels = model.config.id2label
     if not labels or all(str(v).startswith("LABEL_") for v in labels.values()):
@@ -116,6 +120,8 @@ def _token_rows(model: Any, start: str, virtual: int, tokenizer: Any) -> list[li
             f"prompt_tuning_init='CLASS_LABELS' needs named labels; found {labels}. Load the backbone with id2label."
         )
     rows = [tokenizer(str(v), add_special_tokens=False)["input_ids"] for v in labels.values()][:virtual]
+    if not all(rows):
+        raise ConfigError(f"prompt_tuning_init='CLASS_LABELS' needs labels of at least one token; found {labels}.")
     return rows + [[i] for i in sample_vocabulary(size, virtual, tokenizer)][: virtual - len(rows)]
 
 

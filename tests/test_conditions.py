@@ -388,6 +388,19 @@ def test_class_labels_start_a_prompt() -> None:
         get_ptune_model(build("bert"), config, tokenizer)
 
 
+def test_a_start_without_tokens_is_refused() -> None:
+    tokenizer = tokenizer_of("wordpiece")
+    start = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "  "}
+    for method in ("prompt_tuning", "p_tuning_v2"):
+        with pytest.raises(ConfigError, match="prompt_tuning_init_text='  ' has no tokens"):
+            get_ptune_model(build("bert"), PTuneConfig(method=method, num_virtual_tokens=3, **start), tokenizer)
+    names = {0: " ", 1: "good"}
+    backbone = build("bert", num_labels=2, id2label=names, label2id={v: k for k, v in names.items()})
+    config = PTuneConfig(method="prompt_tuning", num_virtual_tokens=3, prompt_tuning_init="CLASS_LABELS")
+    with pytest.raises(ConfigError, match="labels of at least one token"):
+        get_ptune_model(backbone, config, tokenizer)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
 def test_a_quantised_cache_holds_own_tokens_only(method: str) -> None:
