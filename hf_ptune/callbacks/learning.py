@@ -13,7 +13,7 @@ from transformers.utils import logging
 from hf_ptune.adapter_file import is_fresh
 from hf_ptune.backbone import head_names
 from hf_ptune.callbacks.freeze import SHARDING, unwrap_ptune_model
-from hf_ptune.callbacks.numbers import NumbersCallback
+from hf_ptune.callbacks.numbers import NumbersCallback, ends_training
 from hf_ptune.callbacks.trend import Losses, Trend, common_trend
 from hf_ptune.defaults import defaults_of
 from hf_ptune.engines import TRAINED
@@ -119,7 +119,7 @@ class LearningCallback(NumbersCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add what is measured to a training log, and judge it; other logs are left alone."""
         logs: dict[str, Any] = kwargs["logs"]
-        last = "train_runtime" in logs
+        last = ends_training(logs)
         if not last and not ("loss" in logs and "learning_rate" in logs):
             return
         numbers: dict[str, float] = {}

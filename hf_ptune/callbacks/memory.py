@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_ptune.callbacks.numbers import NumbersCallback
+from hf_ptune.callbacks.numbers import NumbersCallback, ends_training
 from hf_ptune.errors import PTuneError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 
@@ -179,7 +179,7 @@ class MemoryCallback(NumbersCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the numbers to a training log; evaluation logs and logs of the user's own are left alone."""
         logs: dict[str, Any] = kwargs["logs"]
-        last = "train_runtime" in logs
+        last = ends_training(logs)
         # both kinds come from the Trainer, which logs on every rank: gathering cannot wait for a rank forever
         if not last and not (self._due and "loss" in logs and "learning_rate" in logs):
             return

@@ -94,9 +94,9 @@ def test_language_models_raise_no_alarm(tmp_path: Path) -> None:
     assert not callback.found
 
 
-@pytest.mark.parametrize("rate", [3.0, 1e30])
-def test_too_high(rate: float, tmp_path: Path, warnings: list[str]) -> None:
-    callback, run = watched(tmp_path, learning_rate=rate)
+@pytest.mark.parametrize(("rate", "counted"), [(3.0, "no"), (1e30, "no"), (3.0, "all")])
+def test_too_high(rate: float, counted: str, tmp_path: Path, warnings: list[str]) -> None:
+    callback, run = watched(tmp_path, learning_rate=rate, include_num_input_tokens_seen=counted)
     assert list(callback.found) == ["too_high"] and len(warnings) == 1
     assert (
         "Lower the learning rate" in warnings[0]
@@ -149,7 +149,7 @@ def replayed(
         logs = {"loss": loss, "learning_rate": rate}
         callback.on_log(arguments, state, TrainerControl(), logs=logs, model=model)
     if ended:
-        callback.on_log(arguments, state, TrainerControl(), logs={"train_runtime": 1.0}, model=model)
+        callback.on_log(arguments, state, TrainerControl(), logs={"total_flos": 1.0}, model=model)
     return callback
 
 

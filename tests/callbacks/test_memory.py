@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_ptune.callbacks import GuardCallback, MemoryCallback
+from hf_ptune.callbacks.memory import count_tokens, process_bytes
 from hf_ptune.errors import PTuneError
 
 KEYS = {"mem_rss_mib", "mem_rss_peak_mib", "mem_backbone_mib", "mem_adapter_mib", "mem_gradients_mib"}
@@ -45,6 +47,7 @@ def test_evaluation_and_other_logs_are_left_alone(tmp_path: Path) -> None:
     assert len(evaluated) == 2 and not any(k.startswith("mem_") for log in evaluated for k in log)
     run.log({"loss": 1.0})
     assert "mem_rss_mib" not in run.state.log_history[-1]
+    assert run.evaluate(metric_key_prefix="train")["train_loss"] and "mem_rss_mib" not in run.state.log_history[-1]
 
 
 def test_bytes_are_those_of_the_tensors(tmp_path: Path) -> None:
@@ -87,8 +90,25 @@ def test_tokens_are_those_of_training(tmp_path: Path, counted: str, accumulation
     assert final["step_time_s"] == pytest.approx(memory._total.seconds / 4)
 
 
-def test_every_epoch(tmp_path: Path) -> None:
-    run = trainer(wrap(llama()), tmp_path, [MemoryCallback("epoch")], max_steps=8, logging_steps=3)
+@pytest.mark.parametrize("counted", ["no", "all"])
+def test_seconds_are_those_from_a_step_s_start_to_its_end(
+    tmp_path: Path, counted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = iter([0.0, 2.0, 10.0, 13.0, 20.0, 25.0, 40.0, 47.0])  # a start and an end each, with pauses between
+    monkeypatch.setattr("hf_ptune.callbacks.memory.time", SimpleNamespace(perf_counter=lambda: next(readings)))
+    rows = Rows()
+    rows.mask[:] = 1
+    run = trainer(wrap(llama()), tmp_path, [MemoryCallback()], rows, include_num_input_tokens_seen=counted)
+    run.train()
+    logs = run.state.log_history
+    assert [log["step_time_s"] for log in logs] == [2, 3, 5, 7, 17 / 4]
+    assert [log["tokens_per_second"] for log in logs] == [28 / 2, 28 / 3, 28 / 5, 28 / 7, 112 / 17]
+
+
+@pytest.mark.parametrize("counted", ["no", "all"])
+def test_every_epoch(tmp_path: Path, counted: str) -> None:
+    settings = {"max_steps": 8, "logging_steps": 3, "include_num_input_tokens_seen": counted}
+    run = trainer(wrap(llama()), tmp_path, [MemoryCallback("epoch")], **settings)
     run.train()
     steps = [log["step"] for log in run.state.log_history if "mem_rss_mib" in log and "loss" in log]
     assert steps == [4, 8] and "mem_rss_mib" in run.state.log_history[-1]
@@ -154,14 +174,41 @@ def test_a_model_without_prompt_is_measured_by_what_trains(tmp_path: Path) -> No
     assert memory.summary["adapter"] * MIB == 8 * 4 and memory.summary["backbone"] * MIB == 56 * 4
 
 
+class Fading(Summing):
+    """The first of its steps alone has gradients for what is `extra`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra, self.calls = nn.Linear(7, 3), 0
+
+    def forward(self, input_ids: Any, attention_mask: Any, labels: Any) -> dict[str, Any]:
+        loss = super().forward(input_ids, attention_mask, labels)["loss"]
+        self.calls += 1
+        return {"loss": loss + self.extra(input_ids.float()).mean() if self.calls == 1 else loss}
+
+
+def test_gradients_are_the_most_that_an_update_found(tmp_path: Path) -> None:
+    memory = MemoryCallback()
+    run = trainer(Fading(), tmp_path, [memory], trainer_class=Trainer, logging_steps=4)
+    run.train()
+    assert run.model.extra.weight.grad is None
+    assert memory.summary["gradients"] * MIB == (8 + 24) * 4
+
+
+def test_the_peak_outlasts_what_is_let_go() -> None:
+    held = torch.ones(24 * MIB)  # 96 MiB
+    most = process_bytes()[0]
+    del held
+    now, peak = process_bytes()
+    assert now < most - 64 * MIB and peak > most - 8 * MIB
+
+
 def test_a_wrong_interval_is_refused() -> None:
     with pytest.raises(PTuneError, match='expected "log" or "epoch"'):
         MemoryCallback("step")
 
 
 def test_positional_inputs_and_embeddings_are_counted() -> None:
-    from hf_ptune.callbacks.memory import count_tokens
-
     inputs = batch(Rows())
     assert int(count_tokens(inputs)) == 12
     assert count_tokens({"input_ids": inputs["input_ids"]}) == 14
@@ -170,8 +217,6 @@ def test_positional_inputs_and_embeddings_are_counted() -> None:
 
 
 def test_tokens_of_all_choices_are_counted() -> None:
-    from hf_ptune.callbacks.memory import count_tokens
-
     ids, mask = torch.ones(2, 3, 7, dtype=torch.long), torch.ones(2, 3, 7, dtype=torch.long)
     mask[:, :, 5:] = 0
     assert count_tokens({"input_ids": ids, "attention_mask": mask}) == 30
