@@ -13,11 +13,11 @@ from hf_ptune import DecayCallback
 from hf_ptune.errors import ConfigError
 
 
-def run(tmp_path: Path, factor: float = 0.5, **settings: Any) -> Trainer:
-    """Three epochs of four batches, two of them a step."""
+def run(tmp_path: Path, factor: float = 0.5, rows: int = 16, **settings: Any) -> Trainer:
+    """Three epochs, of four batches where nothing else is said, two of them a step."""
     options = {"lr_scheduler_type": "constant", "logging_steps": 1, "num_train_epochs": 3, "learning_rate": 0.08}
     options |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": -1} | settings
-    return trainer(wrap(bert()), tmp_path, [DecayCallback(factor)], Rows(16, classes=3), **options)
+    return trainer(wrap(bert()), tmp_path, [DecayCallback(factor)], Rows(rows, classes=3), **options)
 
 
 def rates(found: Trainer) -> list[float]:
@@ -28,6 +28,13 @@ def test_rates_fall_with_every_epoch(tmp_path: Path) -> None:
     found = run(tmp_path)
     found.train()
     assert rates(found) == pytest.approx([0.08, 0.08, 0.04, 0.04, 0.02, 0.02])
+
+
+def test_an_epoch_s_last_step_may_have_fewer_batches(tmp_path: Path) -> None:
+    found = run(tmp_path, rows=20)
+    found.train()
+    assert found.state.max_steps == 9
+    assert rates(found) == pytest.approx([0.08] * 3 + [0.04] * 3 + [0.02] * 3)
 
 
 def test_it_stands_on_the_trainer_s_own_schedule(tmp_path: Path) -> None:

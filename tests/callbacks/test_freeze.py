@@ -58,6 +58,16 @@ def test_an_optimizer_with_other_parameters_is_refused(tmp_path: Path) -> None:
         run.train()
 
 
+def test_an_optimizer_with_tensors_of_elsewhere_is_refused(tmp_path: Path) -> None:
+    model = wrap(llama())
+    model.freeze_backbone()
+    held = [*(p for p in model.parameters() if p.requires_grad), torch.nn.Parameter(torch.ones(3))]
+    optimizer = torch.optim.AdamW(held, lr=0.01)
+    run = trainer(model, tmp_path, [FreezeBackboneCallback()], optimizers=(optimizer, None))
+    with pytest.raises(PTuneError, match=r"missing \[\], frozen \[\], 1 tensors that are not the model's"):
+        run.train()
+
+
 def test_freezing_too_late_is_refused(tmp_path: Path) -> None:
     model = wrap(llama())
     model.backbone.model.norm.weight.requires_grad_(True)
