@@ -177,6 +177,22 @@ def test_classification_from_a_folder(family: str, task: str, tmp_path: Path) ->
         classify(loaded, reader, ROWS)
 
 
+def test_words_that_follow_no_space_are_read_so_and_the_likeliest_of_those_written_alike_counts() -> None:
+    tokenizer = tokenizer_of("metaspace")
+    torch.manual_seed(4)
+    config = PTuneConfig(method="p_tuning", template="[P2] {first},[MASK]", verbalizer={"no": "bad", "yes": "great"})
+    model = get_ptune_model(build("bert", "MASKED_LM"), config, tokenizer).eval()
+    found, words = (f(model, tokenizer, ROWS, **o)[0] for f, o in ((classify, {}), (predict_words, {"top_k": 99})))
+    inputs = tokenizer(Template.parse(config.template).render(ROWS[0], tokenizer), return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, inputs["input_ids"][0].tolist().index(tokenizer.mask_token_id)]
+    no, yes = logits[tokenizer.convert_tokens_to_ids(["bad", "great"])]  # without the sign of a space
+    assert found.probabilities["yes"] == pytest.approx(torch.sigmoid(yes - no).item(), abs=1e-5)
+    for word in ("bad", "great", "Paris"):
+        pair = logits.softmax(-1)[tokenizer.convert_tokens_to_ids([word, f"▁{word}"])]
+        assert words.probabilities[word] == pytest.approx(pair.max().item(), abs=1e-6) and pair[0] != pair[1]
+
+
 def test_logits_at_asks_for_a_language_model_and_no_labels() -> None:
     model, tokenizer = make("bert", "MASKED_LM")
     batch = ClozeCollator(tokenizer, False)(encode(model, tokenizer))
