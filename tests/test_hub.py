@@ -203,6 +203,23 @@ def test_a_push_that_meets_a_fault_ends_in_one_commit(
     assert commits(server) == 1
 
 
+def test_a_push_that_somebody_else_s_comes_between_looks_again(
+    server: HubServer, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo, commit = server.add_repo(ADAPTER), HfApi.create_commit
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        if commits(server) == 0:
+            repo.commit({"adapter_config.json": b"{}", "notes.txt": b"theirs"}, "In between")
+        return commit(*arguments, **options)
+
+    monkeypatch.setattr(HfApi, "create_commit", late)
+    push_folder(finished, ADAPTER, token=TOKEN)
+    files = repo.at().files
+    assert [entry.status for entry in server.requests("POST", "/commit/")] == [412, 200] and commits(server) == 2
+    assert "adapter_config.json" not in files and "notes.txt" in files and "model.safetensors" in files
+
+
 def test_a_push_that_fails_for_good_says_how_to_go_on(
     server: HubServer, model: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,7 +51,8 @@ def hidden(model: PTunePreTrainedModel) -> torch.Tensor:
     + [("prompt_tuning", "p_tuning"), ("p_tuning_v2", "prefix_tuning")],
 )
 def test_the_prompt_says_what_it_said(source: str, target: str, flatten: bool, wrap: Wrap, trained: Any) -> None:
-    model, folder = trained(source, flatten)
+    dropout = {"encoder_dropout": 0.5, "encoder_reparameterization_type": "LSTM", "encoder_num_layers": 2}
+    model, folder = trained(source, flatten, **dropout)
     other = fresh(wrap, target, folder)
     assert torch.allclose(hidden(other), hidden(model), atol=1e-10)
     assert not torch.equal(other.backbone.classifier.weight, model.backbone.classifier.weight)
