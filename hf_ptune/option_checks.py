@@ -57,8 +57,13 @@ def _check_ranges(config: Any, kind: PromptKind | None) -> None:
 
 def _check_init(config: Any, kind: PromptKind | None) -> None:
     init = config.prompt_tuning_init
-    if init == "TEXT" and not config.prompt_tuning_init_text:
-        raise ConfigError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text, the text to start from.")
+    text = config.prompt_tuning_init_text
+    # a configuration that names its geometry was saved: some tokenizers have tokens for blanks, which were taken once
+    if init == "TEXT" and not (text if config.geometry else (text or "").strip()):
+        raise ConfigError(
+            f"prompt_tuning_init='TEXT' needs prompt_tuning_init_text, the text to start from; found {text!r}. Give it "
+            "words, such as those of the task, or leave prompt_tuning_init out."
+        )
     if init == "ADAPTER" and not config.prompt_tuning_init_adapter:
         raise ConfigError("prompt_tuning_init='ADAPTER' needs prompt_tuning_init_adapter, a folder or Hub id.")
     if init == "ADAPTER" and kind is None:

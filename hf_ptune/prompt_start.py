@@ -108,11 +108,10 @@ def _token_rows(model: Any, start: str, virtual: int, tokenizer: Any) -> list[li
         return [[i] for i in sample_vocabulary(size, virtual, tokenizer)]
     tokenizer = tokenizer or base_tokenizer(model.config)
     if start == "TEXT":
-        ids = tokenizer(model.config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
+        text = model.config.prompt_tuning_init_text
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
-            raise ConfigError(
-                f"prompt_tuning_init_text={model.config.prompt_tuning_init_text!r} has no tokens; give it a word."
-            )
+            raise ConfigError(f"prompt_tuning_init_text={text!r} has no token to start from; give a text of words.")
         return [[i] for i in fit_length(ids, virtual)]
     labels = model.config.id2label
     if not labels or all(str(v).startswith("LABEL_") for v in labels.values()):
@@ -121,7 +120,10 @@ def _token_rows(model: Any, start: str, virtual: int, tokenizer: Any) -> list[li
         )
     rows = [tokenizer(str(v), add_special_tokens=False)["input_ids"] for v in labels.values()][:virtual]
     if not all(rows):
-        raise ConfigError(f"prompt_tuning_init='CLASS_LABELS' needs labels of at least one token; found {labels}.")
+        raise ConfigError(
+            f"prompt_tuning_init='CLASS_LABELS' needs labels that have tokens; found {labels}. Load the backbone with "
+            "an id2label of words."
+        )
     return rows + [[i] for i in sample_vocabulary(size, virtual, tokenizer)][: virtual - len(rows)]
 
 

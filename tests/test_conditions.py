@@ -388,19 +388,6 @@ def test_class_labels_start_a_prompt() -> None:
         get_ptune_model(build("bert"), config, tokenizer)
 
 
-def test_a_start_without_tokens_is_refused() -> None:
-    tokenizer = tokenizer_of("wordpiece")
-    start = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "  "}
-    for method in ("prompt_tuning", "p_tuning_v2"):
-        with pytest.raises(ConfigError, match="prompt_tuning_init_text='  ' has no tokens"):
-            get_ptune_model(build("bert"), PTuneConfig(method=method, num_virtual_tokens=3, **start), tokenizer)
-    names = {0: " ", 1: "good"}
-    backbone = build("bert", num_labels=2, id2label=names, label2id={v: k for k, v in names.items()})
-    config = PTuneConfig(method="prompt_tuning", num_virtual_tokens=3, prompt_tuning_init="CLASS_LABELS")
-    with pytest.raises(ConfigError, match="labels of at least one token"):
-        get_ptune_model(backbone, config, tokenizer)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
 def test_a_quantised_cache_holds_own_tokens_only(method: str) -> None:
@@ -590,6 +577,33 @@ def test_grouped_query_heads_are_counted() -> None:
     )
     model = get_ptune_model(LlamaForCausalLM(config), PTuneConfig(num_virtual_tokens=3))
     assert model.prompt.weight.shape == (3, 2 * 8)
+
+
+@pytest.mark.parametrize("text", [None, "", " \n\t"])
+def test_a_start_from_no_text_is_refused(text: str | None) -> None:
+    with pytest.raises(ConfigError, match="needs prompt_tuning_init_text, the text to start from; found"):
+        PTuneConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text=text)
+
+
+def test_an_adapter_that_started_from_blanks_is_loaded_still() -> None:
+    saved = get_ptune_model(build("llama"), PTuneConfig()).config.to_dict()
+    blank = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "  "}
+    assert PTuneConfig.from_dict(saved | blank).prompt_tuning_init_text == "  "
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_a_start_from_a_text_or_label_without_tokens_is_refused(method: str) -> None:
+    config = PTuneConfig(method=method, prompt_tuning_init="TEXT", prompt_tuning_init_text="\u200b")
+    nothing = {"input_ids": []}
+    with pytest.raises(ConfigError, match=r"prompt_tuning_init_text='\\u200b' has no token to start from; give"):
+        get_ptune_model(build("llama"), config, lambda text, add_special_tokens: nothing)
+    config = PTuneConfig(method=method, prompt_tuning_init="CLASS_LABELS")
+    with pytest.raises(ConfigError, match=r"labels that have tokens; found \{0: 'a', 1: ' '\}"):
+        get_ptune_model(
+            build("bert", num_labels=2, id2label={0: "a", 1: " "}),
+            config,
+            lambda text, add_special_tokens: {"input_ids": [5]} if text.strip() else nothing,
+        )
 
 
 def test_a_start_that_fails_leaves_the_backbone_as_it_was() -> None:

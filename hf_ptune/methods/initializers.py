@@ -18,7 +18,7 @@ def random_like(sample: Tensor, num_virtual_tokens: int) -> Tensor:
 
 
 def fit_length(ids: list[int], num_virtual_tokens: int) -> list[int]:
-    """Repeat or cut token ids, at least one, to P, as the prompt's length asks."""
+    """Repeat or cut token ids to P, as the prompt's length asks."""
     return (ids * (num_virtual_tokens // len(ids) + 1))[:num_virtual_tokens]
 
 
