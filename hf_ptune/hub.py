@@ -182,7 +182,7 @@ class _Push:
         # the answer to an earlier try may be all that was lost
         if self.tried and any(self._arrived(revision) for revision in self._targets()):
             return
-        if not self.tried and self._has_another_card(parent, there):
+        if CARD_NAME in self.files and self._has_another_card(parent, there):
             logger.warning(
                 f"{self.repo_id} has a {CARD_NAME} that is no card of this package; it is kept, and the adapter's own "
                 "is not pushed. Delete it there and push again to have that."

@@ -210,7 +210,8 @@ def test_a_push_that_somebody_else_s_comes_between_looks_again(
 
     def late(*arguments: Any, **options: Any) -> Any:
         if commits(server) == 0:
-            repo.commit({"adapter_config.json": b"{}", "notes.txt": b"theirs"}, "In between")
+            theirs = {"adapter_config.json": b"{}", "notes.txt": b"theirs", "README.md": b"# Mine\n"}
+            repo.commit(theirs, "In between")
         return commit(*arguments, **options)
 
     monkeypatch.setattr(HfApi, "create_commit", late)
@@ -218,6 +219,7 @@ def test_a_push_that_somebody_else_s_comes_between_looks_again(
     files = repo.at().files
     assert [entry.status for entry in server.requests("POST", "/commit/")] == [412, 200] and commits(server) == 2
     assert "adapter_config.json" not in files and "notes.txt" in files and "model.safetensors" in files
+    assert repo.at().files["README.md"].content == b"# Mine\n"
 
 
 def test_a_push_that_fails_for_good_says_how_to_go_on(

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import hf_ptune
 from hf_ptune.adapter_file import WEIGHTS_NAME, read_tensors
 from hf_ptune.backbone import is_hub_id
+from hf_ptune.callbacks.numbers import ends_training
 from hf_ptune.cards import TEST, TIMES, RunFacts, public_name
 from hf_ptune.engines import engine_name, ours, replaces, splits
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
@@ -92,7 +93,7 @@ class ModelCardCallback(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add what is measured after training."""
-        if any("train_runtime" in entry for entry in state.log_history):
+        if any(ends_training(entry) for entry in state.log_history):
             self._tell(args, state, kwargs)
 
     def _tell(self, args: TrainingArguments, state: TrainerState, known: dict[str, Any]) -> None:
@@ -163,7 +164,7 @@ def gather_facts(
 
 def _measured(args: TrainingArguments, state: TrainerState, history: list[dict[str, float]]) -> dict[str, float]:
     """What was measured of the model that is there now, on all datasets: none of another step, nor of a fresh one."""
-    ends = [n for n, entry in enumerate(history) if "train_runtime" in entry]
+    ends = [n for n, entry in enumerate(history) if ends_training(entry)]
     step, afterwards = state.global_step, []
     if ends and args.load_best_model_at_end and state.best_model_checkpoint is not None:
         afterwards = history[ends[-1] :]
