@@ -29,6 +29,7 @@ from hf_ptune.injection import (
     device_of,
     find_geometry,
     forget_captures,
+    keep_unpacked,
     layers_of,
     restore_captures,
     word_embeddings,
@@ -79,6 +80,7 @@ class PTunePreTrainedModel(Delegating):
         # what needs no run of the backbone is refused before it is touched
         adapter_names(backbone, config.method, self.task, config.modules_to_save, whole=config.train_backbone)
         self._adopt(backbone)
+        keep_unpacked(backbone)
         self._was_trainable = {n for n, p in backbone.named_parameters() if p.requires_grad}
         self._before = Before(backbone, config, self.task)
         try:
@@ -194,7 +196,8 @@ class PTunePreTrainedModel(Delegating):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        restore_captures(self.backbone)
+        if "_modules" in vars(self.backbone):  # one that is copied by itself has its parts only later
+            restore_captures(self.backbone)
         self.backbone.__dict__[_OWNER] = Owner(self)
         self.config.follow(self.backbone)
 

@@ -524,6 +524,28 @@ def in_a_fresh_process(*lines: str) -> str:
     ).stdout.strip()
 
 
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_a_base_in_four_bits_that_has_answered_gives_gradients(method: str, tmp_path: Path) -> None:
+    """Some CPUs' layers pack their weights as soon as they answer, and let no gradient through from then on."""
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
+    build("llama", **sizes).float().save_pretrained(tmp_path)
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    inputs, found = batch("llama"), []
+    for answered in (True, False):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantised)
+        with torch.no_grad():
+            if answered:
+                base(**inputs)
+            torch.manual_seed(0)
+            model = get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=3))
+            model.eval()(**inputs)
+        model.train()(**inputs).loss.backward()
+        found.append(model.prompt.weight.grad)
+    # scales of packed weights have been rounded to bfloat16
+    assert (found[0] - found[1]).norm() < 0.1 * found[1].norm()
+
+
 def test_a_loader_of_many_modules_stays_as_it_is() -> None:
     """Transformers' finder of former names loads each by itself; changed for one, it would be changed for all."""
     found = in_a_fresh_process(

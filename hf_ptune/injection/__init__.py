@@ -4,6 +4,7 @@ from hf_ptune.injection.calls import bind, cache_name, cache_of, parameters_of, 
 from hf_ptune.injection.embeddings import has_decoder, normalises_embeddings, word_embeddings
 from hf_ptune.injection.injector import Injector
 from hf_ptune.injection.layer_mix import ScalarMix, forget_captures, gives_layers, layers_of, restore_captures
+from hf_ptune.injection.packed import keep_unpacked
 from hf_ptune.injection.pooling import reads_first_token
 from hf_ptune.injection.probe import (
     PROBE_TOKENS,
@@ -34,6 +35,7 @@ __all__ = [
     "forget_captures",
     "gives_layers",
     "has_decoder",
+    "keep_unpacked",
     "layers_of",
     "normalises_embeddings",
     "parameters_of",

@@ -58,7 +58,8 @@ class InputPrompt:
             raise InjectionError(
                 f"attention_mask has {mask.dim()} axes; a prompt among the inputs of an encoder needs [B, S]."
             )
-        _check_lengthened(self.encoder, named, embeds)
+        read = {name: given for name, given in named.items() if name in self.accepted}
+        _check_lengthened(self.encoder, read, embeds)
         at = self.places(mask, batch, embeds.device)
         rows = prompt[None].expand(batch, -1, -1)
         positions = self._positions(ids, named, batch, length, embeds.device)

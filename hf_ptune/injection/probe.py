@@ -14,6 +14,7 @@ from hf_ptune.injection import attention, own_attention, sites
 from hf_ptune.injection.calls import parameters_of
 from hf_ptune.injection.embeddings import word_embeddings
 from hf_ptune.injection.outsiders import set_aside
+from hf_ptune.injection.packed import keep_unpacked
 from hf_ptune.injection.sites import Site, key_groups
 from hf_ptune.methods.base import SiteShape
 
@@ -69,6 +70,7 @@ def find_geometry(backbone: PreTrainedModel) -> dict[str, Any]:
     Raises:
         BackboneError: it cannot run on plain tokens.
     """
+    keep_unpacked(backbone)
     body = body_of(backbone)
     frozen_rng = torch.random.fork_rng(devices=[])
     with probing(backbone), frozen_rng, sparse_as_it_was(body), torch.no_grad():

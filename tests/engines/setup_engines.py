@@ -81,6 +81,9 @@ class Numbers:
 
     pad_token_id, eos_token_id = 0, None
 
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": []}
+
     def batch_decode(self, ids: Tensor, **options: Any) -> list[str]:
         return [" ".join(str(i) for i in row.tolist() if i > 0) for row in ids]
 
