@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,15 @@ def test_an_interrupted_sweep_goes_on(recipe: Recipe, tmp_path: Path, monkeypatc
     assert [t.error for t in found.trials] == [None] * 3
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As in a terminal: a shell lets what it starts in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(("at", "ran", "kept"), [(1, 0, 0), (2, 1, 0), (3, 1, 1)])
 def test_an_interruption_while_results_are_written_is_no_failed_run(
