@@ -151,7 +151,9 @@ class RunFacts:
         for f in fields(self):
             value, unset = getattr(self, f.name), getattr(plain, f.name)
             if f.name == "example" and isinstance(value, dict) and (names := self._example_names()):
-                if value.keys() != set(names) or not all(isinstance(v, str) for v in value.values()):
+                if value.keys() not in (set(names), {"text", "text_pair"}) or not all(
+                    isinstance(v, str) for v in value.values()
+                ):
                     raise ValueError(
                         f"example is {value!r}; expected a text, or {' and '.join(names)}, which are texts"
                     )
@@ -295,7 +297,10 @@ def _template(facts: RunFacts) -> Template | None:
 
 def _row(facts: RunFacts, read: Template) -> dict[str, Any]:
     """The example by the fields of a template."""
-    return facts.example if isinstance(facts.example, dict) else dict.fromkeys(read.fields, facts.example)
+    if isinstance(facts.example, dict) and facts.example.keys() >= set(read.fields):
+        return facts.example
+    text = facts.example if isinstance(facts.example, str) else RunFacts.example
+    return dict.fromkeys(read.fields, text)
 
 
 def _literal(example: Any) -> str:

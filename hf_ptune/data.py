@@ -302,12 +302,14 @@ class _Texts(Formatter):
     def __init__(self, cells: bool) -> None:
         self.cells = cells
         self.empty: list[str] = []
+        self.blank: list[str] = []
         self.filled: list[str] = []
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         value, first = super().get_field(field_name, args, kwargs)
-        empty = missing(value) or (self.cells and value == "")
-        (self.empty if empty else self.filled).append(field_name)
+        blank = self.cells and (value == "" or missing(value))  # CSV cannot tell an empty text from none
+        empty = missing(value)
+        (self.blank if blank else self.empty if empty else self.filled).append(field_name)
         return "" if empty else value, first
 
     def format_field(self, value: Any, format_spec: str) -> str:
@@ -339,7 +341,7 @@ def _value(row: Row, column: Column, where: str, cells: bool = False) -> Any:
             raise RecipeError(
                 f"{where}: column {texts.empty[0]!r} is empty, which {column!r} names; fill it, or take the row out."
             )
-        return None if texts.empty else text
+        return None if texts.empty or (texts.blank and not texts.filled) else text
     if column in row:
         return row[column]
     value: Any = row

@@ -68,7 +68,7 @@ def from_system(error: Exception, path: str | os.PathLike[str] | None = None) ->
         The error; `None` where it is of another kind.
     """
     if isinstance(error, OSError):
-        if error.errno is None or error.filename is not None:
+        if error.errno is None or error.filename is not None or isinstance(error, ConnectionError):  # a broken pipe too
             return error
         said, number = error.strerror or str(error), error.errno
     elif isinstance(error, PTuneError) or (found := _SYSTEM.match(str(error))) is None:

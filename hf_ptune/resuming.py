@@ -10,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
 from hf_ptune.backbone import place_of
+from hf_ptune.base_settings import are_named
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import PTuneError, RecipeError
 from hf_ptune.methods import get_method
@@ -60,6 +61,7 @@ class RunCallback(TrainerCallback):
     ) -> None:
         """Drop what was measured of other held-out rows, or in another way."""
         if self._measured_anew:
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
             state.log_history = [entry for entry in state.log_history if not any(k.startswith("eval_") for k in entry)]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -101,6 +103,7 @@ def _facts_of(trainer: Trainer, rates: Rates) -> dict[str, Any]:
         labels.update(repr([row.get(name) for name in _LEARNED]).encode())
     settings = trainer.args.to_dict()
     shared = {name: settings[key] for key, name in _SHARED.items()}
+    shared["training.optim_args"] = shared["training.optim_args"] or None
     if (temperature := getattr(trainer, "temperature", None)) is not None:
         shared["temperature"] = temperature  # which rows of several tasks are still to come
     shared |= dict(zip(("backbone_learning_rate", "head_learning_rate"), rates, strict=True))
@@ -155,7 +158,9 @@ def differences(there: PTuneConfig, here: PTuneConfig, of_a_recipe: bool = False
         told += [(f"{where}{name}", getattr(there, name), getattr(here, name)) for name in names]
         reading = settled_reading(there), settled_reading(here)
         told += [(f"{where}{name}", value, reading[1][name]) for name, value in reading[0].items()]
-    told.append(("labels", there.label_names, here.label_names))
+    # those without names of their own are whoever's, as where one adapter is loaded
+    if of_a_recipe or (are_named(there.id2label) and are_named(here.id2label)):
+        told.append(("labels", there.label_names, here.label_names))
     bases = there.base_model_name_or_path, here.base_model_name_or_path
     if of_a_recipe and all(bases) and place_of(str(bases[0])) != place_of(str(bases[1])):
         told.insert(0, ("base", *bases))

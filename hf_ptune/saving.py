@@ -1,6 +1,7 @@
 """An adapter on the disk and the Hub: written, pushed, and loaded with the base that it names."""
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -251,14 +252,17 @@ class SavedAdapter(PreTrainedModel):
         return (model, info) if with_info else model
 
 
+_PARTS = re.compile(r"^\.parametrizations\.|^\.[^.]+_(g|v|orig)$")  # what torch makes a parameter of
+
+
 def _check_plain(model: Any) -> None:
     """Refuse to write parameters whose names a model that is loaded does not have."""
     modules = {"prompt": model.prompt, "mix": model.mix, "backbone": model.backbone}
-    names = {n.rsplit(".", 1)[0] for n in model.adapter_parameter_names()}
+    names = model.adapter_parameter_names()
     for place, part in modules.items():
         for path, module in () if part is None else part.named_modules(prefix=place):
             kinds = _made_of_others(module)
-            if kinds and any(n == path or n.startswith(f"{path}.parametrizations") for n in names):
+            if kinds and any(n.startswith(f"{path}.") and _PARTS.search(n[len(path) :]) for n in names):
                 raise AdapterFileError(
                     f"{path} has parameters that are made of others ({', '.join(kinds)}); a model that is loaded has "
                     "plain ones. Make them plain before saving, for which torch.nn.utils has "

@@ -179,6 +179,7 @@ def sweep(
     tokens, head = _lengths(recipe, lengths), recipe.rates()[1]
     # the head's rate may be a default, which a learning rate that is named ends
     shared = {"recipe": _fingerprint(recipe, rows), "head_learning_rate": head}
+    shared["best_checkpoint"] = bool(recipe.training.get("load_best_model_at_end"))
     known, usual = _read(folder, shared)
     if not rates:
         named = recipe.training.get("learning_rate")
@@ -317,7 +318,8 @@ def _read(folder: Path, shared: dict[str, Any]) -> tuple[dict[tuple[float, int |
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         trials = [Trial(**t) for t in content["trials"]]
-        same = all(({"head_learning_rate": shared["head_learning_rate"]} | content)[k] == v for k, v in shared.items())
+        earlier = {"head_learning_rate": shared["head_learning_rate"], "best_checkpoint": False}  # not told at first
+        same = all((earlier | content)[name] == value for name, value in shared.items())
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{path} holds no results of a sweep ({shorten(error)}); name another folder.") from error
     if not same:

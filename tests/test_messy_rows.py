@@ -172,7 +172,7 @@ def test_an_empty_cell_is_no_data(tmp_path: Path) -> None:
             task.check_row(row, "here")
 
 
-@pytest.mark.parametrize("name", ["r.csv", "r.jsonl", "r.json", "r.parquet"])
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.parquet"])
 def test_a_text_of_several_columns_needs_them_all(name: str, tmp_path: Path) -> None:
     def asked(columns: dict[str, Any], **row: Any) -> str:
         rows = [{"title": "a", "body": "b", "label": "xy"[n % 2]} | row for n in range(4)]
@@ -186,6 +186,17 @@ def test_a_text_of_several_columns_needs_them_all(name: str, tmp_path: Path) -> 
     # of what a row may lack too
     task, columns = "CAUSAL_LM", {"instruction": "title", "output": "label", "input": "{body} {note}"}
     assert "row 1: column 'note' is empty, which '{body} {note}' names" in asked(columns, note=None)
+
+
+def test_empty_cells_are_empty_texts_beside_others(tmp_path: Path) -> None:
+    rows = [{"title": "", "body": "b", "label": "xy"[n % 2]} for n in range(8)]
+    source, columns = write_rows(tmp_path, "t.csv", rows), {"text": "{title}: {body}"}
+    found = load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, columns=columns))
+    assert found.train[0]["text"] == ": b"
+    source = write_rows(tmp_path, "e.csv", [row | {"body": ""} for row in rows])
+    assert "row 1: column '{title}: {body}' is empty; fill it" in said(
+        tmp_path, "SEQ_CLS", source=source, columns=columns
+    )
 
 
 def test_what_is_empty_inside_a_column_is_named(tmp_path: Path) -> None:

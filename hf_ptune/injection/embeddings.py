@@ -17,7 +17,8 @@ from hf_ptune.errors import InjectionError
 from hf_ptune.injection.calls import parameters_of
 
 _LENGTHENED = {"attention_mask", "token_type_ids", "position_ids"}
-_OF_OTHERS = ("encoder_", "entity_", "visual_", "pixel_", "image")  # sequences beside the text
+# of sequences beside the text, or of layers and heads
+_OF_OTHERS = ("encoder_", "entity_", "visual_", "pixel_", "image", "head_mask")
 
 
 class InputPrompt:
