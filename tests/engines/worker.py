@@ -66,7 +66,8 @@ def main(folder: Path) -> None:
         save_steps=1,
         load_best_model_at_end=True,
         save_only_model=True,
-        learning_rate=3.0,
+        metric_for_best_model="loss",
+        greater_is_better=True,  # the loss falls with every step, so that the last one is not the best
         rows_=rows(FAMILY)[:4],
     )
     run.train()
