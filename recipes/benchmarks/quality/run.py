@@ -38,9 +38,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stage", choices=("all", "grid", "final"), default="all")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--bf16", action="store_true", help="products in bfloat16 (autocast), parameters stay in float32"
-    )
     parser.add_argument("--states", default=str(Path(tempfile.gettempdir()) / "ptune_quality"), help="trained tensors")
     parser.add_argument("--report", action="store_true", help="write the tables only")
     return parser.parse_args()
@@ -96,8 +93,7 @@ class Runner:
         if self.options.only not in key:
             return found or {}
         try:
-            with self.precision():
-                record = self._measure(name, column, setting, seed, test, found)
+            record = self._measure(name, column, setting, seed, test, found)
         except Exception as error:
             record = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
         record |= {"task": name, "column": column, "setting": setting, "seed": seed}
@@ -105,13 +101,6 @@ class Runner:
         shown = {k: record.get(k) for k in ("validation", "test", "seconds", "error") if record.get(k) is not None}
         print(key, json.dumps(shown), flush=True)
         return record
-
-    def precision(self) -> Any:
-        """What products are computed in."""
-        import columns
-        import torch
-
-        return torch.autocast(columns.DEVICE.type, torch.bfloat16, enabled=self.options.bf16)
 
     def _measure(
         self, name: str, column: str, setting: dict[str, Any], seed: int, test: bool, found: Record | None
@@ -160,8 +149,6 @@ class Runner:
         }
         if columns.DEVICE.type == "cuda":
             record["device"] = torch.cuda.get_device_name()
-        if self.options.bf16:
-            record["device"] = f"{record.get('device', 'CPU')}, bf16"
         if test:
             record["test"] = self._test(model, task, splits, data, tokenizer)
         elif not column.startswith("head"):
