@@ -68,7 +68,7 @@ def staged(folder: str | os.PathLike[str]) -> Iterator[Path]:
             place.parent.mkdir(exist_ok=True)
             os.replace(file, place)
         _flush(target)
-    except Exception as error:
+    except Exception as error:  # whatever was written inside raises
         told = from_system(error, target)
         if told is not None and told.filename is not None and Path(told.filename).parent == aside:
             told = OSError(told.errno, told.strerror, str(target / Path(told.filename).name))

@@ -141,6 +141,24 @@ class RunFacts:
             return tuple(read.fields)
         return ("text", "text_pair") if self.task == "SEQ_CLS" else ()
 
+    def _has_parts(self) -> bool:
+        """Whether the example is fields or messages, as the task may have them.
+
+        Raises:
+            ValueError: they are not of the task, or no texts.
+        """
+        value = self.example
+        if isinstance(value, dict) and (names := self._example_names()):
+            texts = all(isinstance(v, str) for v in value.values())
+            if not texts or value.keys() not in (set(names), {"text", "text_pair"}):
+                raise ValueError(f"example is {value!r}; expected a text, or {' and '.join(names)}, which are texts")
+            return True
+        if isinstance(value, list) and self.task == "CAUSAL_LM":
+            if not value or not all(isinstance(m, dict) and {*map(type, m.values())} == {str} for m in value):
+                raise ValueError(f"example is {value!r}; expected a text, or messages with role and content")
+            return True
+        return False
+
     def _check(self) -> None:
         """Refuse what no card can be made of.
 
@@ -150,17 +168,7 @@ class RunFacts:
         plain = RunFacts(self.method, self.task)
         for f in fields(self):
             value, unset = getattr(self, f.name), getattr(plain, f.name)
-            if f.name == "example" and isinstance(value, dict) and (names := self._example_names()):
-                if value.keys() not in (set(names), {"text", "text_pair"}) or not all(
-                    isinstance(v, str) for v in value.values()
-                ):
-                    raise ValueError(
-                        f"example is {value!r}; expected a text, or {' and '.join(names)}, which are texts"
-                    )
-                continue
-            if f.name == "example" and isinstance(value, list) and self.task == "CAUSAL_LM":
-                if not value or not all(isinstance(m, dict) and {*map(type, m.values())} == {str} for m in value):
-                    raise ValueError(f"example is {value!r}; expected a text, or messages with role and content")
+            if f.name == "example" and self._has_parts():
                 continue
             kind = str if unset is None else type(unset)
             if not isinstance(value, kind) and (value is not None or unset is not None):

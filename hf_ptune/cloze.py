@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from hf_ptune.cross_entropy import IGNORED
+from hf_ptune.endings import closing_ids
 from hf_ptune.errors import ConfigError, TemplateError
 from hf_ptune.injection import device_of, evaluating
 from hf_ptune.position_tables import token_room
@@ -312,9 +313,10 @@ def _answers(
     if strange := [row for row in rows if not isinstance(row, Mapping)]:
         raise TemplateError(f"a row is {strange[0]!r}; expected the template's fields, as in {{'sentence': 'text'}}.")
     max_length = token_room(model) if max_length is None else max_length
+    closing = closing_ids(tokenizer)
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        batch = collate([template.encode(tokenizer, row, max_length, causal).inputs for row in part])
+        batch = collate([template.encode(tokenizer, row, max_length, causal, closing).inputs for row in part])
         with evaluating(model):
             logits: Tensor = model(**{k: v.to(device) for k, v in batch.items()}).logits
         yield logits[:, 0].float()

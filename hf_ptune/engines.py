@@ -9,7 +9,8 @@ Importing this module lets the Trainer come here for models of ours; others do n
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -284,13 +285,22 @@ def _train(trainer: Any, original: Any, resume_from_checkpoint: Any = None, *arg
     return original(resume_from_checkpoint, *args, **kwargs)
 
 
+@contextmanager
+def counting_steps(trainer: Trainer, models: Sequence[Any]) -> Iterator[None]:
+    """Note on wrapped models the steps that a Trainer takes meanwhile."""
+    before = trainer.state.global_step
+    yield
+    for model in models:
+        marks = vars(model)
+        marks[TRAINED] = marks.get(TRAINED, 0) + trainer.state.global_step - before
+
+
 @replaces(Trainer, "_run_epoch", only_split=False)
 def _run_epoch(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> None:
     """Train no further where a checkpoint is at the end already; count how far the prompt is from a fresh start."""
     if not at_end(trainer):
-        before, marks = trainer.state.global_step, vars(ours(trainer.model))
-        original(*args, **kwargs)
-        marks[TRAINED] = marks.get(TRAINED, 0) + trainer.state.global_step - before
+        with counting_steps(trainer, [ours(trainer.model)]):
+            original(*args, **kwargs)
 
 
 @replaces(Trainer, "evaluation_loop", only_split=False)

@@ -90,7 +90,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # libraries of Rust raise whatever they like
         told = from_system(error, path)
         if told is None or told is error:
             raise

@@ -31,6 +31,7 @@ from hf_ptune.publishing import SOURCE, publish
 from hf_ptune.sharding import running
 
 logger = logging.get_logger(__name__)
+_PARTS = re.compile(r"^\.parametrizations\.|^\.[^.]+_(g|v|orig)$")  # what torch makes a parameter of
 # what a repository of ours may run says nothing of what its base may; the others are said of our own files
 _NOT_FOR_THE_BASE = (
     "trust_remote_code",
@@ -250,9 +251,6 @@ class SavedAdapter(PreTrainedModel):
         if model.can_generate():
             model.generation_config = backbone.generation_config = read_generation(source, backbone, own)
         return (model, info) if with_info else model
-
-
-_PARTS = re.compile(r"^\.parametrizations\.|^\.[^.]+_(g|v|orig)$")  # what torch makes a parameter of
 
 
 def _check_plain(model: Any) -> None:

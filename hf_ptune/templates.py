@@ -177,6 +177,7 @@ class Template:
         row: Mapping[str, Any],
         max_length: int | None = None,
         causal: bool = False,
+        closing: list[int] | None = None,
     ) -> Encoded:
         """Turn a row into tokens: those of the rendered text, the longest field cut at its end where they are too many.
 
@@ -185,6 +186,7 @@ class Template:
             row: has a value for every field.
             max_length: tokens at most, the tokenizer's own special tokens included.
             causal: see `render`.
+            closing: the `closing_ids` of the tokenizer, for whoever reads many rows; asked for when unset.
 
         Raises:
             ConfigError: a causal model could not answer the template.
@@ -197,7 +199,8 @@ class Template:
         offsets = encoding.pop("offset_mapping", None)
         kept = list(range(len(encoding["input_ids"])))
         if causal and self.has_mask:  # the answer goes on where a closing token would stand
-            kept = kept[: len(without_closing(encoding["input_ids"], closing_ids(tokenizer)))]
+            closing = closing_ids(tokenizer) if closing is None else closing
+            kept = kept[: len(without_closing(encoding["input_ids"], closing))]
         if max_length is not None and len(kept) > max_length:
             kept = self._cut(text, spans, offsets, kept, max_length)
         inputs = {name: [values[i] for i in kept] for name, values in encoding.items()}

@@ -31,7 +31,7 @@ from hf_ptune.callbacks.learning import TASK_LOSS
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.endings import let_end
-from hf_ptune.engines import TRAINED, at_end
+from hf_ptune.engines import at_end, counting_steps
 from hf_ptune.errors import RecipeError
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
 from hf_ptune.hub import push_folder
@@ -253,11 +253,8 @@ class MultiTaskTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not at_end(self):
-            before = self.state.global_step
-            super()._run_epoch(*args, **kwargs)
-            for task in self.prompts.tasks:
-                marks = vars(self.prompts.model_of(task))
-                marks[TRAINED] = marks.get(TRAINED, 0) + self.state.global_step - before
+            with counting_steps(self, [self.prompts.model_of(task) for task in self.prompts.tasks]):
+                super()._run_epoch(*args, **kwargs)
 
 
 def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:

@@ -33,7 +33,7 @@ class OnInterrupt:
             return forward(*args, **kwargs)
         try:
             return forward(*args, **kwargs)
-        except Exception:
+        except Exception:  # for these torch calls the hooks that are always called
             raise
         except BaseException:
             self.clean()

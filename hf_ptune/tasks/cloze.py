@@ -9,6 +9,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_ptune.cloze import ClozeCollator, Verbalizer, Vocabulary, classify, last_labels, predict_words
+from hf_ptune.endings import closing_ids
 from hf_ptune.errors import ConfigError, RecipeError, TemplateError
 from hf_ptune.metrics import Accuracy, MacroF1
 from hf_ptune.tasks.base import Answer, Collator, Feature, Row, Task, make_collator
@@ -109,7 +110,7 @@ class _Cloze(Task):
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
     ) -> list[Feature]:
         read, scorer = Template.parse(self.template), self.scorer(tokenizer, labels)
-        features = []
+        features, closing = [], closing_ids(tokenizer)
         for row in rows:
             answer = str(row[self._answer_role])
             if isinstance(scorer, Verbalizer):
@@ -121,7 +122,7 @@ class _Cloze(Task):
                     if self.drop_long_answers:
                         continue
                     raise RecipeError(f"{error} Or set task_options.drop_long_answers: true, as LAMA does.") from error
-            encoded = read.encode(tokenizer, row, self.max_length, self._causal)
+            encoded = read.encode(tokenizer, row, self.max_length, self._causal, closing)
             features.append(encoded.inputs | {"labels": number})
         if len(features) < len(rows):
             logger.warning(
