@@ -29,9 +29,9 @@ from hf_ptune import patching
 from hf_ptune.adapter_file import WEIGHTS_NAME, read_tensors
 from hf_ptune.backbone import check_target
 from hf_ptune.errors import PTuneError
+from hf_ptune.facts import RUN
 from hf_ptune.methods import get_method
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
-from hf_ptune.publishing import RUN
 from hf_ptune.resuming import check_checkpoint
 from hf_ptune.sharding import read_master, scatter, write_master
 

@@ -15,11 +15,12 @@ from hf_ptune.hub import adapter_files
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.publishing import tokenizer_of
 from hf_ptune.recipe import Recipe
+from hf_ptune.row_checks import check_features
 from hf_ptune.tasks import Task, TaskTrainer
 from hf_ptune.templates import name_virtual_tokens
 from hf_ptune.tokenization import has_tokenizer
-from hf_ptune.train import check_features, load_adapter
 from hf_ptune.train import evaluate as measure
+from hf_ptune.train import load_adapter
 
 
 def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, dict[str, float]]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache, PreTrainedModel
-from transformers.utils import cached_file
 
-from hf_ptune.adapter_file import HUB_KEYS, check_tensors, read_tensors
+from hf_ptune.adapter_file import HUB_KEYS, check_tensors
 from hf_ptune.backbone import head_names, load_backbone, resolve, task_of
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
@@ -23,22 +21,25 @@ from hf_ptune.injection.probe import close, vocabulary_of
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import flatten, split_prefix
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
+from hf_ptune.peft_files import (
+    NO_PREFIX,
+    PEFT_CONFIG_NAME,
+    PEFT_PICKLE_NAME,
+    PEFT_TASKS,
+    PEFT_TYPES,
+    PEFT_WEIGHTS_NAME,
+    check_finite,
+    find_file,
+    method_of,
+    pop_prompt,
+    read_file,
+    read_settings,
+)
 from hf_ptune.peft_words import settle, shared_names
 from hf_ptune.wrapping import get_ptune_model
 
 FilePath = str | os.PathLike[str]
-PEFT_CONFIG_NAME = "adapter_config.json"
-PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
-PEFT_PICKLE_NAME = "adapter_model.bin"
-_PEFT_TYPES = {
-    "prompt_tuning": "PROMPT_TUNING",
-    "p_tuning": "P_TUNING",
-    "prefix_tuning": "PREFIX_TUNING",
-    "p_tuning_v2": "PREFIX_TUNING",
-}
-_PEFT_TASKS = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 _WORDS = "word_embeddings.weight"  # PEFT's own name for the base's table, copied where modules_to_save has it
-_NO_PREFIX = "PEFT puts a prefix into the decoder's own attention alone, and moves or biases positions there."
 _NO_PROMPT = "PEFT puts it before the first token, where the head pools; here it stands behind that. A prefix could be."
 
 
@@ -67,13 +68,13 @@ def load_peft(source: FilePath, backbone: PreTrainedModel | None = None, **kwarg
     hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
     own = hub | {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
     name = os.fspath(source)
-    settings = _read_settings(name, own)
-    method = _method_of(settings, name)
-    path = _find(name, PEFT_WEIGHTS_NAME, own) or _find(name, PEFT_PICKLE_NAME, own)
+    settings = read_settings(name, own)
+    method = method_of(settings, name)
+    path = find_file(name, PEFT_WEIGHTS_NAME, own) or find_file(name, PEFT_PICKLE_NAME, own)
     if path is None:
         raise AdapterFileError(f"{name} has neither {PEFT_WEIGHTS_NAME} nor {PEFT_PICKLE_NAME}.")
-    tensors = _read_file(path)
-    prompt = _pop_prompt(tensors, settings, name)
+    tensors = read_file(path)
+    prompt = pop_prompt(tensors, settings, name)
     looked_up = tensors.pop(_WORDS, None)
     kept = {n.removeprefix("base_model."): t for n, t in tensors.items()}
     if backbone is None:
@@ -155,7 +156,7 @@ def load_thudm(checkpoint: FilePath | Mapping[str, Tensor], backbone: PreTrained
         ConfigError: outputs could not be equal.
     """
     name = "the checkpoint" if isinstance(checkpoint, Mapping) else os.fspath(checkpoint)
-    tensors = _check_finite(checkpoint, name) if isinstance(checkpoint, Mapping) else _read_file(name)
+    tensors = check_finite(checkpoint, name) if isinstance(checkpoint, Mapping) else read_file(name)
     prefix = {n.removeprefix("prefix_encoder."): t for n, t in tensors.items() if n.startswith("prefix_encoder.")}
     if "embedding.weight" not in prefix:
         raise AdapterFileError(f"{name} has no prefix_encoder.embedding.weight; expected a prefix of P-tuning-v2.")
@@ -248,7 +249,7 @@ def _check_same(model: PTunePreTrainedModel) -> None:
     assert injector is not None
     seq2seq, prefixed = injector.body.config.is_encoder_decoder, injector.kind is PromptKind.PREFIX
     if seq2seq and prefixed:
-        raise ConfigError(f"a prefix of {name} cannot be converted to equal outputs: {_NO_PREFIX}")
+        raise ConfigError(f"a prefix of {name} cannot be converted to equal outputs: {NO_PREFIX}")
     if injector.inputs is not None and not seq2seq:
         raise ConfigError(f"the prompt of {name} cannot be converted to equal outputs: {_NO_PROMPT}")
     if prefixed and cache_name(injector.body) is None:
@@ -320,78 +321,6 @@ def _moved(weight: Tensor, first: int, by: int) -> Tensor:
     return torch.cat([weight[:first], weight[first:].roll(by, dims=0)])
 
 
-def _find(source: str, name: str, hub: dict[str, Any]) -> str | None:
-    try:
-        return cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(f"{source} is no folder or Hub id that could be read ({error}).") from error
-
-
-def _read_settings(source: str, hub: dict[str, Any]) -> dict[str, Any]:
-    path = _find(source, PEFT_CONFIG_NAME, hub)
-    if path is None:
-        raise AdapterFileError(f"{source} has no {PEFT_CONFIG_NAME}; expected an adapter that PEFT saved.")
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise AdapterFileError(f"{path} cannot be read as JSON ({error}).") from error
-    if not isinstance(settings, dict):
-        raise AdapterFileError(f"{path} holds a {type(settings).__name__}; expected an object.")
-    return {"peft_type": None, "task_type": None} | settings
-
-
-def _method_of(settings: dict[str, Any], source: str) -> str:
-    """Name of our method, once the settings have been found convertible."""
-    kind, task, tokens = settings["peft_type"], settings["task_type"], settings.get("num_virtual_tokens")
-    if kind not in _PEFT_TYPES.values():
-        raise ConfigError(f"{source} has peft_type={kind!r}; convertible are {', '.join(set(_PEFT_TYPES.values()))}.")
-    if task not in (*_PEFT_TASKS, None):
-        raise ConfigError(f"{source} has task_type={task!r}; expected one of {', '.join(_PEFT_TASKS)}.")
-    if type(tokens) is not int or tokens < 1:
-        raise ConfigError(f"{source} has num_virtual_tokens={tokens!r}; expected a number of at least 1.")
-    if kind == "PREFIX_TUNING" and (task == "SEQ_2_SEQ_LM" or settings.get("num_transformer_submodules") == 2):
-        raise ConfigError(f"{source} cannot be converted to equal outputs: {_NO_PREFIX}")
-    if kind == "PREFIX_TUNING":
-        return "prefix_tuning" if settings.get("prefix_projection") else "p_tuning_v2"
-    return "prompt_tuning" if kind == "PROMPT_TUNING" else "p_tuning"
-
-
-def _read_file(path: str) -> dict[str, Tensor]:
-    if path.endswith(".safetensors"):
-        return read_tensors(path)
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise AdapterFileError(f"{path} cannot be read as a pickle of tensors alone ({error}).") from error
-    if not isinstance(loaded, dict):
-        raise AdapterFileError(f"{path} holds a {type(loaded).__name__}; expected tensors by name.")
-    return _check_finite(loaded, path)
-
-
-def _check_finite(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise AdapterFileError(f"{source}: {name} is a {type(tensor).__name__}; expected a tensor.")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise AdapterFileError(f"{source}: {name} holds values that are not finite; the adapter is broken.")
-    return dict(tensors)
-
-
-def _pop_prompt(tensors: dict[str, Tensor], settings: dict[str, Any], source: str) -> Tensor:
-    """Take the prompt `[P, H]` or `[P, W]` out of a PEFT adapter's tensors."""
-    prompt = tensors.pop("prompt_embeddings", None)
-    if prompt is None:
-        raise AdapterFileError(f"{source} holds no prompt_embeddings, but {sorted(tensors)[:5]}.")
-    tokens: int = settings["num_virtual_tokens"]
-    # an encoder-decoder's has rows for a decoder too, which its forward never reads
-    parts = 2 if settings["task_type"] == "SEQ_2_SEQ_LM" and settings.get("num_transformer_submodules") != 1 else 1
-    if prompt.dim() != 2 or prompt.shape[0] != tokens * parts:
-        raise AdapterFileError(
-            f"{source}: prompt_embeddings is {tuple(prompt.shape)}, expected ({tokens * parts}, any)."
-        )
-    return prompt[:tokens]
-
-
 def _load_base(settings: dict[str, Any], kept: dict[str, Tensor], source: str, kwargs: Any) -> PreTrainedModel:
     name, task = settings.get("base_model_name_or_path"), settings["task_type"]
     if not isinstance(name, str) or not name or ".." in Path(name).parts or task is None:
@@ -414,12 +343,12 @@ def _load_base(settings: dict[str, Any], kept: dict[str, Tensor], source: str, k
 def _exportable(model: PTunePreTrainedModel) -> Injector:
     """The injector of a model whose method, task and places PEFT has too."""
     config, injector = model.config, model._injector
-    if config.method not in _PEFT_TYPES:
-        raise ConfigError(f"PEFT has no {config.method}; it has {', '.join(_PEFT_TYPES)}.")
+    if config.method not in PEFT_TYPES:
+        raise ConfigError(f"PEFT has no {config.method}; it has {', '.join(PEFT_TYPES)}.")
     if config.places_tokens or config.train_backbone:
         raise ConfigError("PEFT puts a prompt before the text, beside a base that has not changed; this is neither.")
-    if model.task not in _PEFT_TASKS:
-        raise ConfigError(f"PEFT has no prompts for {model.task}; it has them for {', '.join(_PEFT_TASKS)}.")
+    if model.task not in PEFT_TASKS:
+        raise ConfigError(f"PEFT has no prompts for {model.task}; it has them for {', '.join(PEFT_TASKS)}.")
     if injector is None:
         raise ConfigError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
     if config.head_states == "mix":
@@ -445,7 +374,7 @@ def _peft_settings(model: PTunePreTrainedModel, injector: Injector, modules: lis
         "num_layers": len(injector.sites),
         "num_transformer_submodules": 1,
         "num_virtual_tokens": config.num_virtual_tokens,
-        "peft_type": _PEFT_TYPES[config.method],
+        "peft_type": PEFT_TYPES[config.method],
         "revision": config.base_model_revision,
         "task_type": model.task,
         "token_dim": config.geometry["embedding_dim"],

@@ -238,7 +238,7 @@ class PTunePreTrainedModel(Delegating):
         for name, target in targets.items():
             write(target, tensors[name])
         if self._injector is not None:
-            self._injector.cached = None
+            self._injector.kept.forget()
 
     def _adapter_tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers themselves, in parts where ranks hold parts."""
@@ -267,7 +267,7 @@ class PTunePreTrainedModel(Delegating):
 
     def train(self, mode: bool = True) -> "PTunePreTrainedModel":
         if self._injector is not None:
-            self._injector.cached = None  # engines write parameters unseen by torch's count of changes
+            self._injector.kept.forget()  # engines write parameters unseen by torch's count of changes
         self._dropout.follow(mode)
         return super().train(mode)
 

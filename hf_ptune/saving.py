@@ -15,6 +15,7 @@ from hf_ptune.adapter_file import HUB_KEYS, check_tensors, digest_of, is_foreign
 from hf_ptune.backbone import anchored, check_target, head_names
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
+from hf_ptune.facts import SOURCE
 from hf_ptune.loading import (
     check_prompt,
     find_adapter,
@@ -27,7 +28,7 @@ from hf_ptune.loading import (
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import check_base, choose_sites, settled_reading
-from hf_ptune.publishing import SOURCE, publish
+from hf_ptune.publishing import publish
 from hf_ptune.sharding import running
 
 logger = logging.get_logger(__name__)

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import torch.distributed as dist
 from transformers import (
     AutoTokenizer,
@@ -38,7 +37,6 @@ from hf_ptune.callbacks import (
     MemoryCallback,
     ModelCardCallback,
 )
-from hf_ptune.callbacks.guard import check_positions
 from hf_ptune.callbacks.model_card import gather_facts
 from hf_ptune.cards import TIMES
 from hf_ptune.configuration_ptune import PTuneConfig
@@ -49,13 +47,13 @@ from hf_ptune.engines import last_checkpoint
 from hf_ptune.errors import INTERRUPTED, PTuneError, RecipeError, from_system
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
 from hf_ptune.interruption import checkpoints_in, how_to_go_on
-from hf_ptune.lengths import check_answers, check_lengths
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.overrides import split_overrides
 from hf_ptune.publishing import finish_folder, save_tokenizer
 from hf_ptune.recipe import Recipe, read_content, read_recipe
 from hf_ptune.resuming import RunCallback, check_checkpoint
+from hf_ptune.row_checks import check_features
 from hf_ptune.sharding import loading_alone
 from hf_ptune.sources import HUB
 from hf_ptune.tasks import Answer, Feature, Row, Task, TaskTrainer
@@ -275,48 +273,6 @@ def scheduling(recipe: Recipe) -> list[TrainerCallback]:
     """What lets learning rates fall by epochs, or ends training early, where a recipe asks for it."""
     asked = ((DecayCallback, recipe.learning_rate_decay), (EarlyStoppingCallback, recipe.early_stopping_patience))
     return [callback(value) for callback, value in asked if value is not None]
-
-
-def check_features(
-    model: PTunePreTrainedModel,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    features: Sequence[Feature],
-    held_out: bool = False,
-) -> None:
-    """Refuse features that the model could not read, whichever batch they will be in, or could not answer.
-
-    Raises:
-        RecipeError: a row has no tokens, or a held-out one no prompt to write behind.
-        GuardError: one has more than the base has positions, or what is written behind it has.
-    """
-    if empty := sum(not _count(f["input_ids"], min) for f in features):
-        raise RecipeError(
-            f"{empty} rows have no tokens for {type(tokenizer).__name__}; fill their texts, or drop them."
-        )
-    check_lengths(task, tokenizer, features, "held-out" if held_out else "training")
-    writes = held_out and isinstance(task, GenerationTask)
-    if blank := [n for n, f in enumerate(features, 1) if writes and not f["source_ids"]]:
-        raise RecipeError(
-            f"held-out row {blank[0]} of {len(features)} has an empty prompt, and {type(tokenizer).__name__} begins no "
-            f"text with a token of its own, so that nothing is there to write behind; fill it, or drop the row "
-            f"({len(blank)} in all)."
-        )
-    for name in ("input_ids", "labels"):
-        counts = [_count(f[name], max) if isinstance(f.get(name), list) else 0 for f in features]
-        with torch.random.fork_rng(devices=[]):  # collators may mask at random
-            longest = task.collator(tokenizer)([features[counts.index(max(counts))]])
-        check_positions(model, longest)
-    if held_out and isinstance(task, GenerationTask) and task.generate:
-        width = max(len(f["source_ids"]) for f in features)
-        check_answers(task, tokenizer, features)
-        # the last token that is written is not read
-        check_positions(model, {"input_ids": torch.zeros(1, width)}, further=task.max_new_tokens - 1)
-
-
-def _count(ids: Sequence[Any], of: Callable[[Sequence[int]], int]) -> int:
-    """Tokens of a feature; of several choices, of the shortest or longest."""
-    return of([len(one) for one in ids]) if len(ids) and isinstance(ids[0], list) else len(ids)
 
 
 def evaluate(trainer: TaskTrainer, test: list[Feature] | None = None) -> dict[str, float]:

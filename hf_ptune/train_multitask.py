@@ -47,11 +47,11 @@ from hf_ptune.multitask import (
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.publishing import finish_folder, save_tokenizer
 from hf_ptune.recipe import Recipe, make_recipe, read_content
+from hf_ptune.row_checks import check_features
 from hf_ptune.tasks import Feature, Task, TaskTrainer
 from hf_ptune.tasks.generation import GenerationTask
 from hf_ptune.train import (
     card_facts,
-    check_features,
     command,
     evaluate,
     leave,

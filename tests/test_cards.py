@@ -25,8 +25,9 @@ from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts, make_card, merge_seeds
 from hf_ptune.cli import main
 from hf_ptune.errors import PTuneError
+from hf_ptune.facts import facts_of
 from hf_ptune.methods import get_method, method_names
-from hf_ptune.publishing import facts_of, remake_card, save_tokenizer, write_repository
+from hf_ptune.publishing import remake_card, save_tokenizer, write_repository
 from hf_ptune.tasks.causal_lm import CausalLM
 from hf_ptune.templates import virtual_tokens
 

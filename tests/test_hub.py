@@ -32,9 +32,10 @@ from hf_ptune import PTuneConfig, PTuneForCausalLM, get_ptune_model
 from hf_ptune import hub as pushing
 from hf_ptune.cli import main, make_parser
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, HubError, PTuneError
+from hf_ptune.facts import facts_of
 from hf_ptune.hub import adapter_files, push_folder
 from hf_ptune.info import describe_adapter
-from hf_ptune.publishing import facts_of, push_finished, write_repository
+from hf_ptune.publishing import push_finished, write_repository
 
 ADAPTER = "alice/adapter"
 TOKEN = "alice-writes"

@@ -43,8 +43,8 @@ from transformers.utils.import_utils import direct_transformers_import
 from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.cards import RunFacts
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
+from hf_ptune.facts import facts_of
 from hf_ptune.interop import save_peft
-from hf_ptune.publishing import facts_of
 
 Wrap = Callable[..., PTunePreTrainedModel]
 

@@ -16,8 +16,8 @@ from hf_ptune import PTuneConfig, get_ptune_model
 from hf_ptune.cloze import ClozeCollator
 from hf_ptune.data import load_rows
 from hf_ptune.errors import GuardError, RecipeError
-from hf_ptune.lengths import check_lengths
 from hf_ptune.recipe import make_recipe
+from hf_ptune.row_checks import check_features, check_lengths
 from hf_ptune.tasks import Task, get_task
 from hf_ptune.tasks.causal_lm import CausalLM
 from hf_ptune.tasks.masked_lm import MaskedLM
@@ -25,7 +25,7 @@ from hf_ptune.tasks.multiple_choice import MultipleChoice
 from hf_ptune.tasks.question_answering import QuestionAnswering
 from hf_ptune.tasks.sequence_classification import SequenceClassification
 from hf_ptune.tasks.token_classification import TokenClassification
-from hf_ptune.train import check_features, run
+from hf_ptune.train import run
 
 
 def write(folder: Path, name: str, rows: Any) -> str:

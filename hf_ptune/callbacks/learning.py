@@ -17,8 +17,8 @@ from hf_ptune.callbacks.numbers import NumbersCallback, ends_training
 from hf_ptune.callbacks.trend import Losses, Trend, common_trend
 from hf_ptune.defaults import defaults_of
 from hf_ptune.engines import TRAINED
+from hf_ptune.facts import SOURCE
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
-from hf_ptune.publishing import SOURCE
 
 logger = logging.get_logger(__name__)
 _LOOKS = 20  # times that a run is looked at, where its own logs are rarer

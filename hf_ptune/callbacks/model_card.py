@@ -20,8 +20,9 @@ from hf_ptune.backbone import is_hub_id
 from hf_ptune.callbacks.numbers import ends_training
 from hf_ptune.cards import TEST, TIMES, RunFacts, public_name
 from hf_ptune.engines import engine_name, ours, replaces, splits
+from hf_ptune.facts import RUN, model_facts
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
-from hf_ptune.publishing import RUN, finish_folder, inherit_license, model_facts
+from hf_ptune.publishing import finish_folder, inherit_license
 
 _HYPERPARAMETERS = (
     "learning_rate",

@@ -82,6 +82,27 @@ class Slot:
         return self.kept.pop(here if here in self.kept else 0, None)
 
 
+class Threads:
+    """Threads in which something runs; true in those."""
+
+    def __init__(self) -> None:
+        self.running: set[int] = set()
+
+    def enter(self) -> None:
+        """Let it run here."""
+        self.running.add(this_thread())
+
+    def leave(self) -> None:
+        """Let it run here no more, compiled or not."""
+        self.running -= {0, this_thread()}
+
+    def __bool__(self) -> bool:
+        # compiled code runs in one thread, and does not ask which
+        if not self.running or torch.compiler.is_compiling():
+            return bool(self.running)
+        return not self.running.isdisjoint((0, threading.get_ident()))
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor has been written; one made in inference mode does not count that."""
     return -1 if tensor.is_inference() else tensor._version

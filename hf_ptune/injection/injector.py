@@ -2,10 +2,8 @@
 
 import math
 import re
-import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +13,11 @@ from transformers import PreTrainedModel
 from hf_ptune.errors import BackboneError, InjectionError
 from hf_ptune.injection import attention, embeddings, joint, own_attention, positions, sites
 from hf_ptune.injection.bridge import bridge, checkpoint_layers, reentrant_layers, without_checkpointing
-from hf_ptune.injection.calls import Slot, bind, parameters_of, this_thread, transformed, version_of
+from hf_ptune.injection.calls import Slot, Threads, bind, parameters_of, transformed
 from hf_ptune.injection.embeddings import InputPrompt
 from hf_ptune.injection.input_route import InputRoute
 from hf_ptune.injection.interrupts import OnInterrupt
+from hf_ptune.injection.kept_prompt import KeptPrompt
 from hf_ptune.injection.layer_mix import LayerMix, ScalarMix
 from hf_ptune.injection.merge import keep_masks
 from hf_ptune.injection.outsiders import Lookout, set_aside
@@ -31,26 +30,7 @@ from hf_ptune.injection.trials import joining_agrees
 from hf_ptune.methods.base import PromptEncoder, PromptKind, SiteShape, split_prefix
 from hf_ptune.sharding import whole_for_backward
 
-_ONE_AT_A_TIME = threading.RLock()
-# of any wrapper: averages of weights that train, such as a mean teacher's, are written where torch counts no change
-_passes_with_gradients = 0
 _ROTATES = re.compile("rotary|rope|sinusoidal", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What a prompt has become.
-
-    Args:
-        version: of all that it depends on.
-        trained: parameters of the body among these. Looking for them at every step of generation would take longer
-            than a layer does.
-        value: embeddings, or keys and values of every site.
-    """
-
-    version: Any
-    trained: list[Tensor]
-    value: Any
 
 
 class Injector:
@@ -100,13 +80,12 @@ class Injector:
         self.casts_at_once = len(geometry["sites"]) >= getattr(self.body.config, "num_hidden_layers", math.inf)
         self.moves_with_pads = rotary and self.causal and not self.gives_positions
         self.enabled = True
-        self.within: set[int] = set()  # threads in which the body runs
-        self.runners: set[int] = set()  # and those in which the prompt itself runs through it
+        self.within = Threads()  # in which the body runs
+        self.busy = Threads()  # in which the prompt itself runs through it
         self.around = Slot()  # what the body around the text model was called with, while it runs
         self.layout: joint.Layout | None = None  # while prompt and rows run as one sequence
         self.joins: bool | None = None  # whether they may; tried when the first batch trains
         self.trying = False  # while that is tried
-        self.cached: Encoded | None = None
         self.crossing: Callable[[Tensor], Tensor] | None = None
         self.handles: list[Any] = []
         self.watch = own_attention.Watch()
@@ -121,40 +100,13 @@ class Injector:
             self.placeholders = Placeholders(reader, self.words(), virtual_token_ids, self._current_rows)
         elif kind is PromptKind.EMBEDDINGS and not self.causal:
             self.inputs = self._input_prompt()
+        runs = kind is PromptKind.EMBEDDINGS and self.in_attention  # the prompt itself, through the body
+        self.kept = KeptPrompt(prompt, backbone, self.body if runs else None)
         self._attach()
         if mix is not None:
             self.handles += LayerMix(self.body, mix, self._active, pools_mean).handles
         elif pools_mean:
             self.handles += MeanPooling(self.body, self.inputs, num_virtual_tokens, self._active).handles
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy encodes its prompt by itself, so that what was encoded, and when, makes no difference to it
-        return vars(self) | {"cached": None}
-
-    @property
-    def busy(self) -> bool:
-        """Whether the prompt itself runs through the backbone, in this thread."""
-        # compiled code runs in one thread, and does not ask which
-        return bool(self.runners) and (torch.compiler.is_compiling() or bool({0, threading.get_ident()} & self.runners))
-
-    @busy.setter
-    def busy(self, runs: bool) -> None:
-        if runs:
-            self.runners.add(this_thread())
-        else:
-            self.runners -= {0, this_thread()}
-
-    @property
-    def inside(self) -> bool:
-        """Whether the body runs, in this thread."""
-        return bool({0, this_thread()} & self.within)
-
-    @inside.setter
-    def inside(self, runs: bool) -> None:
-        if runs:
-            self.within.add(this_thread())
-        else:
-            self.within -= {0, this_thread()}
 
     def _site(self, found: dict[str, Any]) -> Site:
         shape = SiteShape(found["heads"], found["key_dim"], found["value_dim"])
@@ -243,7 +195,7 @@ class Injector:
     def _before_body(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.busy:
             return None
-        self.inside = True
+        self.within.enter()
         keep_masks(True)
         try:
             named = self._meet(bind(module, args, kwargs)) if self.enabled else None
@@ -264,7 +216,7 @@ class Injector:
     def _meet(self, named: dict[str, Any]) -> dict[str, Any]:
         """Let the prompt meet a call of the body."""
         if self._may_join(named):
-            prompt = self._once(self.encode, lambda rows: rows)
+            prompt = self.kept.get(self.encode, lambda rows: rows)
             named, self.layout = joint.join(named, prompt, self.words(), self._shifted_positions(named, named))
             joint.begin(self.layout)
             self.fill(None)
@@ -301,7 +253,7 @@ class Injector:
         """Leave nothing of a pass of the body; how prompt and rows were laid out in it, where they were."""
         if self.busy:
             return None
-        self.inside = False
+        self.within.leave()
         if self.text is not self.body:
             self.around.take()
         keep_masks(False)
@@ -313,12 +265,12 @@ class Injector:
         return layout
 
     def _before_part(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.inside or self.busy:
+        if self.within or self.busy:
             return None
         return self._begin(self._fill_from_prompt(bind(module, args, kwargs)) if self.enabled else None)
 
     def _after_part(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self.inside:
+        if not self.within:
             self._free_checkpoints()
 
     def _bind_checkpoints(self) -> None:
@@ -343,49 +295,17 @@ class Injector:
     def _current_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """The prefix of every site."""
         dtype = self.backbone.dtype
-        return self._once(self._pairs, lambda pairs: [(_apart(k, dtype), _apart(v, dtype)) for k, v in pairs])
+        return self.kept.get(self._pairs, lambda pairs: [(_apart(k, dtype), _apart(v, dtype)) for k, v in pairs])
 
     def _current_rows(self) -> Tensor | None:
         """The prompt `[P, H]`, or `None` while it is turned off."""
         if not self.enabled:
             return None
-        return self._once(self.encode, lambda rows: _apart(rows, self.backbone.dtype))
-
-    def _once(self, make: Callable[[], Any], settle: Callable[[Any], Any]) -> Any:
-        """What the prompt becomes; made anew while it trains, once and kept otherwise."""
-        global _passes_with_gradients
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            _passes_with_gradients += 1
-        # dropout draws it anew
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.prompt.training or transformed():
-            self.cached = None
-            return make()
-        with _ONE_AT_A_TIME:  # the prompt's own pass is no matter for the rows of another thread
-            cached = self.cached
-            if cached is None or cached.version != self._version(cached.trained):
-                trained: list[Tensor] = []
-                if self.runs_the_body:  # which may train
-                    trained = [p for p in self.body.parameters() if p.requires_grad]
-                cached = self.cached = Encoded(self._version(trained), trained, settle(make()))
-        return cached.value
-
-    @property
-    def runs_the_body(self) -> bool:
-        """Whether the prompt becomes keys and values by a pass of the body."""
-        return self.kind is PromptKind.EMBEDDINGS and self.in_attention
+        return self.kept.get(self.encode, lambda rows: _apart(rows, self.backbone.dtype))
 
     def _forget(self, module: nn.Module, incompatible: Any) -> None:
         """Let the prompt be made anew from weights that have been loaded."""
-        self.cached = None
-
-    def _version(self, trained: list[Tensor]) -> Any:
-        """What tells whether the encoded prompt is still what it would become."""
-        tensors = [*self.prompt.parameters(), *self.prompt.buffers(), *trained]
-        written = ((t.data_ptr(), version_of(t), t.device) for t in tensors)
-        # a prompt is encoded without autocast; the body that makes keys and values of one runs under it
-        kinds = {t.device.type for t in tensors} if self.runs_the_body else ()
-        cast = (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in sorted(kinds))
-        return (self.backbone.dtype, _passes_with_gradients, *cast, *written)
+        self.kept.forget()
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         encoded = self.encode()
@@ -411,7 +331,7 @@ class Injector:
     def record(self, inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """Run the body and keep every site's keys and values `[K, P, D]`."""
         self.fill(None)
-        self.busy = True
+        self.busy.enter()
         for site in self.sites:
             site.recording = True
         try:
@@ -424,7 +344,7 @@ class Injector:
                     whole_for_backward(self.body, site.name, site.recorded)
             return [s.recorded for s in self.sites if s.recorded is not None]
         finally:
-            self.busy = False
+            self.busy.leave()
             for site in self.sites:
                 site.recording, site.recorded = False, None
 

@@ -35,14 +35,16 @@ def prompts_agree(injector: Any) -> bool:
             embeds = words(ids)
             embeds = torch.cat([embeds[:, :1] / 2, embeds[:, 1:]], 1)  # as a prompt, no token's embedding
             injector.fill(None)
-            injector.busy = True
+            injector.busy.enter()
             expected = _states(injector, embeds)[:, 1:]
-            injector.busy = False
-            injector.encode, injector.num_virtual_tokens, injector.cached = lambda: embeds[0, :1], 1, None
+            injector.busy.leave()
+            injector.encode, injector.num_virtual_tokens = lambda: embeds[0, :1], 1
+            injector.kept.forget()
             found = _states(injector, embeds[:, 1:])
             return close(found, expected, injector.backbone.dtype)
     finally:
-        injector.busy, injector.cached = False, None
+        injector.busy.leave()
+        injector.kept.forget()
         injector.encode, injector.num_virtual_tokens = kept
     return False
 
@@ -56,7 +58,7 @@ def embeddings_agree(injector: Any) -> bool:
     inputs, answers = injector.inputs, []
     device = device_of(injector.words())
     ids = (torch.arange(PROBE_TOKENS, device=device) * 7 + 11)[None] % vocabulary_of(injector.body)
-    injector.busy = True
+    injector.busy.enter()
     try:
         with trying(InjectionError), probing(inputs.encoder), sparse_as_it_was(inputs.encoder), torch.no_grad():
             no_prompt = injector.encode()[:0]
@@ -67,7 +69,7 @@ def embeddings_agree(injector: Any) -> bool:
                     answers.append(inputs.encoder(**(inputs.insert(no_prompt, named) if given else named))[0].float())
             return close(answers[1], answers[0], injector.backbone.dtype)
     finally:
-        injector.busy = False
+        injector.busy.leave()
     return False
 
 
@@ -112,7 +114,8 @@ def joining_agrees(injector: Any) -> bool:
                 answers.append(output[0].detach().float()[inputs["attention_mask"].bool()])
             return close(answers[0], answers[1], injector.backbone.dtype)
     finally:
-        injector.encode, injector.inside, injector.joins, injector.trying = encode, True, False, False
+        injector.encode, injector.joins, injector.trying = encode, False, False
+        injector.within.enter()  # its own pass has left
     return False
 
 

@@ -1,16 +1,62 @@
-"""What is lost of rows that are longer than a task lets them be."""
+"""Whether a model can read the rows of a task, and what is lost of those that are longer than it lets them be."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from hf_ptune.callbacks.guard import check_positions
 from hf_ptune.errors import RecipeError
+from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.tasks import Feature, Task
 from hf_ptune.tasks.causal_lm import CausalLM
 from hf_ptune.tasks.generation import GenerationTask
 
 logger = logging.get_logger(__name__)
+
+
+def check_features(
+    model: PTunePreTrainedModel,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    features: Sequence[Feature],
+    held_out: bool = False,
+) -> None:
+    """Refuse features that the model could not read, whichever batch they will be in, or could not answer.
+
+    Raises:
+        RecipeError: a row has no tokens, or a held-out one no prompt to write behind.
+        GuardError: one has more than the base has positions, or what is written behind it has.
+    """
+    if empty := sum(not _count(f["input_ids"], min) for f in features):
+        raise RecipeError(
+            f"{empty} rows have no tokens for {type(tokenizer).__name__}; fill their texts, or drop them."
+        )
+    check_lengths(task, tokenizer, features, "held-out" if held_out else "training")
+    writes = held_out and isinstance(task, GenerationTask)
+    if blank := [n for n, f in enumerate(features, 1) if writes and not f["source_ids"]]:
+        raise RecipeError(
+            f"held-out row {blank[0]} of {len(features)} has an empty prompt, and {type(tokenizer).__name__} begins no "
+            f"text with a token of its own, so that nothing is there to write behind; fill it, or drop the row "
+            f"({len(blank)} in all)."
+        )
+    for name in ("input_ids", "labels"):
+        counts = [_count(f[name], max) if isinstance(f.get(name), list) else 0 for f in features]
+        with torch.random.fork_rng(devices=[]):  # collators may mask at random
+            longest = task.collator(tokenizer)([features[counts.index(max(counts))]])
+        check_positions(model, longest)
+    if held_out and isinstance(task, GenerationTask) and task.generate:
+        width = max(len(f["source_ids"]) for f in features)
+        check_answers(task, tokenizer, features)
+        # the last token that is written is not read
+        check_positions(model, {"input_ids": torch.zeros(1, width)}, further=task.max_new_tokens - 1)
+
+
+def _count(ids: Sequence[Any], of: Callable[[Sequence[int]], int]) -> int:
+    """Tokens of a feature; of several choices, of the shortest or longest."""
+    return of([len(one) for one in ids]) if len(ids) and isinstance(ids[0], list) else len(ids)
 
 
 def check_lengths(task: Task, tokenizer: PreTrainedTokenizerBase, features: Sequence[Feature], what: str) -> None:
