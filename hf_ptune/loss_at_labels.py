@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from hf_ptune.cross_entropy import IGNORED, causal_lm_loss, masked_lm_loss
 from hf_ptune.errors import PTuneError
-from hf_ptune.injection import bind, probing, transformed, trying
+from hf_ptune.injection import Slot, bind, probing, transformed, trying
 
 logger = logging.get_logger(__name__)
 _SHIFTED = "CAUSAL_LM"
@@ -43,7 +43,7 @@ class LossAtLabels:
         self.backbone = backbone
         self.shifted = task == _SHIFTED
         self.agrees: bool | None = None  # tried when the first batch trains
-        self.now: tuple[Tensor, torch.Size] | None = None  # rows to keep of the flat states, and what they are of
+        self.now = Slot()  # rows to keep of the flat states, and the shape `[B, S]` that they are of
         head = backbone.get_output_embeddings() if task in TASKS else None
         self.handle = None if head is None else head.register_forward_pre_hook(self._gather)
 
@@ -100,12 +100,12 @@ class LossAtLabels:
         kept = flat[rows]
         if self.shifted:  # the backbone shifts by itself: the first label and the last state meet nothing
             rows, kept = torch.cat([rows, rows[-1:]]), torch.cat([kept.new_full((1,), IGNORED), kept])
-        self.now = rows, labels.shape
+        self.now.put((rows, labels.shape))
         try:
             with self._own_loss():
                 return self.backbone(**(self._with_decoder_inputs(named) | {"labels": kept[None]}))
         finally:
-            self.now = None
+            self.now.take()
 
     @contextmanager
     def _own_loss(self) -> Iterator[None]:
@@ -115,12 +115,13 @@ class LossAtLabels:
         try:
             yield
         finally:
-            del self.backbone.__dict__["_loss_function"]
+            self.backbone.__dict__.pop("_loss_function", None)  # another thread's pass has ended
 
     def _gather(self, module: Any, args: tuple[Any, ...]) -> Any:
-        if self.now is None or not args or args[0].shape[:-1] != self.now[1]:
+        now: tuple[Tensor, torch.Size] | None = self.now.look()
+        if now is None or not args or args[0].shape[:-1] != now[1]:
             return None
-        return args[0].flatten(0, 1).index_select(0, self.now[0].to(args[0].device))[None], *args[1:]
+        return args[0].flatten(0, 1).index_select(0, now[0].to(args[0].device))[None], *args[1:]
 
     def _same_loss(self, device: torch.device) -> bool:
         """Whether the backbone's loss is the same from labelled positions alone, on a few tokens."""

@@ -322,7 +322,8 @@ class PTunePreTrainedModel(Delegating):
         try:
             yield
         finally:
-            injector.enabled = before
+            if self._injector is not None:  # another one where it was attached anew
+                self._injector.enabled = before
 
     def unwrap(self) -> PreTrainedModel:
         """Give the backbone back as it was before it was wrapped, with the head that has been trained.
@@ -359,11 +360,9 @@ class PTunePreTrainedModel(Delegating):
         """Fold the reparameterisation into the prompt, in place; outputs stay the same, training it does not."""
         if self.prompt is not None and not self.config.flattened:
             self._check_holding()
-            training = self.prompt.training
-            self.prompt = fold(self.prompt).train(training)
-            assert self._injector is not None
-            self._injector.prompt = self.prompt
+            self.prompt = fold(self.prompt).train(self.prompt.training)
             self.config.flattened = True
+            self._reattach()
         return self
 
 

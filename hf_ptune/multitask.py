@@ -188,11 +188,12 @@ def _read_config(source: str) -> PTuneConfig:
 def _share_prompt(models: Mapping[str, PTunePreTrainedModel]) -> None:
     prompt = next(iter(models.values())).prompt
     for task, model in models.items():
-        assert prompt is not None and model.prompt is not None and model._injector is not None
+        assert prompt is not None and model.prompt is not None
         shapes = [{n: t.shape for n, t in p.state_dict().items()} for p in (prompt, model.prompt)]
         if shapes[0] != shapes[1]:
             raise BackboneError(f"the task {task!r} needs another prompt than the first one: {shapes[1]}.")
-        model.prompt = model._injector.prompt = prompt
+        model.prompt = prompt
+        model._reattach()
 
 
 def share_base(

@@ -13,6 +13,8 @@ from tokenizers_of import tokenizer_of
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
     DynamicCache,
     Lfm2Config,
     Lfm2ForCausalLM,
@@ -27,7 +29,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_ptune import PTuneConfig, PTuneForSeq2SeqLM, PTunePreTrainedModel, get_ptune_model
-from hf_ptune.errors import BackboneError, ConfigError, PTuneError
+from hf_ptune.errors import BackboneError, ConfigError, InjectionError, PTuneError
 
 Wrap = Callable[..., PTunePreTrainedModel]
 
@@ -453,6 +455,32 @@ def test_an_attention_that_is_set_on_the_base_itself_sees_the_prompt(monkeypatch
         expected = model(**batch("llama")).logits
         model.base_model.set_attn_implementation("sdpa_of_its_own")
         assert torch.allclose(model(**batch("llama")).logits, expected, atol=1e-9)
+
+
+def test_prompt_and_rows_that_trained_as_one_part_under_another_attention() -> None:
+    config = PTuneConfig(method="prompt_tuning", num_virtual_tokens=3, loss_at_labels=False)
+    model, inputs = get_ptune_model(build("llama").double(), config), batch("llama")
+    gradients = []
+    for attention, training in (("sdpa", True), ("eager", True), ("eager", False)):
+        model.backbone.set_attn_implementation(attention)
+        model.train(training).zero_grad()
+        model(**inputs).loss.backward()
+        gradients.append(model.prompt.weight.grad.clone())
+    assert all(torch.allclose(one, gradients[2], atol=1e-8) for one in gradients)
+
+
+def test_an_attention_of_two_products_is_refused_where_a_prefix_would_meet_one() -> None:
+    """DiffLlama calls what is eager twice, which is how it was wrapped no more."""
+    settings = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    base = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("diffllama", **settings, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    )
+    model = get_ptune_model(base, PTuneConfig(num_virtual_tokens=3)).eval()
+    model.set_attn_implementation("eager")
+    with pytest.raises(InjectionError, match='attends twice.*attn_implementation="sdpa"'):
+        model(**batch("llama"))
+    with model.disable_adapter():
+        model(**batch("llama"))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

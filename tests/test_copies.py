@@ -1,11 +1,13 @@
 """A wrapper's life beside training: copies, pickles, threads, inference mode, other embeddings and other weights."""
 
 import copy
+import gc
 import logging
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -337,6 +339,69 @@ def test_blocks_that_turn_the_adapter_off_nest(wrap: Wrap) -> None:
             pass
         assert torch.allclose(model(**inputs).logits, expected, atol=1e-10)
     assert not torch.allclose(model(**inputs).logits, expected, atol=1e-3)
+
+
+def test_a_block_that_turns_the_adapter_off_may_attach_it_anew(wrap: Wrap) -> None:
+    model, inputs = wrap("llama", "p_tuning_v2"), batch("llama")
+    expected = model(**inputs).logits
+    with model.disable_adapter():
+        model.resize_token_embeddings(model.config.vocab_size + 8)
+        assert not torch.allclose(model(**inputs).logits[..., : expected.shape[-1]], expected, atol=1e-3)
+    assert torch.allclose(model(**inputs).logits[..., : expected.shape[-1]], expected, atol=1e-9)
+
+
+def test_a_flattened_prompt_is_the_one_that_answers(wrap: Wrap) -> None:
+    """Also where it is written in place, loaded, or flattened while it trained; nothing of its network stays."""
+    model, inputs = wrap("llama", "p_tuning"), batch("llama")
+    network, size = weakref.ref(model.prompt), len(pickle.dumps(model))
+    expected = model(**inputs).logits
+    model.train().flatten().eval()
+    gc.collect()
+    assert network() is None and len(pickle.dumps(model)) < size
+    assert torch.allclose(model(**inputs).logits, expected, atol=1e-9)
+    encode, made = model._injector.encode, []
+    model._injector.encode = lambda: made.append(1) or encode()
+    with torch.no_grad():
+        first = [model(**inputs).logits for _ in range(3)]
+        assert len(made) == 1 and torch.allclose(first[2], expected, atol=1e-9)
+        model.prompt.weight.mul_(3)
+        second = model(**inputs).logits
+        model.prompt.load_state_dict({"weight": model.prompt.weight / 3})
+        assert not torch.allclose(second, expected, atol=1e-3)
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-9)
+
+
+@pytest.mark.usefixtures("quick_switches")
+def test_a_copy_has_no_part_in_passes_that_run_beside_it(wrap: Wrap) -> None:
+    model, inputs, copies = wrap("llama", "prompt_tuning"), batch("llama"), []
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    thread = threading.Thread(target=lambda: copies.extend(copy.deepcopy(model) for _ in range(20)))
+    thread.start()
+    while thread.is_alive():
+        model(**inputs)  # with gradients, so that the prompt runs each time
+    with torch.no_grad():
+        assert all(torch.allclose(one(**inputs).logits, expected, atol=1e-9) for one in copies)
+
+
+@pytest.mark.usefixtures("quick_switches")
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_threads_may_train_rows_of_their_own(method: str, wrap: Wrap) -> None:
+    model, found, right = wrap("llama", method).train(), {}, {}
+    calls = {size: {k: v[:, :size] for k, v in batch("llama").items()} for size in (4, 5, 6)}
+    for size, call in calls.items():
+        model.zero_grad()
+        right[size] = model(**call).loss.item()
+
+    def run(size: int) -> None:
+        found[size] = [model(**calls[size]).loss.item() for _ in range(40)]
+
+    threads = [threading.Thread(target=run, args=(size,)) for size in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(losses == pytest.approx([right[size]] * 40, rel=1e-5) for size, losses in found.items())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])

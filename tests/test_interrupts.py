@@ -87,6 +87,36 @@ def test_generating_after_an_interrupt_begins_with_an_encoder_of_its_own(family:
     assert torch.allclose(generated(), expected, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", "prompt_tuning"), ("llama", "p_tuning_v2"), ("t5", "p_tuning_v2")]
+)
+def test_an_interrupt_before_the_body_runs(
+    family: str, method: str, wrap: Wrap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a hook behind the one that begins a pass; accelerate's may stand there while prompt and rows train as one."""
+    monkeypatch.setattr(stop, "__module__", "accelerate.hooks")
+    model, inputs = wrap(family, method), batch(family)
+    ids = inputs["input_ids"]
+
+    def generated() -> torch.Tensor:
+        with model.disable_adapter():
+            given = model.generate(ids, max_new_tokens=2, output_logits=True, return_dict_in_generate=True)
+        return torch.stack(given.logits)
+
+    expected, bare = answers(model, family), generated()
+    model.train()(**inputs)
+    interrupt(model, "", lambda: model(**inputs))
+    assert torch.allclose(generated(), bare, atol=1e-9)
+    assert torch.allclose(answers(model.eval(), family), expected, atol=1e-9)
+
+
+def test_an_interrupt_while_it_is_tried_whether_prompt_and_rows_train_as_one(wrap: Wrap) -> None:
+    model = wrap("llama", "prompt_tuning").train()
+    interrupt(model, "layers.1.mlp", lambda: model(**batch("llama")))
+    model(**batch("llama"))
+    assert model._injector.joins
+
+
 @pytest.mark.parametrize("family", ["bloom", "llama"])
 def test_a_forward_is_given_back(family: str, wrap: Wrap) -> None:
     model = wrap(family, "p_tuning_v2")

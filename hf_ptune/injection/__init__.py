@@ -1,6 +1,6 @@
 """The only place where prompts meet a backbone."""
 
-from hf_ptune.injection.calls import bind, cache_name, cache_of, parameters_of, this_thread, transformed
+from hf_ptune.injection.calls import Slot, bind, cache_name, cache_of, parameters_of, this_thread, transformed
 from hf_ptune.injection.embeddings import has_decoder, normalises_embeddings, word_embeddings
 from hf_ptune.injection.injector import Injector
 from hf_ptune.injection.layer_mix import ScalarMix, forget_captures, gives_layers, layers_of, restore_captures
@@ -23,6 +23,7 @@ __all__ = [
     "PROBE_TOKENS",
     "Injector",
     "ScalarMix",
+    "Slot",
     "bind",
     "body_of",
     "cache_name",

@@ -3,6 +3,8 @@
 import functools
 import inspect
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,14 +74,24 @@ class Slot:
     def __init__(self) -> None:
         self.kept: dict[int, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"kept": {}}  # a copy has no part in passes that are going on
+
     def put(self, value: Any) -> None:
         """Leave something, in the place of what a pass that went down has left."""
         self.kept[this_thread()] = value
 
+    def look(self) -> Any:
+        """What was left; `None` where nothing was. Eager code sees what compiled code around it has left."""
+        return self.kept.get(self._here())
+
     def take(self) -> Any:
-        """What was left, once; `None` where nothing was. Eager code takes what compiled code around it has left."""
+        """The same, once."""
+        return self.kept.pop(self._here(), None)
+
+    def _here(self) -> int:
         here = this_thread()
-        return self.kept.pop(here if here in self.kept else 0, None)
+        return here if here in self.kept else 0
 
 
 class Threads:
@@ -88,6 +100,9 @@ class Threads:
     def __init__(self) -> None:
         self.running: set[int] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"running": set()}  # what runs does not run in a copy
+
     def enter(self) -> None:
         """Let it run here."""
         self.running.add(this_thread())
@@ -95,6 +110,15 @@ class Threads:
     def leave(self) -> None:
         """Let it run here no more, compiled or not."""
         self.running -= {0, this_thread()}
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """Let it run here for a while."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
 
     def __bool__(self) -> bool:
         # compiled code runs in one thread, and does not ask which

@@ -65,8 +65,8 @@ class Injector:
         self.backbone = backbone
         self.body = body_of(backbone)
         self.layers = checkpoint_layers(self.body)
+        self.counters = positions.image_counters(self.body)
         self.causal: bool = geometry["causal"]
-        self.prompt = prompt
         self.kind = kind = prompt.kind
         self.encode = encode
         self.num_virtual_tokens = num_virtual_tokens
@@ -83,7 +83,7 @@ class Injector:
         self.within = Threads()  # in which the body runs
         self.busy = Threads()  # in which the prompt itself runs through it
         self.around = Slot()  # what the body around the text model was called with, while it runs
-        self.layout: joint.Layout | None = None  # while prompt and rows run as one sequence
+        self.layout = Slot()  # of prompt and rows, while they run as one sequence
         self.joins: bool | None = None  # whether they may; tried when the first batch trains
         self.trying = False  # while that is tried
         self.crossing: Callable[[Tensor], Tensor] | None = None
@@ -141,7 +141,7 @@ class Injector:
     def _attach(self) -> None:
         add = self.handles.append
         add(self.body.register_load_state_dict_post_hook(self._forget))
-        add(self.prompt.register_load_state_dict_post_hook(self._forget))
+        add(self.kept.prompt.register_load_state_dict_post_hook(self._forget))
         if self.placeholders is not None:
             self.handles += self.placeholders.handles
             return
@@ -154,7 +154,7 @@ class Injector:
             self.install()
             add(self.body.register_forward_pre_hook(self._before_body, with_kwargs=True, prepend=True))
             add(self.body.register_forward_hook(self._after_body, always_call=True))
-            add(OnInterrupt(self.body, self._end))
+            add(OnInterrupt(self.body, self._end, self._enter))
             if self.gives_positions or self.moves_with_pads:
                 add(self.text.register_forward_pre_hook(self._before_text, with_kwargs=True))
             words = embeddings.word_embeddings(self.backbone)
@@ -195,7 +195,7 @@ class Injector:
     def _before_body(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.busy:
             return None
-        self.within.enter()
+        self._end()  # a pass that was interrupted in a hook before it
         keep_masks(True)
         try:
             named = self._meet(bind(module, args, kwargs)) if self.enabled else None
@@ -205,6 +205,10 @@ class Injector:
         except BaseException:
             self._end()
             raise
+
+    def _enter(self) -> None:
+        if not self.busy:
+            self.within.enter()
 
     def _begin(self, named: dict[str, Any] | None) -> Any:
         """Let a pass begin with the arguments that the prompt has met; `None` where it is turned off."""
@@ -216,9 +220,10 @@ class Injector:
     def _meet(self, named: dict[str, Any]) -> dict[str, Any]:
         """Let the prompt meet a call of the body."""
         if self._may_join(named):
-            prompt = self.kept.get(self.encode, lambda rows: rows)
-            named, self.layout = joint.join(named, prompt, self.words(), self._shifted_positions(named, named))
-            joint.begin(self.layout)
+            prompt = self.kept.make_anew(self.encode)
+            named, layout = joint.join(named, prompt, self.words(), self._shifted_positions(named, named))
+            self.layout.put(layout)
+            joint.begin(layout)
             self.fill(None)
             return named
         return self._fill_from_prompt(named)
@@ -231,7 +236,7 @@ class Injector:
         return named
 
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.busy or not self.enabled or self.layout is not None:
+        if self.busy or not self.enabled or self.layout.look() is not None:
             return None
         named = bind(module, args, kwargs)
         around = named if self.text is self.body else self.around.take() or named
@@ -259,7 +264,7 @@ class Injector:
         keep_masks(False)
         self._free_checkpoints()
         self.crossing = None
-        layout, self.layout = self.layout, None
+        layout: joint.Layout | None = self.layout.take()
         if layout is not None:
             joint.begin(None)
         return layout
@@ -331,12 +336,11 @@ class Injector:
     def record(self, inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """Run the body and keep every site's keys and values `[K, P, D]`."""
         self.fill(None)
-        self.busy.enter()
         for site in self.sites:
             site.recording = True
         try:
             aside = set_aside(self.body) if self.lookout.sees() else nullcontext()
-            with without_checkpointing(self.layers), aside, positions.of_text_alone(self.body):
+            with self.busy.here(), without_checkpointing(self.layers), aside, positions.of_text_alone(self.counters):
                 self.body(**inputs)
             for site in self.sites:
                 site.check_recorded()
@@ -344,7 +348,6 @@ class Injector:
                     whole_for_backward(self.body, site.name, site.recorded)
             return [s.recorded for s in self.sites if s.recorded is not None]
         finally:
-            self.busy.leave()
             for site in self.sites:
                 site.recording, site.recorded = False, None
 
@@ -352,6 +355,8 @@ class Injector:
         if self.kind is not PromptKind.EMBEDDINGS or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         if transformed() or self.lookout.sees():
+            return False
+        if self.backbone.config._attn_implementation != "sdpa":  # mask functions of others know nothing of layouts
             return False
         if self.joins is None and self.backbone.training:
             self.joins = joining_agrees(self)

@@ -13,11 +13,13 @@ class OnInterrupt:
     Args:
         module: its forward may stand on the instance, where a device map has put another one.
         clean: takes away what its hooks have left.
+        begin: called as its forward begins, past all hooks before it, which may be interrupted too.
     """
 
-    def __init__(self, module: nn.Module, clean: Callable[[], Any]) -> None:
+    def __init__(self, module: nn.Module, clean: Callable[[], Any], begin: Callable[[], Any] | None = None) -> None:
         self.module = module
         self.clean = clean
+        self.begin = begin
         self.inner: Any = module.__dict__.get("forward")  # None: that of its class, which no pickle has to find again
         module.__dict__["forward"] = self
 
@@ -29,6 +31,8 @@ class OnInterrupt:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # a bound method would be looked up on the module again where a graph breaks, and this be found
         forward, args = (type(self.module).forward, (self.module, *args)) if self.inner is None else (self.inner, args)
+        if self.begin is not None:
+            self.begin()
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
         try:
@@ -53,7 +57,7 @@ class OnInterrupt:
                 before.inner = self.inner
                 return
             before = before.inner
-        self.clean = _nothing  # what stands before it now keeps it
+        self.clean, self.begin = _nothing, None  # what stands before it now keeps it
 
 
 def _nothing() -> None:

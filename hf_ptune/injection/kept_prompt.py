@@ -51,15 +51,19 @@ class KeptPrompt:
         # a copy encodes its prompt by itself, so that what was encoded, and when, makes no difference to it
         return vars(self) | {"found": None}
 
-    def get(self, make: Callable[[], Any], settle: Callable[[Any], Any]) -> Any:
-        """What the prompt becomes by `make`; what is kept of it has been settled."""
+    def make_anew(self, make: Callable[[], Any]) -> Any:
+        """What the prompt becomes by `make`, whatever is kept."""
         global _passes_with_gradients
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _passes_with_gradients += 1
+        self.forget()
+        return make()
+
+    def get(self, make: Callable[[], Any], settle: Callable[[Any], Any]) -> Any:
+        """What the prompt becomes by `make`; what is kept of it has been settled."""
         # dropout draws it anew
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.prompt.training or transformed():
-            self.forget()
-            return make()
+            return self.make_anew(make)
         with _ONE_AT_A_TIME:  # the prompt's own pass is no matter for the rows of another thread
             found = self.found
             if found is None or found.version != self._version(found.trained):

@@ -60,15 +60,19 @@ def _difference(kernel: Kernel, device: str, dtype: torch.dtype, width: int) -> 
     generator = torch.Generator().manual_seed(0)
 
     def draw(heads: int, length: int) -> Tensor:
-        return torch.randn(2, heads, length, width, generator=generator).to(device, dtype)
+        return torch.randn(2, heads, length, width, generator=generator, device="cpu").to(device, dtype)
 
     tolerance = 1e-9 if dtype == torch.float64 else 1e-3 if dtype == torch.float32 else 5e-2
     try:
         with torch.inference_mode(False), torch.autocast(device, enabled=False):
             query, key, value, grad = draw(4, 17), draw(2, 17), draw(2, 17), draw(4, 17)
-            hidden = torch.rand(2, 1, 17, 17, generator=generator) < 0.3
+            hidden = torch.rand(2, 1, 17, 17, generator=generator, device="cpu") < 0.3
             hidden[..., 0] = False  # the log-sum-exp of a query that sees nothing is lost to rounding
-            mask = torch.zeros(2, 1, 17, 17, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min).to(device)
+            mask = (
+                torch.zeros(2, 1, 17, 17, dtype=dtype, device="cpu")
+                .masked_fill(hidden, torch.finfo(dtype).min)
+                .to(device)
+            )
             for additive, causal in ((None, False), (None, True), (mask, False)):
                 output, lse = kernel.forward(query, key, value, additive, causal, width**-0.5)
                 found = (

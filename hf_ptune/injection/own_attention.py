@@ -153,6 +153,7 @@ class ScoreShadow(TorchFunctionMode):
         self.products: dict[int, int] = {}  # of a tracked tensor: the number of the product it comes from
         self.owners: list[Tensor] = []  # keeps the ids above alive
         self.keys: dict[int, Tensor] = {}
+        self.query: Tensor | None = None  # of the product that is followed
         self.normalised: set[int] = set()  # products whose scores went through a softmax
         self.count = 0
         self.done = False
@@ -199,8 +200,13 @@ class ScoreShadow(TorchFunctionMode):
             return scores
         number, self.count = self.count, self.count + 1
         if not self.site.probing and number != self.site.product:
+            if self.done and query is self.query and self.site.key is not None:
+                raise InjectionError(
+                    f"{self.site.name} ({type(self.module).__name__}) attends twice, and a prefix would meet one "
+                    'of the two alone. Use attn_implementation="sdpa".'
+                )
             return scores
-        self.keys[number] = key
+        self.keys[number], self.query = key, query
         shadow = scores.new_empty(0)
         if self.site.key is not None:
             shadow = self._meet(query, self.site.prefix(query)[0].mT) * scale

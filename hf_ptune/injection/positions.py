@@ -73,10 +73,15 @@ def _length(named: dict[str, Any]) -> int:
     return 0 if tokens is None else int(tokens.shape[1])
 
 
+def image_counters(body: nn.Module) -> list[nn.Module]:
+    """What in a body keeps how far the images of its last call have moved the text behind them."""
+    return [m for m in body.modules() if hasattr(m, "rope_deltas")]
+
+
 @contextmanager
-def of_text_alone(body: nn.Module) -> Iterator[None]:
+def of_text_alone(counters: list[nn.Module]) -> Iterator[None]:
     """Let a body forget the images of its last call for a while: it would count what has no ids from them."""
-    kept = [(m, m.rope_deltas) for m in body.modules() if getattr(m, "rope_deltas", None) is not None]
+    kept = [(m, m.rope_deltas) for m in counters]
     for module, _ in kept:
         module.rope_deltas = None  # type: ignore[assignment]
     try:

@@ -31,19 +31,17 @@ def prompts_agree(injector: Any) -> bool:
     kept = injector.encode, injector.num_virtual_tokens
     try:
         # families that need input_ids refuse embeddings
-        with trying(), probing(injector.body), of_text_alone(injector.body), torch.no_grad():
+        with trying(), probing(injector.body), of_text_alone(injector.counters), torch.no_grad():
             embeds = words(ids)
             embeds = torch.cat([embeds[:, :1] / 2, embeds[:, 1:]], 1)  # as a prompt, no token's embedding
             injector.fill(None)
-            injector.busy.enter()
-            expected = _states(injector, embeds)[:, 1:]
-            injector.busy.leave()
+            with injector.busy.here():
+                expected = _states(injector, embeds)[:, 1:]
             injector.encode, injector.num_virtual_tokens = lambda: embeds[0, :1], 1
             injector.kept.forget()
             found = _states(injector, embeds[:, 1:])
             return close(found, expected, injector.backbone.dtype)
     finally:
-        injector.busy.leave()
         injector.kept.forget()
         injector.encode, injector.num_virtual_tokens = kept
     return False
@@ -58,18 +56,20 @@ def embeddings_agree(injector: Any) -> bool:
     inputs, answers = injector.inputs, []
     device = device_of(injector.words())
     ids = (torch.arange(PROBE_TOKENS, device=device) * 7 + 11)[None] % vocabulary_of(injector.body)
-    injector.busy.enter()
-    try:
-        with trying(InjectionError), probing(inputs.encoder), sparse_as_it_was(inputs.encoder), torch.no_grad():
-            no_prompt = injector.encode()[:0]
-            for given in (False, True):
-                named = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                named = {k: v for k, v in named.items() if k == "input_ids" or k in inputs.accepted}
-                with torch.random.fork_rng(devices=[]):  # the same for both, for families that draw
-                    answers.append(inputs.encoder(**(inputs.insert(no_prompt, named) if given else named))[0].float())
-            return close(answers[1], answers[0], injector.backbone.dtype)
-    finally:
-        injector.busy.leave()
+    with (
+        injector.busy.here(),
+        trying(InjectionError),
+        probing(inputs.encoder),
+        sparse_as_it_was(inputs.encoder),
+        torch.no_grad(),
+    ):
+        no_prompt = injector.encode()[:0]
+        for given in (False, True):
+            named = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            named = {k: v for k, v in named.items() if k == "input_ids" or k in inputs.accepted}
+            with torch.random.fork_rng(devices=[]):  # the same for both, for families that draw
+                answers.append(inputs.encoder(**(inputs.insert(no_prompt, named) if given else named))[0].float())
+        return close(answers[1], answers[0], injector.backbone.dtype)
     return False
 
 
@@ -93,7 +93,6 @@ def joining_agrees(injector: Any) -> bool:
         chunked  # by the pads of each row, of which one sequence has but its own: a device would not survive the others
         or not injector.shift
         or "position_ids" not in parameters_of(injector.body)
-        or injector.backbone.config._attn_implementation != "sdpa"
     ):
         return False
     ids = torch.tensor([[11, 18, 25, 7], [3, 12, 9, 5]], device=device_of(injector.words()))
@@ -101,7 +100,7 @@ def joining_agrees(injector: Any) -> bool:
         "input_ids": ids % vocabulary_of(injector.body),
         "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], device=ids.device),
     }
-    with probing(injector.prompt), torch.no_grad():
+    with probing(injector.kept.prompt), torch.no_grad():
         encode, encoded = injector.encode, injector.encode()
     injector.encode = lambda: encoded
     answers = []
@@ -114,8 +113,7 @@ def joining_agrees(injector: Any) -> bool:
                 answers.append(output[0].detach().float()[inputs["attention_mask"].bool()])
             return close(answers[0], answers[1], injector.backbone.dtype)
     finally:
-        injector.encode, injector.joins, injector.trying = encode, False, False
-        injector.within.enter()  # its own pass has left
+        injector.encode, injector.joins, injector.trying = encode, None, False
     return False
 
 
