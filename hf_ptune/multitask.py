@@ -68,6 +68,11 @@ class MultiTaskPrompt(nn.Module):
         every = {f"tasks.{t}.{n}" for t in self.tasks for n in self.model_of(t).adapter_parameter_names()}
         return every & {n for n, _ in self.named_parameters()}
 
+    def freeze_backbone(self) -> None:
+        """Let gradients reach the prompt and the heads, and nothing else."""
+        for task in self.tasks:
+            self.model_of(task).freeze_backbone()
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:

@@ -1,6 +1,7 @@
 """One prompt over several tasks: what is shared, what trains, and what is saved."""
 
 import copy
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,20 @@ import pytest
 import torch
 from families import VOCABULARY, build
 from safetensors.torch import load_file
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 
-from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
+from hf_ptune import FreezeBackboneCallback, GuardCallback, PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.backbone import TASKS
-from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
+from hf_ptune.callbacks import check_batch
+from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, GuardError, PTuneError
 from hf_ptune.multitask import MultiTaskDataset, MultiTaskPrompt, TaskCollator, TaskSampler, get_multitask_model
 
 METHODS = ["p_tuning_v2", "prefix_tuning", "prompt_tuning", "p_tuning"]
@@ -254,31 +263,40 @@ def test_a_temperature_gives_small_tasks_more() -> None:
         TaskSampler({"a": 1, "b": 0}, 4)
 
 
-def test_a_plain_trainer_saves_and_goes_on(tmp_path: Path) -> None:
-    """Checkpoints, the best of them and the end hold an adapter folder a task; a run from one ends as one without."""
-    rows = {task: [{k: v[0] for k, v in batch_of(task, rows=1).items()} for _ in range(4)] for task in ("topic", "ner")}
-    dataset = MultiTaskDataset(rows)
+def rows_of(*tasks: str, count: int = 4) -> dict[str, list[dict[str, Any]]]:
+    return {task: [{k: v[0] for k, v in batch_of(task, rows=1).items()} for _ in range(count)] for task in tasks}
+
+
+def plain_trainer(model: MultiTaskPrompt, folder: Path, **options: Any) -> Trainer:
+    """A Trainer as scripts have it, over two of the three tasks."""
+    dataset = MultiTaskDataset(rows_of("topic", "ner"))
 
     class Tasks(Trainer):
         def _get_train_sampler(self, *args: Any) -> TaskSampler:
             return TaskSampler(dataset.sizes, 2)
 
+    callbacks = options.pop("callbacks", None)
+    settings: dict[str, Any] = {
+        "num_train_epochs": 2,
+        "save_strategy": "epoch",
+        "learning_rate": 0.1,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 1,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "report_to": [],
+        "use_cpu": True,
+    }
+    arguments = TrainingArguments(folder, **settings | options)
+    pad = TaskCollator(dict.fromkeys(LABELS, default_data_collator))
+    return Tasks(model, arguments, train_dataset=dataset, eval_dataset=dataset, data_collator=pad, callbacks=callbacks)
+
+
+def test_a_plain_trainer_saves_and_goes_on(tmp_path: Path) -> None:
+    """Checkpoints, the best of them and the end hold an adapter folder a task; a run from one ends as one without."""
+
     def trainer(folder: str, **options: Any) -> Trainer:
-        settings: dict[str, Any] = {
-            "num_train_epochs": 2,
-            "save_strategy": "epoch",
-            "learning_rate": 0.1,
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 1,
-            "remove_unused_columns": False,
-            "label_names": ["labels"],
-            "report_to": [],
-            "use_cpu": True,
-        }
-        arguments = TrainingArguments(tmp_path / folder, **settings | options)
-        pad = TaskCollator(dict.fromkeys(rows, default_data_collator))
-        model = together("prefix_tuning")
-        return Tasks(model, arguments, train_dataset=dataset, eval_dataset=dataset, data_collator=pad)
+        return plain_trainer(together("prefix_tuning"), tmp_path / folder, **options)
 
     whole = trainer("whole")
     whole.train()
@@ -296,3 +314,84 @@ def test_a_plain_trainer_saves_and_goes_on(tmp_path: Path) -> None:
     best.train()
     kept = load_file(Path(str(best.state.best_model_checkpoint)) / "topic" / "model.safetensors")
     assert all(torch.equal(t, kept[n]) for n, t in best.model.model_of("topic").adapter_state_dict().items())
+
+
+def test_a_plain_trainer_freezes_and_is_guarded(tmp_path: Path) -> None:
+    ends = []
+    for callbacks in ([], [FreezeBackboneCallback(), GuardCallback()]):
+        model = together("prefix_tuning").requires_grad_(bool(callbacks))
+        if not callbacks:
+            model.freeze_backbone()
+        before = copy.deepcopy(model.state_dict())
+        run = plain_trainer(model, tmp_path, callbacks=callbacks, save_strategy="no")
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == model.adapter_parameter_names()
+        run.train()
+        moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+        assert moved == {n for n in model.adapter_parameter_names() if not n.startswith("tasks.mood.backbone.")}
+        ends.append(model.state_dict())
+    assert all(torch.equal(t, ends[1][n]) for n, t in ends[0].items())  # the guard takes part in nothing
+
+
+def test_a_schedule_of_tasks_is_refused(tmp_path: Path) -> None:
+    callback = FreezeBackboneCallback({2: ["*.layer.1.*"]})
+    with pytest.raises(PTuneError, match="unfreeze_schedule: tasks share a base that is frozen"):
+        plain_trainer(together(), tmp_path, callbacks=[callback])
+    run = plain_trainer(together(), tmp_path)
+    run.add_callback(callback)
+    with pytest.raises(PTuneError, match="unfreeze_schedule: tasks share a base that is frozen"):
+        run.train()
+
+
+class Stream(IterableDataset[dict[str, Any]]):
+    """Rows of tasks, one after another, that a loader can neither count nor index."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+    def take(self, count: int) -> list[dict[str, Any]]:
+        return self.rows[:count]
+
+
+@pytest.mark.parametrize("kind", ["parts", "rows", "stream", "batches"])
+@pytest.mark.parametrize("wrong", ["topic", "ner"])
+def test_the_guard_looks_at_every_task(
+    kind: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However rows of tasks come; a task without rows is told."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    parts = rows_of("topic", "ner", count=3)  # batches of two rows in order would mix tasks
+    model, pad = together(), TaskCollator(dict.fromkeys(LABELS, default_data_collator))
+
+    def check() -> None:
+        dataset: Any = MultiTaskDataset(parts)
+        rows = [dataset[n] for n in range(len(dataset))]
+        loader: Any = [pad(rows[:2]), pad(rows[3:])]
+        if kind != "batches":
+            dataset = {"parts": dataset, "rows": rows, "stream": Stream(rows)}[kind]
+            loader = DataLoader(dataset, batch_size=2, collate_fn=pad)
+        arguments = TrainingArguments(tmp_path, use_cpu=True, per_device_train_batch_size=2)
+        state, control = TrainerState(), TrainerControl()
+        GuardCallback().on_train_begin(arguments, state, control, model=model, train_dataloader=loader)
+
+    check()
+    assert caplog.text.count("has not tried the task") == caplog.text.count("has not tried the task mood") == 1
+    for row in parts[wrong]:
+        row["labels"] = row["labels"] * 0 + 9
+    with pytest.raises(GuardError, match=f"labels run from 9 to 9, expected 0 to {LABELS[wrong] - 1}"):
+        check()
+
+
+def test_a_batch_of_a_task_is_checked_as_it_is() -> None:
+    model = together()
+    check_batch(model, batch_of("ner") | {"task": "ner"})
+    assert all(p.grad is None for p in model.parameters()) and not model.training
+    with pytest.raises(GuardError, match="is of the task None; expected task to be one of topic, ner, mood"):
+        check_batch(model, batch_of("ner"))
+    with pytest.raises(GuardError, match="labels run from"):
+        check_batch(model, batch_of("ner") | {"task": "mood", "labels": torch.full((3,), 2)})
+    model.model_of("topic").backbone.bert.embeddings.word_embeddings.weight.requires_grad_(True)  # all tasks' own
+    with pytest.raises(GuardError, match=r"1 parameters of the backbone get gradient"):
+        check_batch(model, batch_of("mood") | {"task": "mood"})

@@ -16,6 +16,7 @@ from hf_ptune.backbone import adapter_names
 from hf_ptune.engines import replaces
 from hf_ptune.errors import PTuneError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
+from hf_ptune.multitask import MultiTaskPrompt
 
 _BACKBONE = "backbone."
 _QUANTIZERS = ("bitsandbytes", "torchao", "optimum")
@@ -29,8 +30,10 @@ def held_back(model: nn.Module) -> set[str]:
     return set(_held.get(model, ()))
 
 
-def unwrap_ptune_model(model: Any, caller: str, error: type[PTuneError] = PTuneError) -> PTunePreTrainedModel:
-    """Take a model out of its distributed containers.
+def unwrap_ptune_model(
+    model: Any, caller: str, error: type[PTuneError] = PTuneError
+) -> PTunePreTrainedModel | MultiTaskPrompt:
+    """Take a model, of one task or of several, out of its distributed containers.
 
     Args:
         model: what the Trainer passes to its callbacks.
@@ -41,7 +44,7 @@ def unwrap_ptune_model(model: Any, caller: str, error: type[PTuneError] = PTuneE
         PTuneError: the model carries no prompt.
     """
     inner = extract_model_from_parallel(model, keep_torch_compile=False) if isinstance(model, nn.Module) else model
-    if not isinstance(inner, PTunePreTrainedModel):
+    if not isinstance(inner, (PTunePreTrainedModel, MultiTaskPrompt)):
         raise error(
             f"{caller} found {type(inner).__name__}, expected a model with a prompt. "
             "Wrap it before the Trainer is made: model = get_ptune_model(model, PTuneConfig(...))."
@@ -73,7 +76,8 @@ def _why_untrainable(parameter: nn.Parameter, fp16: bool) -> str | None:
 class FreezeBackboneCallback(TrainerCallback):
     """Freeze everything but the adapter before the optimizer exists; unfreeze modules on a schedule.
 
-    With `train_backbone` the backbone is part of the adapter, and stays trainable.
+    With `train_backbone` the backbone is part of the adapter, and stays trainable. Of several tasks, the prompt and
+    all heads train; their base has no schedule.
 
     Modules of the schedule become part of the adapter (`modules_to_save`), so that they are saved and
     counted. The optimizer holds them from the start, with the learning rate and weight decay that the
@@ -104,14 +108,15 @@ class FreezeBackboneCallback(TrainerCallback):
         """Freeze the backbone and make the schedule's modules part of the adapter.
 
         Raises:
-            PTuneError: no prompt, a pattern that selects nothing, or a parameter that cannot train.
+            PTuneError: no prompt, a pattern that selects nothing, a parameter that cannot train, or a schedule for
+                several tasks.
         """
         model = unwrap_ptune_model(kwargs.get("model"), type(self).__name__)
         self.plan(args, model)
         self._refuse_untrainable(model, model.adapter_parameter_names(), args.fp16)
         model.freeze_backbone()
 
-    def plan(self, args: TrainingArguments, model: PTunePreTrainedModel) -> None:
+    def plan(self, args: TrainingArguments, model: PTunePreTrainedModel | MultiTaskPrompt) -> None:
         """Make the schedule's modules part of the adapter, so that checkpoint and optimizer to come hold them.
 
         Args:
@@ -119,9 +124,10 @@ class FreezeBackboneCallback(TrainerCallback):
             model: about to train; without an optimizer yet.
 
         Raises:
-            PTuneError: a pattern that selects nothing, or a parameter that cannot train.
+            PTuneError: a pattern that selects nothing, a parameter that cannot train, or several tasks.
         """
         if self.unfreeze_schedule:
+            model = self._of_one_task(model)
             self._refuse_missing_reduction(args, model)
             self._names = self._chosen(model, args.fp16)
             self._set_requires_grad(model, set().union(*self._names.values()), True)
@@ -137,6 +143,8 @@ class FreezeBackboneCallback(TrainerCallback):
         """
         model = unwrap_ptune_model(kwargs.get("model"), type(self).__name__)
         scheduled = set().union(*self._names.values())
+        if self.unfreeze_schedule:
+            self._of_one_task(model)
         if set(self._names) != set(self.unfreeze_schedule) or not scheduled <= model.adapter_parameter_names():
             raise PTuneError(
                 "unfreeze_schedule came when the optimizer had been made, expected it before. Pass the callback in "
@@ -157,6 +165,13 @@ class FreezeBackboneCallback(TrainerCallback):
         """Unfreeze what has become due."""
         if self._names:
             self._release(unwrap_ptune_model(kwargs.get("model"), type(self).__name__), state)
+
+    def _of_one_task(self, model: PTunePreTrainedModel | MultiTaskPrompt) -> PTunePreTrainedModel:
+        if isinstance(model, MultiTaskPrompt):
+            raise PTuneError(
+                "unfreeze_schedule: tasks share a base that is frozen; leave it out, or train one task by itself."
+            )
+        return model
 
     def _chosen(self, model: PTunePreTrainedModel, fp16: bool) -> dict[float, set[str]]:
         """Names per key of the schedule; also adds their modules to `modules_to_save`."""
@@ -221,7 +236,7 @@ class FreezeBackboneCallback(TrainerCallback):
                 "gradients. Set ddp_find_unused_parameters=True (with gradient checkpointing: not reentrant)."
             )
 
-    def _check_trainable(self, model: PTunePreTrainedModel) -> None:
+    def _check_trainable(self, model: PTunePreTrainedModel | MultiTaskPrompt) -> None:
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
         expected = model.adapter_parameter_names()
         if trainable != expected:
@@ -245,7 +260,7 @@ class FreezeBackboneCallback(TrainerCallback):
                 "it, or make it from [p for p in model.parameters() if p.requires_grad] after the Trainer."
             )
 
-    def _release(self, model: PTunePreTrainedModel, state: TrainerState) -> None:
+    def _release(self, model: nn.Module, state: TrainerState) -> None:
         waiting = _held.get(model, set())
         for when, names in self._names.items():
             reached = state.global_step >= when if isinstance(when, int) else state.epoch >= when

@@ -24,13 +24,14 @@ from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.errors import GuardError
 from hf_ptune.injection import device_of
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
+from hf_ptune.multitask import TASK_KEY, MultiTaskDataset, MultiTaskPrompt
 from hf_ptune.position_tables import position_tables, positions_of_prompt
 
 logger = logging.get_logger(__name__)
 
 LossFunction = Callable[..., Tensor]
 _LOGITS = ("logits", "start_logits", "last_hidden_state")
-_STREAMED = 10_000  # rows of a stream that are searched for a label that counts
+_STREAMED = 10_000  # rows of a stream that are searched for a label that counts, or of any data for a task
 
 
 @contextmanager
@@ -81,8 +82,9 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], compute_loss_func: L
     """Check that a model can learn from a batch; leave model and random states as they were.
 
     Args:
-        model: a model of `get_ptune_model`, in whatever container accelerate put it.
-        batch: what the model's forward takes, labels included; `input_ids` is `[B, S]`.
+        model: a model of `get_ptune_model` or `get_multitask_model`, in whatever container accelerate put it.
+        batch: what the model's forward takes, labels included, of several tasks the `task` too; `input_ids` is
+            `[B, S]`.
         compute_loss_func: the Trainer's, where it does not take the model's own loss.
 
     Raises:
@@ -91,9 +93,10 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], compute_loss_func: L
             missing, not finite or of nothing that trains, the backbone gets gradient, or a parameter of the adapter
             gets none or one that is not finite, or the whole prompt or adapter one of zeros.
     """
-    inner = unwrap_ptune_model(model, "the guard", GuardError)
-    device = device_of(inner)
-    inputs: dict[str, Any] = send_to_device(dict(batch), device)
+    whole = unwrap_ptune_model(model, "the guard", GuardError)
+    inputs = dict(batch)
+    inner = _model_of(whole, inputs.pop(TASK_KEY, None)) if isinstance(whole, MultiTaskPrompt) else whole
+    inputs = send_to_device(inputs, device_of(inner))
     _check_places(inner, inputs)
     check_positions(inner, inputs)
     _check_labels(inner, inputs)
@@ -104,6 +107,16 @@ def check_batch(model: nn.Module, batch: Mapping[str, Any], compute_loss_func: L
             loss_of = partial(_given_loss, compute_loss_func, inputs.pop("labels", None), count)
         _check_prompt_moves(inner, inputs)
         _check_gradients(inner, inputs, loss_of)
+
+
+def _model_of(model: MultiTaskPrompt, task: Any) -> PTunePreTrainedModel:
+    if task not in model.tasks:
+        raise GuardError(
+            f"the batch is of the task {task!r}; expected {TASK_KEY} to be one of {', '.join(model.tasks)}. "
+            "Let the collator name it, as TaskCollator does."
+        )
+    found: PTunePreTrainedModel = model.model_of(task)
+    return found
 
 
 def _own_loss(output: Any) -> Any:
@@ -302,8 +315,9 @@ class GuardCallback(TrainerCallback):
 
     The batch is collated from the first rows of the training data, beside the data loader: order of the
     data, random states and parameters stay as they are without the guard. Where none of its labels counts, further
-    rows are taken until one does. It is not run where DeepSpeed runs the model, nor on a stream of samples that cannot
-    be started anew, nor on a loader of the user's own that cannot be indexed; all are logged.
+    rows are taken until one does. Of several tasks each has its batch, where it has rows. It is not run where DeepSpeed
+    runs the model, nor on a stream of samples that cannot be started anew, nor on a loader of the user's own that
+    cannot be indexed; all are logged.
 
     Args:
         compute_loss_func: the Trainer's, where it has one.
@@ -324,29 +338,41 @@ class GuardCallback(TrainerCallback):
         if args.distributed_state is not None and args.distributed_state.distributed_type in SHARDING:
             logger.warning("the guard is not run: parameters are sharded over ranks.")
             return
-        batches = _batches(kwargs["train_dataloader"], state.train_batch_size or args.train_batch_size)
-        if batches is None:
-            return
-        with kept_random_state(model):
-            batch = next(batches, None)
-            if batch is None:
+        parts: dict[str | None, PTunePreTrainedModel] = (
+            {t: model.model_of(t) for t in model.tasks} if isinstance(model, MultiTaskPrompt) else {None: model}
+        )
+        for task, inner in parts.items():
+            batches = _batches(kwargs["train_dataloader"], state.train_batch_size or args.train_batch_size, task)
+            if batches is None:
+                return
+            with kept_random_state(model):
+                batch = next(batches, None)
+                if batch is not None and _all_ignored(inner, batch):
+                    batch = next((b for b in batches if not _all_ignored(inner, b)), batch)
+            if batch is not None:
+                check_batch(model, batch, self.compute_loss_func)
+            elif task is None:
                 raise GuardError("the training data has no samples; expected at least one.")
-            if _all_ignored(model, batch):
-                batch = next((b for b in batches if not _all_ignored(model, b)), batch)
-        check_batch(model, batch, self.compute_loss_func)
+            else:
+                logger.warning(f"the guard has not tried the task {task}: it found no row of it.")
 
 
-def _batches(loader: Any, size: int) -> Iterator[Mapping[str, Any]] | None:
-    """The training data in order, read beside its loader; `None`, and logged, where that would use up samples."""
+def _batches(loader: Any, size: int, task: str | None) -> Iterator[Mapping[str, Any]] | None:
+    """The training data in order, of one task where one is named, read beside its loader.
+
+    `None`, and logged, where that would use up samples.
+    """
     if _is_indexed(loader):
-        return _items(loader, len(loader))
+        return _of_task(_items(loader, len(loader)), task)
     dataset: Any = getattr(loader, "dataset", None) if hasattr(loader, "collate_fn") else None
     if isinstance(dataset, (accelerate.data_loader.IterableDatasetShard, IterableDatasetShard)):
         dataset = dataset.dataset  # a rank's share of it
-    if _is_indexed(dataset):
-        rows = _items(dataset, len(dataset))
+    if task is not None and isinstance(dataset, MultiTaskDataset):
+        rows: Iterator[Any] = (row | {TASK_KEY: task} for row in dataset.parts.get(task, ()))
+    elif _is_indexed(dataset):
+        rows = _of_task(_items(dataset, len(dataset)), task)
     elif hasattr(dataset, "take"):
-        rows = iter(dataset.take(_STREAMED))
+        rows = _of_task(iter(dataset.take(_STREAMED)), task)
     else:
         name = type(loader if dataset is None else dataset).__name__
         logger.warning(f"the guard is not run: {name} cannot be read without using up samples.")
@@ -354,6 +380,13 @@ def _batches(loader: Any, size: int) -> Iterator[Mapping[str, Any]] | None:
     if getattr(loader, "batch_sampler", None) is None:  # each sample is a batch
         return map(loader.collate_fn, rows)
     return map(loader.collate_fn, iter(lambda: list(islice(rows, size)), []))
+
+
+def _of_task(found: Iterator[Any], task: str | None) -> Iterator[Any]:
+    """Those of the first rows, or batches, that name a task; all of them where none is asked for."""
+    if task is None:
+        return found
+    return (f for f in islice(found, _STREAMED) if isinstance(f, Mapping) and f.get(TASK_KEY) == task)
 
 
 def _is_indexed(data: Any) -> bool:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -275,8 +274,7 @@ class LearningCallback(NumbersCallback):
 
 def _unwrap(model: Any) -> Any:
     """The wrapped model, or one of several tasks, out of its containers."""
-    inner = extract_model_from_parallel(model, keep_torch_compile=False)
-    return inner if hasattr(inner, "model_of") else unwrap_ptune_model(model, LearningCallback.__name__)
+    return unwrap_ptune_model(model, LearningCallback.__name__)
 
 
 def _parts(model: Any) -> list[Any]:
