@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from hf_ptune import patching
 from hf_ptune.engines import engine_name, splits
@@ -37,6 +39,7 @@ def _save(trainer: Any, original: Any, output_dir: str | None = None, state_dict
     trainer.model.save_pretrained(folder)
     for task in trainer.model.tasks if trainer.processing_class is not None else ():
         save_tokenizer(trainer.processing_class, folder / task)
+    torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
 
 
 @replaces("_load_from_checkpoint")

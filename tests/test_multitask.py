@@ -309,11 +309,26 @@ def test_a_plain_trainer_saves_and_goes_on(tmp_path: Path) -> None:
     first, second = (dict(t.model.named_parameters()) for t in (whole, again))
     assert all(torch.allclose(first[n], second[n], atol=1e-10) for n in names)
     whole.save_model(str(tmp_path / "end"))
-    assert {p.name for p in (tmp_path / "end").iterdir()} == set(LABELS)
+    assert {p.name for p in (tmp_path / "end").iterdir()} == {*LABELS, "training_args.bin"}
     best = trainer("best", eval_strategy="epoch", load_best_model_at_end=True, prediction_loss_only=True)
     best.train()
     kept = load_file(Path(str(best.state.best_model_checkpoint)) / "topic" / "model.safetensors")
     assert all(torch.equal(t, kept[n]) for n, t in best.model.model_of("topic").adapter_state_dict().items())
+
+
+def test_a_checkpoint_has_the_files_of_any_other(tmp_path: Path) -> None:
+    whole = plain_trainer(together("prefix_tuning"), tmp_path / "whole")
+    arguments = copy.deepcopy(whole.args)
+    arguments.output_dir = str(tmp_path / "single")
+    single = Trainer(together("prefix_tuning").model_of("topic"), arguments, train_dataset=rows_of("topic")["topic"])
+    names = []
+    for trainer in (whole, single):
+        trainer.train()
+        names.append({p.name for p in Path(str(trainer.args.output_dir)).glob("checkpoint-4/*")})
+    own = {"config.json", "model.safetensors"}  # which each task has in its folder
+    assert own < names[1] and names[0] == (names[1] - own) | set(LABELS)
+    settings = torch.load(tmp_path / "whole/checkpoint-4/training_args.bin", weights_only=False)
+    assert settings.to_dict() == whole.args.to_dict()
 
 
 def test_a_plain_trainer_freezes_and_is_guarded(tmp_path: Path) -> None:
