@@ -192,7 +192,9 @@ def make_parser() -> argparse.ArgumentParser:
     measured = add_parser("evaluate", help="measure an adapter on a recipe's held-out and test rows", epilog=_OVERRIDES)
     measured.add_argument("recipe", type=_path, help="a YAML file")
     measured.add_argument(
-        "--adapter", type=_path, help="folder or id on the Hub; what the recipe's run left when unset"
+        "--adapter",
+        type=_path,
+        help="folder or id on the Hub, or the folder around those of several tasks; what the run left when unset",
     )
 
     grid = add_parser("sweep", help="train by a recipe with several learning rates and lengths", epilog=_OVERRIDES)
@@ -266,15 +268,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "train":
             from hf_ptune import train, train_multitask
 
-            walk = train_multitask if train_multitask.names_tasks(given.recipe) else train
+            walk = train_multitask if train_multitask.names_tasks(given.recipe, further) else train
             return walk.main([given.recipe, *further])
         if given.command == "sweep":
             run_sweep(given, further)
         elif given.command == "evaluate":
-            from hf_ptune.evaluation import evaluate
+            from hf_ptune.evaluation import evaluate, evaluate_tasks
             from hf_ptune.recipe import read_recipe
+            from hf_ptune.train_multitask import names_tasks, read_multitask_recipe
 
-            evaluate(read_recipe(given.recipe, further), given.adapter)
+            if names_tasks(given.recipe, further):
+                evaluate_tasks(read_multitask_recipe(given.recipe, further), given.adapter)
+            else:
+                evaluate(read_recipe(given.recipe, further), given.adapter)
         elif given.command == "run":
             run_script(given.script, given.arguments)
         elif given.command == "presets":

@@ -1,8 +1,11 @@
 """Measure an adapter that is there on a recipe's held-out and test rows; nothing is trained."""
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from hf_ptune.adapter_file import ADAPTER_FOLDER
 from hf_ptune.arguments import make_arguments
@@ -21,14 +24,49 @@ from hf_ptune.templates import name_virtual_tokens
 from hf_ptune.tokenization import has_tokenizer
 from hf_ptune.train import evaluate as measure
 from hf_ptune.train import load_adapter
+from hf_ptune.train_multitask import MultiTaskRecipe, report
 
 
-def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, dict[str, float]]:
+def evaluate_tasks(recipe: MultiTaskRecipe, folder: str | None = None) -> dict[str, dict[str, dict[str, float]]]:
+    """Load the adapter of each task and measure it.
+
+    Args:
+        recipe: names tasks, rows and batch size.
+        folder: holds an adapter folder for each task; what the recipe's run left in its output folder when unset.
+
+    Returns:
+        What `evaluate` gives, by task.
+
+    Raises:
+        PTuneError: an adapter is missing, cannot be loaded, or was trained for other labels.
+    """
+    root = Path(folder or Path(recipe.shared.output_dir) / ADAPTER_FOLDER)
+    for name in recipe.tasks:  # all of them before the first is measured
+        if not (root / name).is_dir():
+            raise RecipeError(
+                f"{root / name} is no folder; train the recipe first, or name the folder around the adapters with "
+                "--adapter."
+            )
+        adapter_files(root / name)
+    found = {}
+    for name, one in recipe.tasks.items():
+        found[name] = evaluate(one, str(root / name), name)
+        gc.collect()  # before the next base is loaded
+    if PartialState().is_main_process:
+        for name, measured in found.items():
+            metric = recipe.tasks[name].build_task().metric
+            report(name, metric, f"{measured['held-out'][metric]:.3f}", measured.get("test", {}).get(metric))
+            print(f"  {root / name}", flush=True)
+    return found
+
+
+def evaluate(recipe: Recipe, adapter: str | None = None, name: str = "") -> dict[str, dict[str, float]]:
     """Load an adapter and measure it.
 
     Args:
         recipe: names task, rows and batch size; base and method are the adapter's own.
         adapter: folder or id on the Hub; what the recipe's run left in its output folder when unset.
+        name: of the task, where it is one of several; begins what is printed.
 
     Returns:
         Metrics of the held-out rows, and of the test rows where the recipe names some, by `held-out` and `test`.
@@ -60,9 +98,10 @@ def evaluate(recipe: Recipe, adapter: str | None = None) -> dict[str, dict[str, 
     )
     found = {name: measure(trainer, part if name == "test" else None) for name, part in features.items()}
     if trainer.is_world_process_zero():
-        for name, metrics in found.items():
+        begin = f"{name}: " if name else ""
+        for kind, metrics in found.items():
             shown = ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items())
-            print(f"{name}, {min(len(parts[name]), len(features[name]))} rows: {shown}", flush=True)
+            print(f"{begin}{kind}, {min(len(parts[kind]), len(features[kind]))} rows: {shown}", flush=True)
     return found
 
 

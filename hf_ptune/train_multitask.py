@@ -303,9 +303,7 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
         if trainer.is_world_process_zero():
             metric = part.task.metric
             scores = f"{before[name][metric]:.3f} before, {found[name][metric]:.3f} after training"
-            print(f"{name}: held-out {metric} {scores}")
-            if part.test:
-                print(f"  test {metric}: {found[name][f'test_{metric}']:.3f}")
+            report(name, metric, scores, found[name].get(f"test_{metric}"))
             _finish(trainer, recipe, name, folder / name, found[name])
             print(f"  {folder / name}", flush=True)
     if push and trainer.is_world_process_zero():
@@ -315,6 +313,13 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
             print(f"{name}: {url}", flush=True)
     trainer.accelerator.wait_for_everyone()
     return found
+
+
+def report(name: str, metric: str, held_out: str, test: float | None) -> None:
+    """Print what one of several tasks came to."""
+    print(f"{name}: held-out {metric} {held_out}")
+    if test is not None:
+        print(f"  test {metric}: {test:.3f}")
 
 
 def _finish(
@@ -361,10 +366,15 @@ def build(recipe: MultiTaskRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return model, parts
 
 
-def names_tasks(recipe: str | Path) -> bool:
-    """Whether a recipe file names several tasks; `False` too where it cannot be read, which is said elsewhere."""
+def read_multitask_recipe(path: str, overrides: Sequence[str] = ()) -> MultiTaskRecipe:
+    """Read a recipe file with `tasks`; arguments and errors are those of `read_recipe`."""
+    return make_multitask_recipe(read_content(path, overrides), path, Path(path).parent)
+
+
+def names_tasks(recipe: str | Path, overrides: Sequence[str] = ()) -> bool:
+    """Whether a recipe names several tasks; `False` too where it cannot be read, which is said elsewhere."""
     try:
-        return "tasks" in read_content(recipe)
+        return "tasks" in read_content(recipe, overrides)
     except RecipeError:
         return False
 
@@ -378,11 +388,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 after an error that has been printed, or 130 after an interruption.
     """
-
-    def train(recipe: str, overrides: list[str]) -> None:
-        run(make_multitask_recipe(read_content(recipe, overrides), recipe, Path(recipe).parent))
-
-    return command("hf_ptune.train_multitask", "Train several tasks.", train, arguments)
+    return command(
+        "hf_ptune.train_multitask",
+        "Train several tasks.",
+        lambda *given: run(read_multitask_recipe(*given)),
+        arguments,
+    )
 
 
 if __name__ == "__main__":

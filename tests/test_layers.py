@@ -50,7 +50,8 @@ LAYERS = [
     {"interop", "info"},
     {"arguments", "convert", "row_checks", "fresh_base", "interruption"},
     {"train"},
-    {"evaluation", "sweep", "train_multitask"},
+    {"sweep", "train_multitask"},
+    {"evaluation"},
     {"cli"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

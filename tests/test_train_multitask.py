@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from hf_ptune.arguments import make_arguments
 from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts
 from hf_ptune.cli import main
-from hf_ptune.errors import ConfigError, GuardError, PTuneError, RecipeError
+from hf_ptune.errors import AdapterFileError, ConfigError, GuardError, PTuneError, RecipeError
+from hf_ptune.evaluation import evaluate_tasks
 from hf_ptune.fresh_base import load_tokenizer
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.recipe import make_recipe
@@ -125,6 +127,36 @@ def test_both_tasks_learn(content: dict[str, Any], tmp_path: Path, capsys: pytes
     known = {"loss", "accuracy", "f1_macro"}
     assert set(facts.metrics[0]) == known | {f"test_{name}" for name in known}
     assert set(found) == {"when", "letters"} and found["when"]["accuracy"] > 0.7 and found["letters"]["loss"] < 0.7
+
+
+def test_what_a_run_left_is_measured_task_by_task(
+    content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "r.yaml", tmp_path / "out"
+    content["tasks"][0]["data"]["test_source"] = "SEQ_CLS.jsonl"
+    content["training"] |= {"num_train_epochs": 2, "save_strategy": "epoch", "metric_for_best_model": "mean"}
+    one = {"tasks": None, "task": "SEQ_CLS", "data": {"source": "SEQ_CLS.jsonl"}}
+    path.write_text(json.dumps(content | {"variants": {"one": one}}))
+    assert main(["evaluate", str(path)]) == 2
+    assert f"{out / 'adapter' / 'when'} is no folder; train the recipe first" in capsys.readouterr().err
+    trained = run(make_multitask_recipe(content, folder=tmp_path))
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("when", "letters", "  "))]
+    found = evaluate_tasks(make_multitask_recipe(content, folder=tmp_path))
+    flat = {n: f["held-out"] | {f"test_{k}": v for k, v in f.get("test", {}).items()} for n, f in found.items()}
+    assert flat == {n: pytest.approx(f, rel=1e-5) for n, f in trained.items()}
+    said = capsys.readouterr().out.splitlines()
+    rows = [line.partition(": loss ")[0] for line in said if " rows: loss " in line]
+    assert rows == ["when: held-out, 10 rows", "when: test, 40 rows", "letters: held-out, 6 rows"]
+    table = [re.sub(r"[0-9.]+ before, ([0-9.]+) after training", r"\1", line) for line in printed]
+    assert said[-5:] == table and len(table) == 5
+    # a checkpoint has such folders too; a variant may be of one task
+    assert main(["evaluate", str(path), "--adapter", str(out / "checkpoint-14")]) == 0
+    assert main(["evaluate", str(path), "--variant=one", "--adapter", str(out / "adapter/when")]) == 0
+    single = ["--variant=one", "--training.metric_for_best_model=loss", f"--output_dir={tmp_path / 'one'}"]
+    assert main(["train", str(path), *single]) == 0 and (tmp_path / "one/adapter/config.json").is_file()
+    (out / "adapter/letters/config.json").unlink()
+    with pytest.raises(AdapterFileError, match="letters holds no finished adapter: config.json missing"):
+        evaluate_tasks(make_multitask_recipe(content, folder=tmp_path))
 
 
 def test_a_task_whose_name_begins_another_s_has_its_own_metrics_alone(content: dict[str, Any], tmp_path: Path) -> None:
