@@ -283,6 +283,23 @@ def test_a_grid_of_which_nothing_succeeds_is_a_failure(
     assert "failed" in said.out and "no run of the grid succeeded" in said.err
 
 
+def test_one_of_several_tasks_is_swept_by_a_variant(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    content = json.loads(path.read_text())
+    alone = {name: content.pop(name) for name in ("task", "data")}
+    content |= {"tasks": [{"name": "when", **alone}], "variants": {"when": {"tasks": None, **alone}}}
+    path.write_text(json.dumps(content))
+    assert main(["sweep", str(path)]) == 2
+    assert "names several tasks; " in (said := capsys.readouterr().err)
+    assert "to sweep one of them, put it under task and data in a recipe of its own, or in a variant with" in said
+    assert main(["sweep", str(path), "--variant=when", "--learning-rates", "1e-2", "--lengths", "2"]) == 0
+    best = capsys.readouterr().out.splitlines()[-1]
+    assert main(best.removeprefix("best: hf-ptune ").split()) == 0
+    assert (tmp_path / "out" / "adapter" / "config.json").is_file()
+
+
 def test_a_template_has_its_own_length(tmp_path: Path) -> None:
     options = {"template": "[P3] {text} [MASK]", "verbalizer": {"early": "a", "late": "b"}}
     content = write_recipe(tmp_path, "SEQ_CLS", write_base(tmp_path / "base", "bert", "SEQ_CLS"))
