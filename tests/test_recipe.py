@@ -31,12 +31,14 @@ def test_paths_may_begin_in_the_user_s_own_folder(monkeypatch: pytest.MonkeyPatc
     data = {"source": "~/a.csv", "eval_source": "~/b.csv", "test_source": "~/c.csv", "labels": "~/d.json"}
     start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": "~/adapter"}
     changes = {"base": "~/base", "data": data, "output_dir": "~/out", "options": start}
-    recipe = make_recipe(GOOD | changes | {"training": {"resume_from_checkpoint": "~/out/checkpoint-3"}})
+    settings = {n: f"~/{n}.json" for n in ("deepspeed", "fsdp_config", "accelerator_config")}
+    recipe = make_recipe(GOOD | changes | {"training": {"resume_from_checkpoint": "~/out/checkpoint-3"} | settings})
     assert (recipe.base, recipe.output_dir) == ("/home/me/base", "/home/me/out")
     assert (recipe.data.source, recipe.data.eval_source) == ("/home/me/a.csv", "/home/me/b.csv")
     assert (recipe.data.test_source, recipe.data.labels) == ("/home/me/c.csv", "/home/me/d.json")
     assert recipe.options["prompt_tuning_init_adapter"] == "/home/me/adapter"
     assert recipe.training["resume_from_checkpoint"] == "/home/me/out/checkpoint-3"
+    assert all(recipe.training[name] == f"/home/me/{name}.json" for name in settings)
     kept = make_recipe(GOOD | {"data": {"source": "rows~.jsonl", "labels": ["~", "a"]}, "output_dir": "./~"})
     assert (kept.data.source, kept.data.labels, kept.output_dir) == ("rows~.jsonl", ["~", "a"], "./~")
 
