@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the process when unset.
 
     Returns:
-        The exit code: 0, 2 after an error that has been printed, or 130 after an interruption.
+        The exit code: 0, 2 after an error that has been printed, 130 after an interruption, or 143 after SIGTERM.
     """
     parser = make_parser()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     further += overrides
     if further and given.command not in _OVERRIDDEN:
         parser.error(f"unrecognized arguments: {' '.join(further)}")
-    from hf_ptune.errors import INTERRUPTED, PTuneError, from_system
+    from hf_ptune.errors import INTERRUPTED, TERMINATED, PTuneError, Terminated, from_system
 
     if given.command != "run":  # a script's output is its own affair
         let_print()
@@ -308,10 +308,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             own = (given.num_virtual_tokens, given.num_labels, given.revision)
             init(given.base, given.method, given.folder, given.task, *own)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupted:
         further_on = "; the same command goes on with the runs that are left" if given.command == "sweep" else ""
         print(f"interrupted{further_on}.", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(interrupted, Terminated) else INTERRUPTED
     except Exception as error:  # of OSErrors some are the Hub's answers by way of transformers
         if isinstance(error, BrokenPipeError) and given.command in ("presets", "info"):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read has gone; the end writes no more

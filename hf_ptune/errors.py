@@ -10,7 +10,7 @@ import torch
 # what is tried out on a base may end in one of these, which says nothing of its family
 DEVICE_FAILURES: tuple[type[Exception], ...] = (torch.OutOfMemoryError,)
 DEVICE_FAILURES += (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
-INTERRUPTED = 130  # the exit code, as shells have it
+INTERRUPTED, TERMINATED = 130, 143  # exit codes, as shells have them
 # how libraries of Rust end what the system told them: tokenizers raises an Exception, safetensors an error of its own
 _SYSTEM = re.compile(r"(.*) \(os error ([0-9]+)\)", re.DOTALL)
 
@@ -49,6 +49,10 @@ class InjectionError(PTuneError):
 
 class TemplateError(PTuneError, ValueError):
     """Raised when a row and a template, or a word and a tokenizer, do not fit together."""
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised where SIGTERM ends a run, as Ctrl-C would: a scheduler sends it before it takes the machine away."""
 
 
 def shorten(said: object, most: int = 300) -> str:

@@ -79,7 +79,8 @@ def evaluate(recipe: Recipe, adapter: str | None = None, name: str = "") -> dict
         adapter_files(source)  # else transformers says something of its own
     elif adapter is None or not is_hub_id(source):
         raise RecipeError(f"{source} is no folder; train the recipe first, or name an adapter with --adapter.")
-    arguments = make_arguments(replace(recipe, training=recipe.training | {"push_to_hub": False}))
+    idle = {"push_to_hub": False, "enable_jit_checkpoint": False}  # of what only a training does
+    arguments = make_arguments(replace(recipe, training=recipe.training | idle))
     task, rows = recipe.build_task(), load_rows(recipe)
     model = load_adapter(source, task, recipe.base_options)
     _check_fit(model, source, task, rows)

@@ -6,12 +6,15 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import sort_checkpoints
 
 from hf_ptune.engines import is_whole, last_checkpoint
+from hf_ptune.errors import Terminated
 
 
 def checkpoints_in(folder: str) -> dict[str, int]:
@@ -42,6 +45,62 @@ def how_to_go_on(folder: str, resume: Any, earlier: Mapping[str, int]) -> str:
     return "interrupted before a checkpoint was written; the same command starts anew."
 
 
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM interrupt what is done meanwhile, once, unless the process ignores it."""
+    here = threading.current_thread() is threading.main_thread()  # signals are handled there alone
+    if not here or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # a launcher passes on what a scheduler has told every process
+    raise Terminated
+
+
+class TerminationCallback(TrainerCallback):
+    """Let a checkpoint of `enable_jit_checkpoint` end its run as interrupted, in the place of transformers' callback.
+
+    That one lets a run go on to its last figures and its adapter as if it had been trained, writes within a step,
+    where dropout has drawn already, and lets each rank stop at a step of its own.
+
+    Args:
+        trainer: about to train, with that callback.
+        own: that callback.
+    """
+
+    def __init__(self, trainer: Trainer, own: JITCheckpointCallback) -> None:
+        self.trainer, self.own = trainer, own
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write a checkpoint where SIGTERM has come to any rank.
+
+        Raises:
+            Terminated: it is written.
+        """
+        accelerator = self.trainer.accelerator
+        if self.own.jit_manager.is_checkpoint_requested:
+            accelerator.set_trigger()
+        if accelerator.check_trigger():
+            self.own.jit_manager.execute_jit_checkpoint()
+            self.trainer.callback_handler.on_save(args, state, control)
+            accelerator.wait_for_everyone()  # each says what to go on from
+            self.own.on_train_end(args, state, control)
+            raise Terminated
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give SIGTERM back."""
+        self.own.on_train_end(args, state, control)
+
+
 class HeldInterruptions:
     """Hold interruptions back while something is written, and raise them at its end.
 
@@ -49,7 +108,8 @@ class HeldInterruptions:
     """
 
     def __init__(self) -> None:
-        self._open = self._pending = False
+        self._open = False
+        self._pending: type[KeyboardInterrupt] | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "HeldInterruptions":
@@ -63,7 +123,7 @@ class HeldInterruptions:
         for number, handler in self._before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         if self._pending and kind is None:
-            raise KeyboardInterrupt
+            raise self._pending
 
     @contextmanager
     def let_through(self) -> Iterator[None]:
@@ -71,12 +131,13 @@ class HeldInterruptions:
         self._open = True
         try:
             if self._pending:
-                raise KeyboardInterrupt
+                raise self._pending
             yield
         finally:
             self._open = False
 
     def _take(self, number: int, frame: object) -> None:
+        told = Terminated if number == signal.SIGTERM else KeyboardInterrupt
         if self._open:
-            raise KeyboardInterrupt
-        self._pending = True
+            raise told
+        self._pending = told

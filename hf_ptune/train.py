@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import ADAPTER_FOLDER, WEIGHTS_NAME
@@ -44,9 +45,9 @@ from hf_ptune.console import let_print
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.endings import let_end
 from hf_ptune.engines import last_checkpoint
-from hf_ptune.errors import INTERRUPTED, PTuneError, RecipeError, from_system
+from hf_ptune.errors import INTERRUPTED, TERMINATED, PTuneError, RecipeError, Terminated, from_system
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
-from hf_ptune.interruption import checkpoints_in, how_to_go_on
+from hf_ptune.interruption import TerminationCallback, checkpoints_in, how_to_go_on, terminable
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.overrides import split_overrides
@@ -206,6 +207,7 @@ def train_on(trainer: Trainer, *recipes: Recipe) -> None:
             or with other learning rates; or `metric_for_best_model` names what is not measured.
         AdapterFileError: the checkpoint's config.json cannot be read.
         ConfigError: it describes no adapter.
+        Terminated: SIGTERM has come, and `enable_jit_checkpoint` has written a checkpoint.
     """
     resume = trainer.args.resume_from_checkpoint
     checkpoint = last_checkpoint(str(trainer.args.output_dir)) if resume in (True, "true") else resume
@@ -221,6 +223,8 @@ def train_on(trainer: Trainer, *recipes: Recipe) -> None:
         )
     trainer.add_callback(BestMetricCallback())
     trainer.add_callback(run_facts)
+    if (own := trainer.pop_callback(JITCheckpointCallback)) is not None:
+        trainer.add_callback(TerminationCallback(trainer, own))
     try:
         trainer.train(checkpoint)
     except ValueError as error:
@@ -344,13 +348,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the recipe's path, then overrides `--section.key=value`; those of the process when unset.
 
     Returns:
-        The exit code: 0, 2 after an error that has been printed, or 130 after an interruption.
+        The exit code: 0, 2 after an error that has been printed, 130 after an interruption, or 143 after SIGTERM.
     """
     return command(
         "hf_ptune.train", "Train an adapter by a recipe.", lambda *given: run(read_recipe(*given)), arguments
     )
 
 
+@terminable()
 def command(
     module: str, purpose: str, train: Callable[[str, list[str]], Any], arguments: Sequence[str] | None = None
 ) -> int:
@@ -363,7 +368,7 @@ def command(
         arguments: see `main`.
 
     Returns:
-        The exit code: 0, 2 after an error that has been printed, or 130 after an interruption.
+        The exit code: 0, 2 after an error that has been printed, 130 after an interruption, or 143 after SIGTERM.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=purpose)
     parser.add_argument("recipe", type=os.path.expanduser, help="a YAML file")
@@ -377,9 +382,9 @@ def command(
         folder, resume = _goes_on(read_content(known.recipe, overrides))
         earlier = checkpoints_in(folder)
         train(known.recipe, overrides)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupted:
         print(how_to_go_on(folder, resume, earlier), file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(interrupted, Terminated) else INTERRUPTED
     except Exception as error:
         told = error if isinstance(error, PTuneError) else from_system(error, folder)
         if told is None:

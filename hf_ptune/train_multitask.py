@@ -238,6 +238,7 @@ class MultiTaskTrainer(Trainer):
         """Measure one task on given features; nothing is logged."""
         arguments = copy.copy(self.args)
         arguments.report_to = []
+        arguments.enable_jit_checkpoint = False  # SIGTERM is for the Trainer that trains
         part = self.parts[name]
         trainer = TaskTrainer(
             task=part.task,
@@ -386,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the recipe's path, then overrides `--section.key=value`; those of the process when unset.
 
     Returns:
-        The exit code: 0, 2 after an error that has been printed, or 130 after an interruption.
+        The exit code: 0, 2 after an error that has been printed, 130 after an interruption, or 143 after SIGTERM.
     """
     return command(
         "hf_ptune.train_multitask",
