@@ -8,6 +8,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_ptune.errors import RecipeError
 from hf_ptune.recipe import Recipe
+from hf_ptune.resuming import MEASURING
 
 _AT_ONCE = "tasks measure all held-out rows at once"
 _ALWAYS = (
@@ -22,7 +23,6 @@ _REFUSED = {
     "do_predict": (True, _ALWAYS),
     "eval_on_start": (False, _ALWAYS),
 }
-_MEASURING = ("reduce_lr_on_plateau", "greedy")  # schedules
 
 
 def make_arguments(recipe: Recipe, pairs: bool = False, causal: bool = False) -> TrainingArguments:
@@ -48,7 +48,7 @@ def make_arguments(recipe: Recipe, pairs: bool = False, causal: bool = False) ->
             f"training.label_smoothing_factor is {settings['label_smoothing_factor']}, but the loss of {recipe.task} "
             "is its model's own, which smooths nothing; leave it out."
         )
-    if recipe.learning_rate_decay is not None and settings.get("lr_scheduler_type") in _MEASURING:
+    if recipe.learning_rate_decay is not None and settings.get("lr_scheduler_type") in MEASURING:
         raise RecipeError(
             f"training.lr_scheduler_type is {settings['lr_scheduler_type']}, which follows measurements, beside "
             "learning_rate_decay; set it to constant, or leave one of them out."

@@ -33,6 +33,9 @@ _LEARNED = ("labels", "start_positions", "end_positions")
 _OF_OPTIMIZERS: tuple[str, ...] = ("learning_rate", "optim", "optim_args", "weight_decay")
 _OF_OPTIMIZERS += ("adam_beta1", "adam_beta2", "adam_epsilon")
 _SHARED = {"seed": "seed"} | {name: f"training.{name}" for name in _OF_OPTIMIZERS}
+# schedules that follow measurements, whose settings a checkpoint keeps; all others are made anew from the recipe's
+MEASURING = ("reduce_lr_on_plateau", "greedy")
+_SCHEDULE: tuple[str, ...] = ("training.lr_scheduler_type", "training.lr_scheduler_kwargs")
 Rates = tuple[float | None, float | None]  # of backbone and head, where they have their own
 
 
@@ -84,12 +87,13 @@ class RunCallback(TrainerCallback):
             there = json.loads((Path(checkpoint) / _RUN_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return
+        measures = {there.get(_SCHEDULE[0]), self.facts[_SCHEDULE[0]]} & set(MEASURING)
         differ = [
             f"its {name} are others ({_CHANGED_BY[name]})"
             if name in _CHANGED_BY
             else f"{name} is {there[name]} there and {here} here"
             for name, here in self.facts.items()
-            if there.get(name, here) != here
+            if there.get(name, here) != here and (name not in _SCHEDULE or measures)
         ]
         if differ:
             raise RecipeError(_told(checkpoint, differ))
@@ -104,6 +108,8 @@ def _facts_of(trainer: Trainer, rates: Rates) -> dict[str, Any]:
     settings = trainer.args.to_dict()
     shared = {name: settings[key] for key, name in _SHARED.items()}
     shared["training.optim_args"] = shared["training.optim_args"] or None
+    options = settings["lr_scheduler_kwargs"] or {}
+    shared |= dict(zip(_SCHEDULE, (settings["lr_scheduler_type"], dict(sorted(options.items()))), strict=True))
     if (temperature := getattr(trainer, "temperature", None)) is not None:
         shared["temperature"] = temperature  # which rows of several tasks are still to come
     shared |= dict(zip(("backbone_learning_rate", "head_learning_rate"), rates, strict=True))

@@ -1,6 +1,7 @@
 """Going on from a checkpoint: a finished run takes no further step, and another run's checkpoint is refused."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,33 @@ def test_a_finished_run_of_several_tasks_takes_no_further_step(tmp_path: Path) -
     content["options"] = {"num_virtual_tokens": 5}
     with pytest.raises(RecipeError, match=r"checkpoint-3.one is of another run: options.num_virtual_tokens is 4"):
         run_tasks(make_multitask_recipe(content, folder=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "message"),
+    [
+        (
+            ("reduce_lr_on_plateau", {"factor": 0.5}),
+            ("reduce_lr_on_plateau", {"factor": 0.1}),
+            "kwargs is .*5} .*1} here",
+        ),
+        (("reduce_lr_on_plateau", {"factor": 0.5}), ("linear", {}), "type is reduce_lr_on_plateau .* linear here"),
+        (("linear", {}), ("greedy", {}), "type is linear there and greedy here"),
+        (("linear", {}), ("cosine", {"num_cycles": 1}), None),
+        (("greedy", {"patience": 2, "factor": 0.5}), ("greedy", {"factor": 0.5, "patience": 2}), None),
+    ],
+)
+def test_schedules_that_follow_measurements_keep_their_settings(
+    there: tuple[str, Any], here: tuple[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    """Their checkpoints hold them; others take those of the recipe."""
+    content = write_recipe(tmp_path, "SEQ_CLS", write_base(tmp_path / "base", "bert", "SEQ_CLS"))
+    content["training"] |= {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    for steps, (kind, options) in enumerate((there, here), 1):
+        content["training"] |= {"max_steps": steps, "lr_scheduler_type": kind, "lr_scheduler_kwargs": options}
+        with pytest.raises(RecipeError, match=message) if message and steps == 2 else nullcontext():
+            run(make_recipe(content, folder=tmp_path))
+        content["training"] |= {"resume_from_checkpoint": "true"}
 
 
 def test_a_run_of_more_than_ten_labels_goes_on(tmp_path: Path) -> None:
