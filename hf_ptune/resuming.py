@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
 from hf_ptune.backbone import place_of
 from hf_ptune.base_settings import are_named
@@ -16,6 +16,7 @@ from hf_ptune.errors import PTuneError, RecipeError
 from hf_ptune.methods import get_method
 from hf_ptune.placement import settled_reading
 
+logger = logging.get_logger(__name__)
 # options on which names and shapes of an adapter's tensors depend
 _SHAPING: tuple[str, ...] = ("num_virtual_tokens", "encoder_reparameterization_type", "encoder_hidden_size")
 _SHAPING += ("encoder_num_layers", "layers", "sites")
@@ -27,6 +28,7 @@ _CHANGED_BY = {
     _LABELS: "classes, tags, targets or answers in data.source",
 }
 _HELD_OUT = "held-out rows"
+_STEP = "rows a step"
 _LEARNED = ("labels", "start_positions", "end_positions")
 # a checkpoint's optimizer goes on with settings of its own, whatever is asked for, and the seed says which rows are
 # still to come
@@ -42,6 +44,9 @@ Rates = tuple[float | None, float | None]  # of backbone and head, where they ha
 class RunCallback(TrainerCallback):
     """Write into every checkpoint which rows it has been trained and measured on, and how.
 
+    Batch size and ranks may change where a run goes on, but the Trainer tells from the number of steps which rows are
+    still to come.
+
     A run that goes on measures other held-out rows than the checkpoint's, or in another way, where it is told to; what
     was measured before stands in no table with that, and is dropped.
 
@@ -53,16 +58,26 @@ class RunCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, rates: Rates, measured: str) -> None:
         self.facts = _facts_of(trainer, rates)
+        self._trainer = trainer
         held_out = hashlib.sha256(measured.encode())
         for row in trainer.eval_dataset or ():
             held_out.update(repr(sorted(row.items())).encode())
         self._held_out = held_out.hexdigest()
         self._measured_anew = False
+        self._rows_before: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Drop what was measured of other held-out rows, or in another way."""
+        """Drop what was measured of other held-out rows, or in another way, and say what does not fit."""
+        rows = self._trainer.get_total_train_batch_size(args)  # auto_find_batch_size has found it by now
+        if (before := self._rows_before) not in (None, rows) and state.is_world_process_zero:
+            logger.warning(
+                f"a step had {before} rows in the run that goes on from step {state.global_step}, and has {rows} here "
+                "(per_device_train_batch_size times gradient_accumulation_steps times processes). Epochs and rows are "
+                f"told from the number of steps, so that some rows come again or are left out; with {before} rows a "
+                "step it goes on where it was."
+            )
         if self._measured_anew:
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
             state.log_history = [entry for entry in state.log_history if not any(k.startswith("eval_") for k in entry)]
@@ -71,7 +86,8 @@ class RunCallback(TrainerCallback):
         """Write the file, on the first rank."""
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if args.should_save and folder.is_dir():
-            facts = self.facts | {_HELD_OUT: self._held_out}
+            rows = self._trainer.get_total_train_batch_size(args)
+            facts = self.facts | {_HELD_OUT: self._held_out, _STEP: rows}
             (folder / _RUN_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     def check(self, checkpoint: str) -> None:
@@ -97,6 +113,7 @@ class RunCallback(TrainerCallback):
         ]
         if differ:
             raise RecipeError(_told(checkpoint, differ))
+        self._rows_before = there.get(_STEP)
         self._measured_anew = there.get(_HELD_OUT, self._held_out) != self._held_out
 
 

@@ -42,6 +42,28 @@ def test_a_finished_run_takes_no_further_step(content: dict[str, Any], tmp_path:
     assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({"per_device_train_batch_size": 4}, 4),
+        ({"gradient_accumulation_steps": 2}, 16),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, None),
+        ({"auto_find_batch_size": True, "per_device_train_batch_size": 16}, None),
+    ],
+)
+def test_another_number_of_rows_a_step_is_told(
+    settings: dict[str, Any],
+    rows: int | None,
+    content: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    content["training"] |= {"max_steps": 4, **settings}
+    run(make_recipe(content, folder=tmp_path))
+    assert ("a step had" in caplog.text) == (rows is not None)
+    assert rows is None or f"had 8 rows in the run that goes on from step 3, and has {rows} here" in caplog.text
+
+
 def test_what_was_measured_of_the_same_held_out_rows_stays(content: dict[str, Any], tmp_path: Path) -> None:
     fresh = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"][0]
     content["training"] |= {"max_steps": 4}
