@@ -80,7 +80,14 @@ class RunCallback(TrainerCallback):
             )
         if self._measured_anew:
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-            state.log_history = [entry for entry in state.log_history if not any(k.startswith("eval_") for k in entry)]
+            kept = [entry for entry in state.log_history if not any(k.startswith("eval_") for k in entry)]
+            if len(kept) < len(state.log_history) and state.is_world_process_zero:
+                logger.warning(
+                    f"what was measured up to step {state.global_step} was of other held-out rows, or in another way, "
+                    "and is left out of history and card; the best model is looked for from here on. Give data and "
+                    "task_options as that run had them to keep it."
+                )
+            state.log_history = kept
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the file, on the first rank."""

@@ -64,16 +64,19 @@ def test_another_number_of_rows_a_step_is_told(
     assert rows is None or f"had 8 rows in the run that goes on from step 3, and has {rows} here" in caplog.text
 
 
-def test_what_was_measured_of_the_same_held_out_rows_stays(content: dict[str, Any], tmp_path: Path) -> None:
+def test_what_was_measured_of_the_same_held_out_rows_stays(
+    content: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fresh = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"][0]
     content["training"] |= {"max_steps": 4}
     outcome = run(make_recipe(content, folder=tmp_path))
     assert outcome.before["loss"] == fresh["eval_loss"] != outcome.after["loss"]
     assert [e["step"] for e in RunFacts.load(outcome.folder).history if "eval_loss" in e] == [0, 3, 4]
+    assert "what was measured" not in caplog.text
 
 
 def test_what_was_measured_of_other_held_out_rows_is_dropped(
-    content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "late.jsonl").write_text("\n".join(json.dumps({"text": "e f", "label": "late"}) for _ in range(4)))
     content["data"] = {"source": "fewer.jsonl", "eval_source": "late.jsonl"}
@@ -84,6 +87,7 @@ def test_what_was_measured_of_other_held_out_rows_is_dropped(
     assert outcome.before == {} and "accuracy" in outcome.after
     assert [e["step"] for e in RunFacts.load(outcome.folder).history if "eval_loss" in e] == [3, 4]
     assert f"held-out accuracy: {outcome.after['accuracy']:.3f} after training" in capsys.readouterr().out
+    assert "what was measured up to step 3 was of other held-out rows, or in another way" in caplog.text
 
 
 def test_a_run_that_goes_on_may_write_answers_too(tmp_path: Path) -> None:
