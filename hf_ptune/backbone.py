@@ -240,6 +240,18 @@ def read_tokenizer(source: str, revision: str | None = None, **hub: Any) -> Any:
     return tokenizer
 
 
+def makes(task: str, config: PreTrainedConfig, base_class: str | None) -> bool:
+    """Whether the Auto class of a task makes bases of a class.
+
+    Args:
+        task: a key of `TASKS`.
+        config: the base's configuration.
+        base_class: name of the class.
+    """
+    made = TASKS[task]._model_mapping.get(type(config), ())
+    return base_class in {c.__name__ for c in (made if isinstance(made, tuple) else (made,))}
+
+
 def loader_of(task: str, config: PreTrainedConfig, base_class: str | None = None) -> Any:
     """What makes a base: the Auto class of its task, or its own class of transformers, where that is another one.
 
@@ -251,8 +263,7 @@ def loader_of(task: str, config: PreTrainedConfig, base_class: str | None = None
         base_class: name of its class; what the Auto class makes when unset.
     """
     auto = TASKS[task]
-    made = auto._model_mapping.get(type(config), ())
-    if base_class is None or base_class in {c.__name__ for c in (made if isinstance(made, tuple) else (made,))}:
+    if base_class is None or makes(task, config, base_class):
         return auto
     own = getattr(transformers, base_class, None)
     fits = (

@@ -23,6 +23,13 @@ class ConfigError(PTuneError, ValueError):
     """Raised when options cannot be what was set: out of range, at odds with each other, or not for this backbone."""
 
 
+class TaskError(PTuneError):
+    """Raised when an adapter is loaded for another task than its own.
+
+    It is no ValueError: after one, pipelines go on to whatever class config.json names.
+    """
+
+
 class BackboneError(PTuneError):
     """Raised when a backbone cannot take a method, or is not the one an adapter was trained on."""
 

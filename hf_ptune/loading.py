@@ -1,5 +1,6 @@
 """From an adapter's file and configuration to its base, with everything refused that does not fit."""
 
+import copy
 import re
 from itertools import zip_longest
 from typing import Any
@@ -10,10 +11,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import HUB_KEYS, check_tensors, digest_of, find_weights, read_header
-from hf_ptune.backbone import TASKS, blaming, load_backbone, resolve
+from hf_ptune.backbone import TASKS, blaming, load_backbone, makes, resolve
 from hf_ptune.base_settings import are_named, tell
 from hf_ptune.configuration_ptune import PTuneConfig
-from hf_ptune.errors import BackboneError, ConfigError, shorten
+from hf_ptune.errors import BackboneError, ConfigError, TaskError, shorten
 from hf_ptune.injection import body_of, find_geometry, word_embeddings
 from hf_ptune.methods import get_method
 from hf_ptune.placement import choose_sites
@@ -53,6 +54,34 @@ def find_adapter(
     return path, found, structure, settled
 
 
+def settle_task(config: PTuneConfig, task: str, source: str) -> PTuneConfig:
+    """Let the configuration of an adapter be that of another task, where the bases of both are of its very class.
+
+    So are BART's for masked language modelling and for texts made of texts.
+
+    Args:
+        config: of the adapter.
+        task: of the class that loads it.
+        source: where it is from.
+
+    Raises:
+        TaskError: it is an adapter of another task.
+    """
+    if config.task in (task, None):
+        return config
+    if not all(t in TASKS and makes(t, config.base, config.base_class) for t in (config.task, task)):
+        raise _of_another_task(config, task, source)
+    config = copy.copy(config)  # whoever has read it may load it for its own task yet
+    config.task = task
+    return config
+
+
+def _of_another_task(config: PTuneConfig, task: str, source: str) -> TaskError:
+    right = getattr(TASKS.get(str(config.task)), "__name__", "another Auto class")
+    base = "" if config.base_class is None else f" on a {config.base_class}"
+    return TaskError(f"{source} was trained for {config.task!r}{base}, not {task}: load it by {right}.")
+
+
 def check_prompt(config: PTuneConfig, task: str, found: dict[str, Tensor], source: str) -> None:
     """Compare the prompt in a file with the configuration, without a base and without memory for either.
 
@@ -64,11 +93,8 @@ def check_prompt(config: PTuneConfig, task: str, found: dict[str, Tensor], sourc
 
     Raises:
         AdapterFileError: they are not what the configuration describes.
-        ConfigError: it describes an adapter of another task, or one that its base cannot take.
+        ConfigError: it describes an adapter that its base cannot take.
     """
-    if config.task not in (task, None):
-        right = getattr(TASKS.get(str(config.task)), "__name__", "another Auto class")
-        raise ConfigError(f"{source} was trained for {config.task!r}, not {task}: load it by {right}.")
     kind, geometry = get_method(config.method).kind, config.geometry
     if kind is not None and not geometry:
         return  # told when the base has been watched

@@ -23,6 +23,7 @@ from hf_ptune.loading import (
     lost_embeddings,
     read_generation,
     settle_geometry,
+    settle_task,
     tell_settings,
 )
 from hf_ptune.methods.base import PromptEncoder
@@ -187,7 +188,8 @@ class SavedAdapter(PreTrainedModel):
         Raises:
             AdapterFileError: the folder does not hold what its configuration describes.
             BackboneError: the base cannot be loaded, lacks weights or has another geometry or class.
-            ConfigError: the configuration describes no adapter, or one of another task.
+            ConfigError: the configuration describes no adapter.
+            TaskError: it describes one of another task.
         """
         source = os.fspath(pretrained_model_name_or_path)
         given = kwargs.pop("state_dict", None)
@@ -212,6 +214,7 @@ class SavedAdapter(PreTrainedModel):
                 "the content of the base's own config.json there."
             )
         path, found, structure, config = find_adapter(source, config, **own)
+        config = settle_task(config, cls.task, source)
         for name, value in settled_reading(config).items():
             setattr(config, name, value)
         check_prompt(config, cls.task, found, source)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
 from hf_ptune import adapter_file as files
-from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError
+from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, PTuneError, TaskError
 from hf_ptune.injection import find_geometry
 
 Settings = dict[str, Any]
@@ -307,8 +307,8 @@ CONFIGS: dict[str, tuple[Damage, type, str]] = {
     "dropout of a string": (setting(encoder_dropout="0.1"), ConfigError, "encoder_dropout"),
     "too much dropout": (setting(prefix_dropout=1.5), ConfigError, "prefix_dropout=1.5"),
     "an unknown start": (setting(prompt_tuning_init="MAGIC"), ConfigError, "prompt_tuning_init='MAGIC'"),
-    "an unknown task": (everywhere(task="MAGIC"), ConfigError, "'MAGIC', not CAUSAL_LM"),
-    "a task of another class": (everywhere(task="SEQ_CLS"), ConfigError, "'SEQ_CLS', not CAUSAL_LM"),
+    "an unknown task": (everywhere(task="MAGIC"), TaskError, "'MAGIC' on a LlamaForCausalLM, not CAUSAL_LM"),
+    "a task of another class": (everywhere(task="SEQ_CLS"), TaskError, "'SEQ_CLS' on a Llama.*, not CAUSAL_LM"),
     "modules that the base lacks": (everywhere(modules_to_save=["magic"]), BackboneError, "'magic'"),
     "modules that were not saved": (everywhere(modules_to_save=["norm"]), AdapterFileError, "missing .*norm.weight"),
     "modules of a string": (setting(modules_to_save="norm"), ConfigError, "modules_to_save"),

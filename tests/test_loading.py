@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -37,12 +38,13 @@ from transformers import (
     T5EncoderModel,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
 from transformers.utils.import_utils import direct_transformers_import
 
 from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.cards import RunFacts
-from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
+from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, TaskError
 from hf_ptune.facts import facts_of
 from hf_ptune.interop import save_peft
 
@@ -163,8 +165,28 @@ def test_what_an_option_of_loading_cannot_change_is_told(adapter: Path, caplog: 
 def test_a_wrong_option_is_named(options: dict[str, Any], message: str, adapter: Path) -> None:
     with pytest.raises((BackboneError, ConfigError), match=message):
         AutoModelForCausalLM.from_pretrained(adapter, **options)
-    with pytest.raises(ConfigError, match="not SEQ_CLS: load it by AutoModelForCausalLM"):
-        AutoModelForSequenceClassification.from_pretrained(adapter)
+
+
+def test_an_adapter_of_another_task_is_refused(adapter: Path) -> None:
+    for load in (AutoModelForSequenceClassification.from_pretrained, lambda a: pipeline("text-classification", str(a))):
+        with pytest.raises(TaskError, match="'CAUSAL_LM' on a LlamaForCausalLM, not SEQ_CLS: load it by AutoModelForC"):
+            load(adapter)  # pipelines would go on to the class that config.json names, and read logits as their own
+
+
+@pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForSeq2SeqLM])
+def test_a_class_that_does_two_tasks_loads_by_both(auto: Any, base_folder: Any, tmp_path: Path) -> None:
+    base = AutoModelForMaskedLM.from_pretrained(base_folder("bart"))
+    model = get_ptune_model(base, PTuneConfig(num_virtual_tokens=3)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    config = AutoConfig.from_pretrained(tmp_path / "adapter")
+    loaded = auto.from_pretrained(tmp_path / "adapter", config=config)
+    assert loaded.config.task == loaded.task and config.task == model.task == "SEQ_2_SEQ_LM"
+    loaded.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        for again in (loaded, *(a.from_pretrained(tmp_path / "again") for a in (auto, AutoModelForSeq2SeqLM))):
+            assert torch.equal(again(**batch("bart")).logits, model(**batch("bart")).logits)
+    with pytest.raises(TaskError, match="'SEQ_2_SEQ_LM' on a BartForC.*, not SEQ_CLS: load it by AutoModelForSeq2SeqL"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
 
 
 def test_dtype_and_device_map_reach_the_base(adapter: Path) -> None:
