@@ -399,8 +399,9 @@ def test_what_is_cut_is_said(warned: pytest.LogCaptureFixture) -> None:
     assert "1 of 1 rows have an answer that no window of 8 tokens holds whole" in warned.text
     short = QuestionAnswering(max_length=32, max_answer_length=5)
     shorter = row | {"answers": {"text": ["b c d e f"], "answer_start": [2]}}
-    short.encode([short.check_row(one, "here") for one in (row, shorter)], tokenizer, [])
-    assert "1 of 2 rows have an answer of more than task_options.max_answer_length=5 tokens" in warned.text
+    for held_out, kind in ((False, "training"), (True, "held-out")):
+        short.encode([short.check_row(one, "here") for one in (row, shorter)], tokenizer, [], held_out)
+        assert f"1 of 2 {kind} rows have an answer of more than task_options.max_answer_length=5" in warned.text
     CausalLM(max_length=4).encode([{"prompt": "a b c", "references": ["d e"]}], tokenizer, [])
     assert "1 of 1 rows are longer than data.max_length=4" in warned.text
 

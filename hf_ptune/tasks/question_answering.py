@@ -105,8 +105,8 @@ class QuestionAnswering(Task):
             )
         if too_long:
             logger.warning(
-                f"{too_long} of {len(rows)} rows have an answer of more than task_options.max_answer_length="
-                f"{self.max_answer_length} tokens, which is never given whole; raise it."
+                f"{too_long} of {len(rows)} {'held-out' if held_out else 'training'} rows have an answer of more than "
+                f"task_options.max_answer_length={self.max_answer_length} tokens, which is never given whole; raise it."
             )
         return features
 
