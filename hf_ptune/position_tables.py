@@ -110,5 +110,6 @@ def telling_of_positions(model: Any, tokens: Callable[[], int]) -> Iterator[None
             raise
         raise InjectionError(
             f"{error}: the base has positions for {room + taken} tokens, of which the prompt takes {taken}, so that "
-            f"rows of up to {room} fit, new tokens included. Shorten the rows, or take fewer virtual tokens."
+            f"rows of up to {room} fit, new tokens included. Let the tokenizer cut them there, by truncation=True and "
+            f"tokenizer.model_max_length = {room}, or take fewer virtual tokens."
         ) from error
