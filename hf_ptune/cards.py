@@ -57,6 +57,7 @@ class RunFacts:
         example: an input for the snippet; of SEQ_CLS, where pairs were trained on, its `text` and `text_pair`, and of
             a template with a gap or virtual tokens its fields; of CAUSAL_LM, where conversations were, the messages
             before the answer.
+        closing: tokens that the tokenizer puts behind every text, and that stood behind no prompt of CAUSAL_LM.
         datasets: ids or names of what it was trained on.
         languages: ISO codes.
         license: of the adapter; that of its base on the Hub where unset.
@@ -90,6 +91,7 @@ class RunFacts:
     base_bytes: int = 0
     base_parameters: int = 0
     example: str | dict[str, str] | list[dict[str, str]] = "Prompts are cheap."
+    closing: int = 0
     datasets: list[str] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
     license: str | None = None
@@ -246,7 +248,7 @@ def make_card(facts: RunFacts, repo_id: str = "user/adapter", curves: str | None
         pinned=facts.base_revision is not None and _COMMIT.fullmatch(facts.base_revision) is not None,
         trained=bool(facts.seeds or facts.history),
         auto_class=TASKS[facts.task].__name__,
-        pipeline=None if facts.task in _WITHOUT_PIPELINE else _PIPELINES[facts.task],
+        pipeline=None if facts.task in _WITHOUT_PIPELINE or facts.closing else _PIPELINES[facts.task],
         read=read,
         row=read and _row(facts, read),
         percent=100 * facts.parameters / max(facts.all_parameters, 1),

@@ -43,7 +43,7 @@ from hf_ptune.cards import TIMES
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.console import let_print
 from hf_ptune.data import Rows, load_rows
-from hf_ptune.endings import let_end
+from hf_ptune.endings import closing_ids, let_end
 from hf_ptune.engines import last_checkpoint
 from hf_ptune.errors import INTERRUPTED, TERMINATED, PTuneError, RecipeError, Terminated, from_system
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
@@ -106,7 +106,8 @@ def run(recipe: Recipe) -> Outcome:
 
     first = trainer.is_world_process_zero()
     if first:
-        print(f"{len(rows.train)} rows to train on, {len(rows.held_out)} held out, {len(rows.labels)} labels")
+        kept, out = (task.count(part, tokenizer) for part in (rows.train, rows.held_out))
+        print(f"{kept} rows to train on, {out} held out, {len(rows.labels)} labels")
         model.print_trainable_parameters()
     # before the first step, but not before training: engines that split have none to evaluate with until then
     arguments.eval_on_start = True
@@ -178,13 +179,17 @@ def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedToke
     given.setdefault("datasets", [_data_name(recipe.data.source)])
     own = (*recipe.rates(), recipe.learning_rate_decay)
     rates = zip(("backbone_learning_rate", "head_learning_rate", "learning_rate_decay"), own, strict=True)
-    read = {"max_length": task.max_length, "training_rows": len(rows.train)}
+    read = {"max_length": task.max_length, "training_rows": task.count(rows.train, tokenizer)}
     given["hyperparameters"] = {name: rate for name, rate in rates if rate is not None} | read
     if not rows.held_out:
         return given
     given["limits"] = [*given.get("limits", []), *task.limits(rows.held_out[0])]
     example = task.example(rows.held_out[0], tokenizer)
-    return given if example is None else given | {"example": example}
+    if example is None:
+        return given
+    # a chat template writes texts whole
+    closes = task.model_task == "CAUSAL_LM" and isinstance(example, str)
+    return given | {"example": example} | ({"closing": len(closing_ids(tokenizer))} if closes else {})
 
 
 def _data_name(source: str) -> str:

@@ -24,12 +24,15 @@ from hf_ptune import MemoryCallback, ModelCardCallback, PTuneConfig, PTunePreTra
 from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts, make_card, merge_seeds
 from hf_ptune.cli import main
+from hf_ptune.data import Rows
 from hf_ptune.errors import PTuneError
 from hf_ptune.facts import facts_of
 from hf_ptune.methods import get_method, method_names
 from hf_ptune.publishing import remake_card, save_tokenizer, write_repository
+from hf_ptune.recipe import make_recipe
 from hf_ptune.tasks.causal_lm import CausalLM
 from hf_ptune.templates import virtual_tokens
+from hf_ptune.train import card_facts
 
 Wrap = Callable[..., PTunePreTrainedModel]
 
@@ -624,6 +627,26 @@ def test_the_snippet_of_a_model_that_chats_sends_messages(
     (tmp_path / "run_facts.json").write_text(json.dumps(asdict(facts) | {"example": [{"role": 1}]}))
     with pytest.raises(PTuneError, match="expected a text, or messages with role and content"):
         RunFacts.load(tmp_path)
+
+
+def test_the_snippet_of_a_tokenizer_that_closes_texts_asks_as_training_did(
+    wrap: Wrap, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pipeline would ask behind the closing token, where no answer has been learned."""
+    words = tokenizer_of("wordpiece")
+    content = {"task": "CAUSAL_LM", "base": "base", "method": "p_tuning_v2", "output_dir": "out"}
+    recipe = make_recipe(content | {"data": {"source": "rows.jsonl"}}, folder=tmp_path)
+    model, task = wrap("llama", "p_tuning_v2"), CausalLM()
+    row = task.check_row({"prompt": "hello", "answer": "world"}, "row 1")
+    facts = replace(facts_of(model), **card_facts(recipe, Rows([row], [row], [], []), task, words))
+    write_repository(model, tmp_path, "user/adapter", tokenizer=words, facts=facts)
+    snippet = re.findall(r"```python\n(.*?)```", ModelCard.load(tmp_path / "README.md").text, re.DOTALL)[0]
+    exec(snippet.replace("user/adapter", str(tmp_path)), names := {})
+    assert names["inputs"]["input_ids"][0].tolist() == task.encode([row], words, [])[0]["source_ids"]
+    assert capsys.readouterr().out.startswith("hello")
+    chatting = task.check_row({"instruction": "hello", "output": "world"}, "row 1")
+    words.chat_template = "{{ messages[0].content }}"
+    assert "closing" not in card_facts(recipe, Rows([chatting], [chatting], [], []), task, words)
 
 
 def test_the_snippet_of_a_template_reads_it(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from hf_ptune import FreezeBackboneCallback, GuardCallback, PTuneConfig, get_ptune_model
 from hf_ptune.backbone import TASKS
 from hf_ptune.callbacks.guard import check_batch
+from hf_ptune.cards import RunFacts
 from hf_ptune.cloze import ClozeCollator, Verbalizer, Vocabulary, classify, predict_words
 from hf_ptune.errors import ConfigError, GuardError, PTuneError, RecipeError, TemplateError
 from hf_ptune.info import describe_adapter
@@ -392,7 +393,7 @@ def test_recipes_that_do_not_fit(changes: dict[str, Any], message: str, tmp_path
         run(make_recipe(write_recipe(tmp_path, "CLOZE_MASKED_LM", **changes), folder=tmp_path))
 
 
-def test_answers_of_several_tokens_are_refused_or_left_out(tmp_path: Path) -> None:
+def test_answers_of_several_tokens_are_refused_or_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = write_recipe(tmp_path, "CLOZE_MASKED_LM", task_options={"template": TEXTS["MASKED_LM"]})
     content["training"] = content["training"] | {"max_steps": 1}
     path = tmp_path / "rows.jsonl"
@@ -400,4 +401,6 @@ def test_answers_of_several_tokens_are_refused_or_left_out(tmp_path: Path) -> No
     with pytest.raises(RecipeError, match=r"not one token.*drop_long_answers"):
         run(make_recipe(content, folder=tmp_path))
     content["task_options"] = content["task_options"] | {"drop_long_answers": True}
-    run(make_recipe(content, folder=tmp_path))
+    outcome = run(make_recipe(content, folder=tmp_path))
+    assert "30 rows to train on, 10 held out" in capsys.readouterr().out  # of 31
+    assert RunFacts.load(outcome.folder).hyperparameters["training_rows"] == 30

@@ -59,6 +59,7 @@ class ModelCardCallback(TrainerCallback):
         limits: sentences on what to know before use.
         base: the base's id on the Hub, where it was loaded by another name.
         hyperparameters: settings that no TrainingArguments tell, by their names.
+        closing: tokens that the tokenizer puts behind every text, where prompts of CAUSAL_LM were trained without them.
 
     Attributes:
         facts: of the run, after training.
@@ -73,6 +74,7 @@ class ModelCardCallback(TrainerCallback):
         limits: list[str] | None = None,
         base: str | None = None,
         hyperparameters: dict[str, Any] | None = None,
+        closing: int | None = None,
     ) -> None:
         given = {
             "datasets": datasets,
@@ -82,6 +84,7 @@ class ModelCardCallback(TrainerCallback):
             "limits": limits,
             "base": base,
             "hyperparameters": hyperparameters,
+            "closing": closing,
         }
         self.given = {k: v for k, v in given.items() if v is not None}
         self.facts: RunFacts | None = None

@@ -159,6 +159,10 @@ class Task:
         """
         raise NotImplementedError
 
+    def count(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:
+        """Number of the rows that `encode` makes features of."""
+        return len(rows)
+
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         """What pads features to a batch `[B, S]`."""
         return make_collator(tokenizer, pad_behind(tokenizer))

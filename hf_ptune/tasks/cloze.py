@@ -112,16 +112,8 @@ class _Cloze(Task):
         read, scorer = Template.parse(self.template), self.scorer(tokenizer, labels)
         features, closing = [], closing_ids(tokenizer)
         for row in rows:
-            answer = str(row[self._answer_role])
-            if isinstance(scorer, Verbalizer):
-                number = scorer.labels.index(answer)
-            else:
-                try:
-                    number = scorer.number(answer)
-                except TemplateError as error:
-                    if self.drop_long_answers:
-                        continue
-                    raise RecipeError(f"{error} Or set task_options.drop_long_answers: true, as LAMA does.") from error
+            if (number := self._number(row, scorer)) is None:
+                continue
             encoded = read.encode(tokenizer, row, self.max_length, self._causal, closing)
             features.append(encoded.inputs | {"labels": number})
         if len(features) < len(rows):
@@ -131,6 +123,22 @@ class _Cloze(Task):
         if not features:
             raise RecipeError("no row has an answer of one token; take other rows, or another base.")
         return features
+
+    def _number(self, row: Row, scorer: Verbalizer | Vocabulary) -> int | None:
+        """The class of a row's answer; `None` where the row is left out."""
+        answer = str(row[self._answer_role])
+        if isinstance(scorer, Verbalizer):
+            return scorer.labels.index(answer)
+        try:
+            return scorer.number(answer)
+        except TemplateError as error:
+            if self.drop_long_answers:
+                return None
+            raise RecipeError(f"{error} Or set task_options.drop_long_answers: true, as LAMA does.") from error
+
+    def count(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:
+        scorer = self.scorer(tokenizer, [])
+        return sum(self._number(row, scorer) is not None for row in rows)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         return make_collator(tokenizer, ClozeCollator(tokenizer, self._causal))
