@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Iterable
 from itertools import zip_longest
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import HUB_KEYS, check_tensors, digest_of, find_weights, read_header
-from hf_ptune.backbone import TASKS, blaming, load_backbone, makes, resolve
+from hf_ptune.backbone import POOLER, TASKS, blaming, keep_pooler, load_backbone, makes, resolve
 from hf_ptune.base_settings import are_named, tell
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, TaskError, shorten
@@ -20,6 +21,7 @@ from hf_ptune.methods import get_method
 from hf_ptune.placement import choose_sites
 
 logger = logging.get_logger(__name__)
+_BODY = "FEATURE_EXTRACTION"
 _SIZES = re.compile("size|dim|layer|head|expert|embd|width|depth|inner|rank|state|kernel|proj|ff|position")
 _NO_SIZES = ("chunk_size_feed_forward", "id2label", "label2id", "task_specific_params", "vocab_size")
 
@@ -54,32 +56,90 @@ def find_adapter(
     return path, found, structure, settled
 
 
-def settle_task(config: PTuneConfig, task: str, source: str) -> PTuneConfig:
-    """Let the configuration of an adapter be that of another task, where the bases of both are of its very class.
+def settle_task(config: PTuneConfig, task: str, source: str) -> tuple[PTuneConfig, str | None]:
+    """Let the configuration of an adapter be that of another task, where the base serves both.
 
-    So are BART's for masked language modelling and for texts made of texts.
+    Bases of two tasks may be of one class, as BART's for masked language modelling and for texts made of texts; and
+    hidden states are those of any base, whose head is left out.
 
     Args:
         config: of the adapter.
         task: of the class that loads it.
         source: where it is from.
 
+    Returns:
+        The configuration, and the task whose head is left out, if one is.
+
     Raises:
         TaskError: it is an adapter of another task.
     """
-    if config.task in (task, None):
-        return config
-    if not all(t in TASKS and makes(t, config.base, config.base_class) for t in (config.task, task)):
-        raise _of_another_task(config, task, source)
+    own = config.task
+    if own in (task, None):
+        return config, None
+    alike = all(t in TASKS and makes(t, config.base, config.base_class) for t in (own, task))
+    if not alike and not (own in TASKS and task == _BODY and _enters_alike(config, str(own), task)):
+        base = "" if config.base_class is None else f" on a {config.base_class}"
+        raise TaskError(f"{source} was trained for {own!r}{base}, not {task}: load it by {_loader_name(own)}.")
     config = copy.copy(config)  # whoever has read it may load it for its own task yet
     config.task = task
-    return config
+    if alike:
+        return config, None
+    config.base_class, config.pooling, config.head_states = None, "cls", "last"
+    logger.warning(
+        f"{source} was trained for {own!r}; its head is left out: what comes are the hidden states that its prompt "
+        f"makes of the base. {_loader_name(own)} loads all of it."
+    )
+    return config, own
 
 
-def _of_another_task(config: PTuneConfig, task: str, source: str) -> TaskError:
-    right = getattr(TASKS.get(str(config.task)), "__name__", "another Auto class")
-    base = "" if config.base_class is None else f" on a {config.base_class}"
-    return TaskError(f"{source} was trained for {config.task!r}{base}, not {task}: load it by {right}.")
+def _loader_name(task: str | None) -> str:
+    return getattr(TASKS.get(str(task)), "__name__", "another Auto class")
+
+
+def _enters_alike(config: PTuneConfig, *tasks: str) -> bool:
+    """Whether a prompt enters the same attention in all tasks."""
+    kind = get_method(config.method).kind
+    if kind is None or not config.geometry:
+        return True
+    first, *others = (choose_sites(config, kind, task) for task in tasks)
+    return all(sites == first for sites in others)
+
+
+def leave_out_head(
+    config: PTuneConfig, task: str, found: Iterable[str], body: PreTrainedModel, absent: set[str], source: str
+) -> dict[str, str]:
+    """Leave out of an adapter what the body of its base does not have.
+
+    Args:
+        config: of the adapter, as `settle_task` gave it; gets the body's class, and the modules that are saved of it.
+        task: that it was trained for.
+        found: names of the tensors in the file.
+        body: what `AutoModel` makes of the base.
+        absent: names of its parameters that the base's checkpoint does not hold.
+        source: where the adapter is from.
+
+    Returns:
+        Names in the file by those in the body's wrapper.
+
+    Raises:
+        TaskError: the body attends elsewhere than the adapter's own base does.
+    """
+    if config.geometry and find_geometry(body) != config.geometry:
+        raise TaskError(
+            f"{source} was trained on another model than {type(body).__name__}, which AutoModel makes of its base: "
+            f"load it by {_loader_name(task)}."
+        )
+    names = [n for n, _ in body.named_parameters()]
+    config.base_class = type(body).__name__
+    kept = [m for m in config.modules_to_save or () if any(f".{m}." in f".{n}" for n in names)]
+    config.modules_to_save = kept or None
+    if POOLER not in kept and any(POOLER in n.split(".") for n in absent):
+        keep_pooler(config, body, str(config.base_model_name_or_path))
+    there, stored = set(found), {n: n for n in found if n.startswith("prompt.")}
+    for name in names:  # a base without a model inside has its parameters by the same names
+        for place in (f"backbone.{name}", f"backbone.{body.base_model_prefix}.{name}"):
+            stored |= {f"backbone.{name}": place} if place in there else {}
+    return stored
 
 
 def check_prompt(config: PTuneConfig, task: str, found: dict[str, Tensor], source: str) -> None:

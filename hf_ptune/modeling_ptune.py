@@ -388,7 +388,7 @@ class _Generating(PTunePreTrainedModel, GenerationMixin):
 
 
 class PTuneModel(PTunePreTrainedModel):
-    """Return a prompted backbone's hidden states."""
+    """Return a prompted backbone's hidden states; of an adapter of another task, whose head is left out, too."""
 
 
 class PTuneForCausalLM(_Generating, GenerationMixin):

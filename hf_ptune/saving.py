@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import HUB_KEYS, check_tensors, digest_of, is_foreign, read_tensors, staged, write_tensors
-from hf_ptune.backbone import anchored, check_target, head_names
+from hf_ptune.backbone import POOLER, anchored, check_target, head_names
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
 from hf_ptune.facts import SOURCE
 from hf_ptune.loading import (
     check_prompt,
     find_adapter,
+    leave_out_head,
     load_base,
     lost_embeddings,
     read_generation,
@@ -34,6 +35,10 @@ from hf_ptune.sharding import running
 
 logger = logging.get_logger(__name__)
 _PARTS = re.compile(r"^\.parametrizations\.|^\.[^.]+_(g|v|orig)$")  # what torch makes a parameter of
+_OF_OTHER_LABELS = (
+    "are of other labels than those asked for, and stay as the base has them, drawn anew if it has none; the prompt is "
+    "the adapter's. Train it before use."
+)
 # what a repository of ours may run says nothing of what its base may; the others are said of our own files
 _NOT_FOR_THE_BASE = (
     "trust_remote_code",
@@ -214,36 +219,35 @@ class SavedAdapter(PreTrainedModel):
                 "the content of the base's own config.json there."
             )
         path, found, structure, config = find_adapter(source, config, **own)
-        config = settle_task(config, cls.task, source)
+        config, headless = settle_task(config, cls.task, source)
         for name, value in settled_reading(config).items():
             setattr(config, name, value)
         check_prompt(config, cls.task, found, source)
         prompt = read_tensors(path, [n for n in found if n.startswith("prompt.")])
-        if backbone is None:
-            backbone, absent = load_base(cls.task, config, hub | kwargs)
-        else:
-            check_base(backbone, config)
-            tell_settings(backbone, config)
-            absent = set()
+        backbone, absent = _base_of(cls.task, config, backbone, hub | kwargs)
+        stored = {n: n for n in found}
         with running(backbone):
+            if headless:
+                stored = leave_out_head(config, headless, found, backbone, absent, source)
             settle_geometry(config, backbone, structure.get("geometry"))
+        found = {n: found[name] for n, name in stored.items()}
         check_prompt(config, cls.task, found, source)
         model: Any = cls(config, backbone)
         try:
             expected = model.adapter_state_dict()
             fresh = _other_head(found, expected, model) if kwargs.get("ignore_mismatched_sizes") else {}
             kept = {n: t for n, t in found.items() if n not in fresh}
-            check_tensors(kept, {n: t for n, t in expected.items() if n not in fresh}, source)
+            unmet = _unmet_pooler(found, expected) if headless else {}
+            check_tensors(kept, {n: t for n, t in expected.items() if n not in fresh | unmet}, source)
             if unknown := sorted(n for n in absent if f"backbone.{n}" not in expected):
                 base = config.base_model_name_or_path
                 raise BackboneError(f"the base {base!r} has no weights for {unknown[:5]}: it is not the adapter's own.")
-            model.load_adapter_state_dict(prompt | read_tensors(path, set(kept) - set(prompt)) | fresh)
+            rest = read_tensors(path, (stored[n] for n in kept.keys() - prompt.keys()))
+            rest = {n: rest[stored[n]] for n in kept.keys() - prompt.keys()}
+            model.load_adapter_state_dict(prompt | rest | fresh | unmet)
             if fresh:
                 info["mismatched_keys"] = {(n, found[n].shape, t.shape) for n, t in fresh.items()}
-                logger.warning(
-                    f"{source}: {', '.join(sorted(fresh))} are of other labels than those asked for, and stay as the "
-                    "base has them, drawn anew if it has none; the prompt is the adapter's. Train it before use."
-                )
+                logger.warning(f"{source}: {', '.join(sorted(fresh))} {_OF_OTHER_LABELS}")
             if given is not None:
                 model.load_adapter_state_dict(model.adapter_state_dict(given))
         except BaseException:
@@ -255,6 +259,17 @@ class SavedAdapter(PreTrainedModel):
         if model.can_generate():
             model.generation_config = backbone.generation_config = read_generation(source, backbone, own)
         return (model, info) if with_info else model
+
+
+def _base_of(
+    task: str, config: PTuneConfig, given: PreTrainedModel | None, options: dict[str, Any]
+) -> tuple[PreTrainedModel, set[str]]:
+    """The base of an adapter, which may be in memory, and the names of its parameters that its checkpoint lacks."""
+    if given is None:
+        return load_base(task, config, options)
+    check_base(given, config)
+    tell_settings(given, config)
+    return given, set()
 
 
 def _check_plain(model: Any) -> None:
@@ -284,3 +299,8 @@ def _other_head(found: dict[str, Tensor], expected: dict[str, Tensor], model: An
     """Tensors of a model's head that a file has in another shape, as the model has them."""
     head = {f"backbone.{n}" for n in head_names(model.backbone, model.task)}
     return {n: t for n, t in expected.items() if n in head and n in found and found[n].shape != t.shape}
+
+
+def _unmet_pooler(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a body's pooler that a file lacks, as the body has them: models of its task may have no pooler."""
+    return {n: t for n, t in expected.items() if n not in found and POOLER in n.split(".")}

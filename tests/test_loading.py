@@ -26,8 +26,10 @@ from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    CanineConfig,
     CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -46,6 +48,7 @@ from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_pt
 from hf_ptune.cards import RunFacts
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, TaskError
 from hf_ptune.facts import facts_of
+from hf_ptune.injection import body_of
 from hf_ptune.interop import save_peft
 
 Wrap = Callable[..., PTunePreTrainedModel]
@@ -171,6 +174,93 @@ def test_an_adapter_of_another_task_is_refused(adapter: Path) -> None:
     for load in (AutoModelForSequenceClassification.from_pretrained, lambda a: pipeline("text-classification", str(a))):
         with pytest.raises(TaskError, match="'CAUSAL_LM' on a LlamaForCausalLM, not SEQ_CLS: load it by AutoModelForC"):
             load(adapter)  # pipelines would go on to the class that config.json names, and read logits as their own
+
+
+BODIES: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("bert", "SEQ_CLS", "p_tuning_v2", {}),
+    ("bert", "MULTIPLE_CHOICE", "p_tuning", {}),
+    ("bert", "TOKEN_CLS", "bitfit", {}),  # without a pooler
+    ("bert", "MASKED_LM", "prefix_tuning", {}),
+    ("deberta-v2", "SEQ_CLS", "prompt_tuning", {}),
+    ("distilbert", "QUESTION_ANS", "bitfit", {}),
+    ("llama", "CAUSAL_LM", "p_tuning_v2", {"modules_to_save": ["lm_head", "norm"]}),
+    ("llama", "CAUSAL_LM", "p_tuning_v2", {"modules_to_save": ["lm_head"]}),
+    ("gpt2", "CAUSAL_LM", "prompt_tuning", {"train_backbone": True}),
+    ("t5", "SEQ_2_SEQ_LM", "p_tuning_v2", {"modules_to_save": ["shared"]}),  # one without a model inside
+    ("bart", "SEQ_CLS", "bitfit", {}),
+]
+
+
+@pytest.mark.parametrize(("family", "task", "method", "options"), BODIES)
+def test_hidden_states_are_those_under_the_model_of_the_task(
+    family: str, task: str, method: str, options: Any, wrap: Wrap, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = wrap(family, method, task, pooling="cls", **options)
+    with torch.no_grad():
+        for name in model.adapter_parameter_names():  # whatever of the base is trained
+            if name.startswith("backbone."):
+                model.get_parameter(name).add_(0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    config = AutoConfig.from_pretrained(tmp_path / "adapter")
+    loaded = AutoModel.from_pretrained(tmp_path / "adapter", config=config)
+    assert f"was trained for '{task}'; its head is left out" in caplog.text and config.task == task
+    caplog.clear()
+    loaded.save_pretrained(tmp_path / "body")
+    again = AutoModel.from_pretrained(tmp_path / "body")
+    assert not caplog.text and type(again.backbone) is type(loaded.backbone)
+    inputs = {k: v for k, v in batch(family).items() if k != "labels"} | {"output_hidden_states": True}
+    inputs |= {"decoder_input_ids": inputs["input_ids"][:, :3]} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        states = [m(**inputs) for m in (body_of(model.backbone), loaded, again)]
+    names = [n for n in states[0] if n.endswith("hidden_states")]
+    for one in states[1:]:
+        assert all(torch.equal(a, b) for n in names for a, b in zip(states[0][n], one[n], strict=True))
+        assert torch.equal(one.last_hidden_state, states[0][names[-1 if "hidden_states" in names else 0]][-1])
+    assert not any(part in n for n in loaded.adapter_parameter_names() for part in ("classif", "lm_head", "outputs"))
+
+
+@pytest.mark.parametrize("options", [{"pooling": "mean"}, {"pooling": "mean", "head_states": "mix"}])
+def test_what_a_head_reads_changes_no_hidden_states(options: Any, wrap: Wrap, tmp_path: Path) -> None:
+    model, plain = wrap("bert", "p_tuning_v2", **options), wrap("bert", "p_tuning_v2", pooling="cls")
+    model.save_pretrained(tmp_path)
+    tokenizer_of("wordpiece").save_pretrained(tmp_path)
+    plain.prompt.load_state_dict(model.prompt.state_dict())
+    ids = tokenizer_of("wordpiece")("a b c", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = plain.backbone.bert(ids)
+        found = AutoModel.from_pretrained(tmp_path)(ids)
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(found.pooler_output, expected.pooler_output)
+    features = pipeline("feature-extraction", str(tmp_path), tokenizer=tokenizer_of("wordpiece"))("a b c")
+    assert torch.allclose(torch.tensor(features, dtype=torch.float64), expected.last_hidden_state)
+
+
+def test_a_body_s_pooler_that_nobody_trained_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build("bert", "MASKED_LM").save_pretrained(tmp_path / "base")
+    tagger = AutoModelForTokenClassification.from_pretrained(tmp_path / "base")
+    get_ptune_model(tagger, PTuneConfig(method="bitfit")).save_pretrained(tmp_path / "adapter")
+    body = AutoModel.from_pretrained(tmp_path / "adapter")
+    assert "has no pooler" in caplog.text
+    body.save_pretrained(tmp_path / "body")
+    again = dict(AutoModel.from_pretrained(tmp_path / "body").named_parameters())
+    assert all(torch.equal(p, again[n]) for n, p in body.named_parameters())
+
+
+def test_another_model_s_hidden_states_are_refused(tmp_path: Path) -> None:
+    """An encoder alone tags; AutoModel would bring its decoder along."""
+    build("t5", "TOKEN_CLS").save_pretrained(tmp_path / "base")
+    tagger = AutoModelForTokenClassification.from_pretrained(tmp_path / "base")
+    get_ptune_model(tagger, PTuneConfig(num_virtual_tokens=3)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(TaskError, match=r"T5Model, which AutoModel.*load it by AutoModelForTokenClassification"):
+        AutoModel.from_pretrained(tmp_path / "adapter")
+    # its last layer is read by no head that classifies, and has no prefix there
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    hashes = {"num_hash_buckets": 64, "num_hash_functions": 4, "local_transformer_stride": 8}
+    small = CanineConfig(**sizes, **hashes, downsampling_rate=4, upsampling_kernel_size=3)
+    model = get_ptune_model(AutoModelForSequenceClassification.from_config(small), PTuneConfig(num_virtual_tokens=3))
+    model.save_pretrained(tmp_path / "canine")
+    with pytest.raises(TaskError, match="not FEATURE_EXTRACTION: load it by AutoModelForSequenceClassification"):
+        AutoModel.from_pretrained(tmp_path / "canine")
 
 
 @pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForSeq2SeqLM])
