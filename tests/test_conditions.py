@@ -466,7 +466,7 @@ def test_prompt_and_rows_that_trained_as_one_part_under_another_attention() -> N
         model.train(training).zero_grad()
         model(**inputs).loss.backward()
         gradients.append(model.prompt.weight.grad.clone())
-    assert all(torch.allclose(one, gradients[2], atol=1e-8) for one in gradients)
+    assert all(torch.allclose(one, gradients[2], atol=1e-6) for one in gradients)  # eager takes softmax in float32
 
 
 def test_an_attention_of_two_products_is_refused_where_a_prefix_would_meet_one() -> None:
