@@ -269,9 +269,10 @@ def draw_curves(facts: RunFacts, path: Path) -> str | None:
     Returns:
         The image's name, or `None`.
     """
-    losses = [(e["step"], e["loss"]) for e in facts.history if "loss" in e and "step" in e]
+    history = _of_training(facts.history)
+    losses = [(e["step"], e["loss"]) for e in history if "loss" in e and "step" in e]
     measured: dict[str, list[tuple[float, float]]] = {}
-    for entry in facts.history:
+    for entry in history:
         for name, value in entry.items():
             if name.startswith("eval_") and not name.endswith(TIMES) and "step" in entry:
                 measured.setdefault(name, []).append((entry["step"], value))
@@ -392,11 +393,24 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w./-]+", "-", name).strip("-") or "held-out"
 
 
+def ends_training(logs: dict[str, Any]) -> bool:
+    """Whether a log is the one that the Trainer ends a training with."""
+    # `train_runtime` is also in every log where tokens are counted, and `train_loss` in that of an evaluation "train"
+    return "total_flos" in logs
+
+
+def _of_training(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """A history without what was measured after training, maybe of the best model, at steps measured before."""
+    end = max((n for n, entry in enumerate(history) if ends_training(entry)), default=len(history))
+    known = {e.get("step") for e in history[:end] if any(k.startswith("eval_") for k in e)}
+    return history[:end] + [e for e in history[end:] if e.get("step") not in known]
+
+
 def _by_epoch(history: list[dict[str, float]]) -> list[dict[str, Any]]:
     """Evaluations, each with the last training loss before it; those of several datasets at a step are one row."""
     rows: list[dict[str, Any]] = []
     loss: float | None = None  # nothing has been trained before the first one
-    for entry in history:
+    for entry in _of_training(history):
         loss = entry.get("loss", loss)
         measured = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
         measured = {k: v for k, v in measured.items() if not k.endswith(TIMES)}

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Trainer, Traini
 
 from hf_ptune import MemoryCallback, ModelCardCallback, PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.backbone import TASKS
-from hf_ptune.cards import RunFacts, make_card, merge_seeds
+from hf_ptune.cards import RunFacts, draw_curves, make_card, merge_seeds
 from hf_ptune.cli import main
 from hf_ptune.data import Rows
 from hf_ptune.errors import PTuneError
@@ -106,6 +106,40 @@ def test_a_card_has_the_metrics_of_the_best_model_where_that_is_kept(wrap: Wrap,
     run.evaluate()  # the best model once more, at the step that training ended at
     run.create_model_card()
     assert results(out)["accuracy"] == 0.75
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_table_of_a_card_has_each_step_as_training_measured_it(kept: bool, wrap: Wrap, tmp_path: Path) -> None:
+    """Neither the best model's numbers at the last step, nor that step twice; what was measured at its end alone."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "save_strategy": "steps"}
+    run = trained(wrap, tmp_path, scores=(0.9, 0.5, 0.75), save_steps=2, **(best if kept else {}))
+    run.evaluate()
+    assert table(run, tmp_path) == [("2", "0.9"), ("4", "0.5")]
+    run = trained(wrap, tmp_path, scores=(0.25, 0.5), eval_strategy="no")
+    run.evaluate()
+    assert table(run, tmp_path) == [("4", "0.25")]
+
+
+def test_curves_show_each_step_as_training_measured_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, list[tuple[float, float]]] = {}
+
+    def plot(axes: Any, x: Any, y: Any, label: str, **kwargs: Any) -> None:
+        drawn[label] = list(zip(x, y, strict=True))
+
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", plot)
+    measured = [(2, 0.9), (4, 0.5), (4, 0.9)]
+    history: list[dict[str, float]] = [{"step": step, "eval_accuracy": value} for step, value in measured]
+    history.insert(2, {"step": 4, "train_loss": 1.0, "total_flos": 1.0})
+    draw_curves(RunFacts("p_tuning", "SEQ_CLS", history=history), tmp_path / "curves.png")
+    assert drawn == {"eval_accuracy": [(2, 0.9), (4, 0.5)]}
+
+
+def table(run: Trainer, folder: Path) -> list[tuple[str, str]]:
+    """Step and accuracy of each row of the card's table."""
+    run.create_model_card()
+    lines = ModelCard.load(folder / "README.md").text.split("By epoch")[1].split("\n\n")[1].splitlines()
+    names, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return [(row[names.index("step")], row[names.index("accuracy")]) for row in rows]
 
 
 def test_a_card_has_the_metrics_of_every_dataset(wrap: Wrap, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from transformers.utils import logging
 from hf_ptune.adapter_file import is_fresh
 from hf_ptune.backbone import head_names
 from hf_ptune.callbacks.freeze import SHARDING, unwrap_ptune_model
-from hf_ptune.callbacks.numbers import NumbersCallback, ends_training
+from hf_ptune.callbacks.numbers import NumbersCallback
 from hf_ptune.callbacks.trend import Losses, Trend, common_trend
+from hf_ptune.cards import ends_training
 from hf_ptune.defaults import defaults_of
 from hf_ptune.engines import TRAINED
 from hf_ptune.facts import SOURCE

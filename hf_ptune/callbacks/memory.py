@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from hf_ptune.callbacks.numbers import NumbersCallback, ends_training
+from hf_ptune.callbacks.numbers import NumbersCallback
+from hf_ptune.cards import ends_training
 from hf_ptune.errors import PTuneError
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 

@@ -17,8 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import hf_ptune
 from hf_ptune.adapter_file import WEIGHTS_NAME, read_tensors
 from hf_ptune.backbone import is_hub_id
-from hf_ptune.callbacks.numbers import ends_training
-from hf_ptune.cards import TEST, TIMES, RunFacts, public_name
+from hf_ptune.cards import TEST, TIMES, RunFacts, ends_training, public_name
 from hf_ptune.engines import engine_name, ours, replaces, splits
 from hf_ptune.facts import RUN, model_facts
 from hf_ptune.modeling_ptune import PTunePreTrainedModel

@@ -8,12 +8,6 @@ from transformers.trainer_callback import CallbackHandler
 from hf_ptune.patching import replaces
 
 
-def ends_training(logs: dict[str, Any]) -> bool:
-    """Whether a log is the one that the Trainer ends a training with."""
-    # `train_runtime` is also in every log where tokens are counted, and `train_loss` in that of an evaluation "train"
-    return "total_flos" in logs
-
-
 class NumbersCallback(TrainerCallback):
     """Stand before the callbacks of `report_to` while training, so that the logs they receive have the numbers."""
 
