@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from string import Formatter
 from typing import Any
 
@@ -122,22 +123,18 @@ def _read(recipe: Recipe, task: Task, source: str, split: str) -> Part:
     columns = recipe.data.columns
     if wrong := sorted(set(columns) - set(task.roles())):
         raise RecipeError(f"data.columns names the role {wrong[0]!r}; {recipe.task} has {', '.join(task.roles())}.")
-    named: list[str] | Mapping[str, list[str]] = {}
-    classes: Mapping[str, list[str]] = {}
+    told = recipe.data.labels
     if source.startswith(HUB):
         place = f"{source} {split}"
         found, classes = read_hub(source.removeprefix(HUB), recipe.data.config, split, recipe.data.revision)
-        named = classes
     else:
         place = str(recipe.folder / source)
         found = read_file(recipe.folder / source)
-        beside = (recipe.folder / source).with_name(_LABELS_FILE)
         classes = read_class_names(recipe.folder / source)
-        named = read_label_names(beside) if beside.is_file() else classes
-    if isinstance(recipe.data.labels, str):
-        named = read_label_names(recipe.folder / recipe.data.labels)
-    elif recipe.data.labels is not None:
-        named = recipe.data.labels
+        beside = Path(source).with_name(_LABELS_FILE)
+        if told is None and task.label_role is not None and (recipe.folder / beside).is_file():
+            told = str(beside)
+    named = read_label_names(recipe.folder / told) if isinstance(told, str) else classes if told is None else told
     numbered = _wanted(found, recipe.data.where, place)
     places = [f"{place}, row {n}" for n, _ in numbered]
     cells = source.endswith((".csv", ".tsv"))

@@ -202,12 +202,15 @@ def read_label_names(path: Path) -> list[str] | dict[str, list[str]]:
         RecipeError: it is missing or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be read as names of labels: {error}") from error
     lists = list(content.values()) if isinstance(content, dict) else [content]
     if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
-        raise RecipeError(f"{path}: expected a list of names in order of their numbers, or such a list by column.")
+        raise RecipeError(
+            f"{path}: expected a list of names in order of their numbers, or such a list by column. Write it so, or "
+            "name the labels under data.labels."
+        )
     found: list[str] | dict[str, list[str]] = content
     return found
 

@@ -166,6 +166,18 @@ def test_labels_have_the_names_that_are_given(tmp_path: Path) -> None:
         labelled()
 
 
+def test_names_beside_the_rows_are_read_where_they_are_asked_for(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": n % 2, "prompt": "a", "answer": "b"} for n in range(8)]
+    source = write_rows(tmp_path, "r.jsonl", rows)
+    (tmp_path / "labels.json").write_text('{"0": "cat"}')  # of a detector, say
+    assert len(all_of(load_rows(recipe_for(tmp_path, "CAUSAL_LM", source=source)))) == 8
+    assert load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, labels=["n", "y"])).labels == ["n", "y"]
+    with pytest.raises(RecipeError, match="labels.json: expected a list .*or name the labels under data.labels"):
+        load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source))
+    (tmp_path / "labels.json").write_text('["no", "yes"]', encoding="utf-8-sig")
+    assert load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source)).labels == ["no", "yes"]
+
+
 def test_fewer_rows_and_test_rows(tmp_path: Path) -> None:
     rows = [{"text": str(n), "label": "ab"[n % 2]} for n in range(40)]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
