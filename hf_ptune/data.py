@@ -13,7 +13,7 @@ from typing import Any
 from hf_ptune.cells import read_cell
 from hf_ptune.errors import RecipeError, shorten
 from hf_ptune.labels import Part, name_labels
-from hf_ptune.recipe import Column, Recipe
+from hf_ptune.recipe import Column, DataRecipe, Recipe
 from hf_ptune.sources import HUB, chatterbot_rows, read_class_names, read_file, read_hub, read_label_names
 from hf_ptune.tasks import Row, Task
 from hf_ptune.tasks.base import missing
@@ -42,6 +42,7 @@ def load_rows(recipe: Recipe) -> Rows:
         RecipeError: a file or column is missing, or held-out rows have labels that no training row has.
     """
     data, task = recipe.data, recipe.build_task()
+    _check_hub_options(data)
     if data.source == "chatterbot":
         if recipe.task != "SEQ_CLS" or data.columns or data.eval_source:
             raise RecipeError(
@@ -77,6 +78,18 @@ def load_rows(recipe: Recipe) -> Rows:
                 "labels under data.labels."
             )
     return Rows(train, held_out, labels, test)
+
+
+def _check_hub_options(data: DataRecipe) -> None:
+    """Refuse what only datasets of the Hub have where there are none."""
+    if any(s and s.startswith(HUB) for s in (data.source, data.eval_source, data.test_source)):
+        return
+    for option, unset in (("config", None), ("revision", None), ("split", "train")):
+        if (value := getattr(data, option)) != unset:
+            raise RecipeError(
+                f"data.{option} is {value!r}, which datasets of the Hub have, but no source begins with {HUB}. Name "
+                f"one as {HUB}<id>, or take it out by data.{option}: {unset or 'null'}."
+            )
 
 
 def _checked(parts: Sequence[Part], task: Task, columns: Mapping[str, Column]) -> list[Part]:
@@ -126,7 +139,9 @@ def _read(recipe: Recipe, task: Task, source: str, split: str) -> Part:
     told = recipe.data.labels
     if source.startswith(HUB):
         place = f"{source} {split}"
-        found, classes = read_hub(source.removeprefix(HUB), recipe.data.config, split, recipe.data.revision)
+        other = source != recipe.data.source and recipe.data.source.startswith(HUB)
+        config, revision = (None, None) if other else (recipe.data.config, recipe.data.revision)
+        found, classes = read_hub(source.removeprefix(HUB), config, split, revision)
     else:
         place = str(recipe.folder / source)
         found = read_file(recipe.folder / source)

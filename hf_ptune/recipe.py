@@ -61,8 +61,8 @@ class DataRecipe:
     Args:
         source: "chatterbot"; a .jsonl, .json, .csv, .tsv or .parquet file, relative to the recipe's folder; or
             `hub:<id>` of a dataset on the Hub.
-        config: configuration of a dataset on the Hub.
-        revision: its commit or branch; "refs/convert/parquet" has the rows of those that are a script.
+        config: configuration of a dataset on the Hub; where `source` is one, others are read without it.
+        revision: its commit or branch, likewise; "refs/convert/parquet" has the rows of those that are a script.
         split: its split to train on.
         eval_source: source of the held-out rows; unset, a part of the training rows is held out.
         where: column to value; of all sources only rows that have it are taken.

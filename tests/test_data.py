@@ -211,6 +211,35 @@ def test_datasets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             load_rows(recipe_for(tmp_path, "SEQ_CLS", **(settings | data)))
 
 
+@pytest.mark.parametrize("option", ["config", "revision", "split"])
+def test_what_only_a_dataset_of_the_hub_has_is_refused_beside_files(option: str, tmp_path: Path) -> None:
+    source = write_rows(tmp_path, "r.jsonl", [{"text": "a", "label": n % 2} for n in range(8)])
+    for data in ({"source": source, "eval_source": source}, {"source": "chatterbot"}):
+        with pytest.raises(
+            RecipeError, match=rf"data.{option} is 'x', .*, but no source .*data.{option}: (null|train)"
+        ):
+            load_rows(recipe_for(tmp_path, "SEQ_CLS", **data, **{option: "x"}))
+    assert load_rows(recipe_for(tmp_path, "SEQ_CLS", source=source, split="train")).train
+
+
+def test_a_configuration_is_of_the_dataset_that_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[Any, ...]] = []
+
+    def read_hub(*asked: Any) -> Any:
+        read.append(asked)
+        return [{"text": "a", "label": n % 2} for n in range(8)], {}
+
+    monkeypatch.setattr("hf_ptune.data.read_hub", read_hub)
+    part: dict[str, Any] = {"config": "sst2", "revision": "abc"}
+    settings = part | {"source": "hub:glue", "eval_source": "hub:other", "test_split": "test"}
+    load_rows(recipe_for(tmp_path, "SEQ_CLS", **settings))
+    assert read == [("glue", "sst2", "train", "abc"), ("other", None, "train", None), ("glue", "sst2", "test", "abc")]
+    read.clear()
+    source = write_rows(tmp_path, "r.jsonl", [{"text": "a", "label": n % 2} for n in range(8)])
+    load_rows(recipe_for(tmp_path, "SEQ_CLS", **part, source=source, eval_source="hub:glue", split="test"))
+    assert read == [("glue", "sst2", "test", "abc")]
+
+
 def test_broken_files(tmp_path: Path) -> None:
     for name, text, message in [
         ("a.jsonl", '{"a": 1}\n{', "line 2: is no JSON"),
