@@ -293,15 +293,20 @@ def _has(row: Row, column: Column) -> bool:
     """Whether a row has a column, filled or not: all of a list, and all that a text names."""
     if isinstance(column, list):
         return all(_has(row, c) for c in column)
-    if column in row:
-        return True
-    if "{" in column:
+    there, _ = _look_up(row, column)
+    if not there and "{" in column:
         with contextlib.suppress(ValueError):
             return all(name in row for _, name, _, _ in Formatter().parse(column) if name is not None)
-        return False
+    return there
+
+
+def _look_up(row: Mapping[str, Any], column: str) -> tuple[bool, Any]:
+    """Whether a row has a column by its name, or inside another one, and what it holds."""
+    if column in row:
+        return True, row[column]
     first, _, rest = column.partition(".")
     inner = row.get(first)
-    return bool(rest) and isinstance(inner, Mapping) and _has(dict(inner), rest)
+    return _look_up(inner, rest) if rest and isinstance(inner, Mapping) else (False, None)
 
 
 class _Texts(Formatter):
@@ -338,7 +343,8 @@ def _value(row: Row, column: Column, where: str, cells: bool = False) -> Any:
     """
     if isinstance(column, list):
         return [_value(row, c, where, cells) for c in column] if _has(row, column) else None
-    if "{" in column:
+    there, value = _look_up(row, column)
+    if not there and "{" in column:
         texts = _Texts(cells)
         try:
             text = texts.vformat(column, (), row)
@@ -354,11 +360,6 @@ def _value(row: Row, column: Column, where: str, cells: bool = False) -> Any:
                 f"{where}: column {texts.empty[0]!r} is empty, which {column!r} names; fill it, or take the row out."
             )
         return None if texts.empty or (texts.blank and not texts.filled) else text
-    if column in row:
-        return row[column]
-    value: Any = row
-    for key in column.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 

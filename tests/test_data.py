@@ -136,6 +136,18 @@ def test_columns_of_every_form(tmp_path: Path) -> None:
         assert message in str(caught.value)
 
 
+def test_a_column_is_found_by_the_whole_of_its_name(tmp_path: Path) -> None:
+    """A point may be part of a name, inside a column too, and so may braces."""
+    row = {"a": {"b.c": "x", "d": {"e": "y"}}, "{t}": "z", "t": "p"}
+    source = write_rows(tmp_path, "r.jsonl", [row] * 4)
+    for column, text in (("a.b.c", "x"), ("a.d.e", "y"), ("{t}", "z"), ("{t}!", "p!")):
+        columns: dict[str, Any] = {"prompt": column, "answer": "t"}
+        recipe = recipe_for(tmp_path, "CAUSAL_LM", source=source, columns=columns, where={column: text})
+        assert all_of(load_rows(recipe))[0]["prompt"] == text
+    with pytest.raises(RecipeError, match="has no column 'a.b.e' for prompt"):
+        load_rows(recipe_for(tmp_path, "CAUSAL_LM", source=source, columns={"prompt": "a.b.e", "answer": "t"}))
+
+
 def test_labels_have_the_names_that_are_given(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": n % 2, "other": "high"} for n in range(8)]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
