@@ -151,8 +151,9 @@ def test_labels_that_are_none(value: Any, message: str, tmp_path: Path) -> None:
 def test_tags_that_are_numbers_want_names(tmp_path: Path) -> None:
     source = write(tmp_path, "r.jsonl", [{"tokens": ["a", "b"], "tags": [0, 3]}] * 4)
     assert "the tags are numbers (0, 3)" in said(tmp_path, "TOKEN_CLS", source=source)
-    source = write(tmp_path, "o.jsonl", [{"tokens": ["a", "b"], "tags": ["O", "O"]}] * 4)
-    assert "no tag but 'O'" in said(tmp_path, "TOKEN_CLS", source=source)
+    for outside in "Oo":
+        source = write(tmp_path, "o.jsonl", [{"tokens": ["a", "b"], "tags": [outside, outside]}] * 4)
+        assert f"no tag but '{outside}'" in said(tmp_path, "TOKEN_CLS", source=source)
 
 
 def test_an_empty_cell_is_no_data(tmp_path: Path) -> None:
@@ -363,6 +364,16 @@ def test_words_keep_their_spaces() -> None:
         characters = {"tokens": list(text), "tags": ["O"] * len(text)}
         ids = TokenClassification().encode([characters], tokenizer, ["O"])[0]["input_ids"]
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("outside", ["O", "o"])
+def test_words_outside_are_not_told(outside: str) -> None:
+    tokenizer, labels = tokenizer_of("bytes"), [outside, f"{'B' if outside == 'O' else 'b'}-X"]
+    model = build("bert", "TOKEN_CLS", num_labels=2, vocab_size=len(tokenizer), id2label=dict(enumerate(labels)))
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([9e9, 0.0]))
+    row = {"tokens": ["hello", "worlds"], "tags": labels}
+    assert TokenClassification().ask(model, tokenizer, [row])[0].answer == "nothing"
 
 
 @pytest.mark.parametrize("words", [["我", "在", "家"], ["hello", "worlds", "hello"]])

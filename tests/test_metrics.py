@@ -14,6 +14,7 @@ from transformers import EvalPrediction
 
 from hf_ptune.errors import PTuneError
 from hf_ptune.metrics import Accuracy, Bleu, MacroF1, RougeL, Seqeval, SpanMatch
+from hf_ptune.metrics.tags import spell_tags
 from hf_ptune.metrics.texts import rouge_words
 from hf_ptune.tasks import IGNORED
 from hf_ptune.tasks.causal_lm import CausalLM, token_metrics
@@ -49,10 +50,10 @@ def write_tags(spans: list[tuple[int, int, str]], length: int, scheme: str) -> l
             elif scheme == "alone":
                 tags[n] = "B" if n == first else "I"
             else:
-                begin, inside, end, single = letters[scheme.removesuffix(" behind")]
+                begin, inside, end, single = letters[scheme.partition(" ")[0]]
                 letter = single if first == last else begin if n == first else end if n == last else inside
                 tags[n] = f"{kind}-{letter}" if scheme.endswith("behind") else f"{letter}-{kind}"
-    return tags
+    return [tag[0].lower() + tag[1:] for tag in tags] if scheme.endswith("small") else tags
 
 
 def draw_spans(generator: random.Random, length: int, kinds: list[str], apart: bool) -> list[tuple[int, int, str]]:
@@ -67,7 +68,8 @@ def draw_spans(generator: random.Random, length: int, kinds: list[str], apart: b
 
 @pytest.mark.parametrize(
     "scheme",
-    ["IOB2", "IOBES", "BILOU", "BMES", "BMEWO", "plain", "unlike", "alone", "IOB2 behind", "BILOU behind"],
+    ["IOB2", "IOBES", "BILOU", "BMES", "BMEWO", "plain", "unlike", "alone"]
+    + ["IOB2 behind", "BILOU behind", "IOB2 small", "BILOU small"],
 )
 def test_entities_are_those_that_the_tags_spell(scheme: str) -> None:
     generator = random.Random(0)
@@ -117,6 +119,17 @@ def test_a_task_reads_tags_by_all_of_its_labels(unscored: list[str], right: floa
     chosen = np.array([[0, 0, 0, 1], [0, 2, 0, 0]])
     found = task.compute_metrics(EvalPrediction(chosen, chosen), features, labels)
     assert found["precision"] == right and found["recall"] == 1.0
+
+
+def test_tags_in_small_letters_are_told_from_classes() -> None:
+    rows = {
+        "predictions": [["o", "o", "o", "b-per"], ["o", "o"]],
+        "references": [["o", "o", "b-per", "o"], ["o", "o"]],
+    }
+    assert Seqeval(keep_in_memory=True).compute(**rows)["f1"] == 0.0
+    assert spell_tags(["o", "B-PER", "i-PER"]) == {"O": "O", "o": "O", "B-PER": "B-PER", "i-PER": "I-PER"}
+    for classes in (["o", "e-mail", "s-bahn"], ["o", "b-per", "loc"]):
+        assert spell_tags(classes) == {"O": "O"} | {tag: f"I-{tag}" for tag in classes}
 
 
 def test_they_are_metrics_of_evaluate() -> None:

@@ -161,6 +161,9 @@ def test_a_word_s_first_token_bears_its_tag() -> None:
     everywhere = TokenClassification(label_subwords="all")
     assert everywhere.encode([row], tokenizer, names)[0]["labels"] == [IGNORED, 2, 0, 1, 1, 1, 2, IGNORED]
     assert everywhere.encode([row], tokenizer, names, held_out=True)[0]["labels"] == encoded["labels"]
+    small = {"tokens": row["tokens"], "tags": ["o", "b-X", "i-X", "o"]}
+    told = everywhere.encode([small], tokenizer, ["b-X", "i-X", "o"])[0]
+    assert told["labels"] == everywhere.encode([row], tokenizer, names)[0]["labels"]
     short = {"tokens": ["a"], "tags": ["O"]}
     batch = TokenClassification().collator(tokenizer)(
         [encoded, *TokenClassification().encode([short], tokenizer, names)]

@@ -28,6 +28,7 @@ from hf_ptune.tasks.base import (
 from hf_ptune.tasks.registry import register_task
 
 _OUTSIDE = "O"
+_INSIDE = {"B-": "I-", "b-": "i-"}
 # Chinese, Japanese, Thai, Lao, Burmese, Khmer
 _RUN_ON = re.compile(rf"[{EAST_ASIAN}\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 
@@ -102,8 +103,10 @@ class TokenClassification(Task):
                 f"the tags are numbers ({', '.join(labels[:5])}), of which entities cannot be told; name them in order "
                 "under data.labels, or in a labels.json beside the rows."
             )
-        if not set(labels) - {_OUTSIDE}:
-            raise RecipeError(f"the training rows have no tag but {_OUTSIDE!r}; there is nothing to learn.")
+        if not set(labels) - {_OUTSIDE, _OUTSIDE.lower()}:
+            raise RecipeError(
+                f"the training rows have no tag but {', '.join(map(repr, labels))}; there is nothing to learn."
+            )
 
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
@@ -223,14 +226,14 @@ class TokenClassification(Task):
 
     def ask(self, model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Answer]:
         labels = [model.config.id2label[n] for n in range(model.config.num_labels)]
-        answers = []
+        spelling, answers = spell_tags(labels), []
         for row in rows:
             # as rows are measured; a pipeline would cut words and windows in its own way
             features = self.encode([row], tokenizer, labels, held_out=True)
             chosen = run_model(self, model, tokenizer, features).logits.argmax(-1).tolist()
             tags = self._by_row(chosen, features, labels)[0][1]
             words = [str(word) for word in row["tokens"]]
-            said = [f"{word}: {tag}" for word, tag in zip(words, tags, strict=True) if tag != _OUTSIDE]
+            said = [f"{word}: {tag}" for word, tag in zip(words, tags, strict=True) if spelling[tag] != _OUTSIDE]
             asked = [words[row["predicate_index"]]] if "predicate_index" in row else []
             question = " | ".join(["".join(_with_spaces(words)), *asked])
             answers.append(Answer(question, ", ".join(said) or "nothing", " ".join(map(str, row["tags"]))))
@@ -303,7 +306,7 @@ def _labels(
             words[place] = word
             labels[place] = number[tag]
         elif everywhere:
-            inside = "I-" + tag.removeprefix("B-")
-            labels[place] = number[inside if tag.startswith("B-") and inside in number else tag]
+            inside = _INSIDE[tag[:2]] + tag[2:] if tag[:2] in _INSIDE else tag
+            labels[place] = number.get(inside, number[tag])
     seen |= own
     return {"labels": labels, "words": words}
