@@ -196,8 +196,8 @@ def merge_seeds(runs: list[RunFacts]) -> RunFacts:
     """One set of facts of runs that differ by their seeds; the first one's curves and sizes are shown.
 
     Raises:
-        PTuneError: runs of different methods, tasks, bases, data or settings, the same seed twice, or one without
-            metrics.
+        PTuneError: runs of different methods, tasks, bases, data, settings or numbers of processes, the same seed
+            twice, or one without metrics.
     """
     first = runs[0]
     for run in runs[1:]:
@@ -208,6 +208,13 @@ def merge_seeds(runs: list[RunFacts]) -> RunFacts:
         ours, theirs = (r.options | r.hyperparameters for r in (first, run))
         if differ := sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k)):
             said = ", ".join(f"{k} ({ours.get(k)} and {theirs.get(k)})" for k in differ[:3])
+            raise PTuneError(f"the runs of a card differ by their seeds alone; these differ in {said}.")
+    for name, told in (
+        ("base_revision", [run.base_revision for run in runs]),
+        ("processes", [run.hardware.get("processes") for run in runs]),
+    ):
+        if len(known := list(dict.fromkeys(str(value) for value in told if value is not None))) > 1:
+            said = f"{name} ({' and '.join(known)})"
             raise PTuneError(f"the runs of a card differ by their seeds alone; these differ in {said}.")
     seeds = [seed for run in runs for seed in run.seeds]
     if len(set(seeds)) < len(seeds):

@@ -633,6 +633,27 @@ def test_runs_of_a_card_differ_by_their_seeds_alone() -> None:
     assert "| accuracy | 0.5000 ± 0.0000 |" in text and "| loss |" not in text
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([{}, {"base_revision": "b" * 40}, {"base_revision": "c" * 40}], r"base_revision \(b{40} and c{40}\)"),
+        ([{"hardware": {"processes": 1}}, {"hardware": {"processes": 2}}], r"processes \(1 and 2\)"),
+        ([{"base_revision": "b" * 40, "hardware": {"processes": 2}}, {}], None),  # of older facts they are not known
+    ],
+)
+def test_runs_of_a_card_have_one_base_and_one_batch(changes: list[dict[str, Any]], said: str | None) -> None:
+    """The loss of a batch is over all processes."""
+    runs = [
+        replace(RunFacts("p_tuning_v2", "SEQ_CLS", seeds=[n], metrics=[{"accuracy": 0.5}]), **change)
+        for n, change in enumerate(changes)
+    ]
+    if said is None:
+        assert merge_seeds(runs).seeds == [0, 1]
+        return
+    with pytest.raises(PTuneError, match=f"differ by their seeds alone; these differ in {said}"):
+        merge_seeds(runs)
+
+
 def test_facts_tell_what_a_prompt_started_from_and_what_ran_beside_it(tmp_path: Path) -> None:
     config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=2)
     get_ptune_model(build("bert"), config).save_pretrained(tmp_path / "earlier")
