@@ -55,7 +55,8 @@ def load_peft(source: FilePath, backbone: PreTrainedModel | None = None, **kwarg
         source: folder or Hub id.
         backbone: the base, where it is in memory already; what the adapter keeps of it is written into it.
         kwargs: `revision` and `subfolder` are the adapter's; `cache_dir`, `token`, `local_files_only` serve both;
-            dtype, device_map, attn_implementation and the like go to the base.
+            dtype, device_map, attn_implementation and the like go to the base, whose own code is run only
+            where `trust_remote_code` is true.
 
     Returns:
         The model of the task, in eval mode, with outputs equal to PEFT's.
@@ -326,13 +327,14 @@ def _load_base(settings: dict[str, Any], kept: dict[str, Tensor], source: str, k
     if not isinstance(name, str) or not name or ".." in Path(name).parts or task is None:
         raise ConfigError(f"{source}: base {name!r} and task {task!r} name nothing to load; pass backbone=.")
     revision = settings.get("revision") or "main"
+    trust = {"trust_remote_code": bool(kwargs.get("trust_remote_code"))}  # unless it is told, transformers asks
     try:
         hub = {k: v for k, v in kwargs.items() if k in HUB_KEYS}
-        config = AutoConfig.from_pretrained(resolve(name), revision=revision, **hub)
+        config = AutoConfig.from_pretrained(resolve(name), revision=revision, **trust, **hub)
         heads = sorted(n for n, t in kept.items() if n.split(".")[0] in ("classifier", "score") and t.dim() == 2)
         if heads:  # the output layer comes last in every head: dense, out_proj
             config.num_labels = kept[heads[-1]].shape[0]
-        backbone, absent = load_backbone(task, name, config, revision=revision, **kwargs)
+        backbone, absent = load_backbone(task, name, config, revision=revision, **kwargs | trust)
     except (OSError, ValueError) as error:
         raise BackboneError(f"the base {name!r} of {source} cannot be loaded ({error}); pass backbone=.") from error
     if unknown := sorted(absent - set(kept)):

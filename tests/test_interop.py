@@ -1,6 +1,8 @@
 """Adapters of PEFT and THUDM, both ways, against what those libraries compute; prompts as plain tensors."""
 
+import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -211,6 +213,29 @@ def test_options_of_transformers_reach_no_base_of_a_peft_folder(
         tmp_path, output_loading_info=True, trust_remote_code=True, use_safetensors=True
     )
     assert model.config.num_virtual_tokens == VIRTUAL and not info["missing_keys"]
+
+
+@pytest.mark.parametrize("trust", [{}, {"trust_remote_code": None}, {"trust_remote_code": True}])
+def test_a_base_s_code_is_run_where_that_is_asked_for_alone(
+    trust: dict[str, Any], base_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever would be answered to the question of transformers."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base = shutil.copytree(base_folder("gpt2", "CAUSAL_LM"), tmp_path / "base")
+    theirs = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    (base / "code.py").write_text(
+        f"import os\nfrom transformers import GPT2Config\nos.makedirs({str(tmp_path / 'ran')!r})\n\n\n"
+        "class C(GPT2Config):\n    pass\n"
+    )
+    content = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoConfig": "code.C"}}
+    (base / "config.json").write_text(json.dumps(content | {"model_type": "unheard"}))
+    with contextlib.suppress(BackboneError):
+        load_peft(tmp_path / "theirs", **trust)
+    assert (tmp_path / "ran").exists() == bool(trust.get("trust_remote_code"))
 
 
 def test_further_modules_are_kept(tmp_path: Path) -> None:
