@@ -381,6 +381,11 @@ def test_a_template_of_words_with_a_prefix(tmp_path: Path) -> None:
         ({"task_options": {"template": "{first} [MASK"}}, "is no part of a template"),
         ({"task_options": {"template": "{first} [MASK] {answer}"}}, "which is to be told"),
         ({"task_options": {"template": "{first} [MASK]", "verbalizer": {"a": True, "b": "x"}}}, "YAML takes yes, no"),
+        ({"task_options": {"template": "{first} [MASK]", "average_tokens": True}}, "average_tokens .* verbalizer"),
+        (
+            {"task_options": {"template": "{first} [MASK]", "verbalizer": VERBALIZER, "drop_long_answers": True}},
+            "drop_long_answers .* verbalizer",
+        ),
         ({"options": {"template": "{first} [MASK]"}}, "options.template"),
         ({"backbone_learning_rate": 1e-3}, "options.train_backbone: true"),
         ({"data": {"source": "rows.jsonl", "where": {"kind": "three"}}}, "no row has"),

@@ -534,6 +534,24 @@ def test_messages_that_are_no_conversation(messages: Any, message: str) -> None:
         CausalLM().check_row({"messages": messages}, "row 7")
 
 
+def test_types_that_no_tag_has_are_not_left_unscored() -> None:
+    row, tokenizer = {"tokens": ["a"], "tags": ["B-PER"]}, words_tokenizer()
+    assert TokenClassification(unscored=["LOC"]).encode([row], tokenizer, ["B-LOC", "B-PER", "O"])
+    with pytest.raises(RecipeError, match="task_options.unscored has 'nope', .* the tags are of LOC, PER"):
+        TokenClassification(unscored=["LOC", "nope"]).encode([row], tokenizer, ["B-LOC", "B-PER", "O"])
+
+
+@pytest.mark.parametrize(("most", "room"), [(-1, False), (0, False), (2, False), (3, True)])
+def test_a_target_has_room_beside_special_tokens(most: int, room: bool) -> None:
+    row = {"text": "a", "references": ["b c"]}
+    if room:
+        feature = Seq2SeqLM(max_target_length=most).encode([row], words_tokenizer(), [])[0]
+        assert text_of(words_tokenizer(), feature["labels"]) == "[CLS] b [SEP]"
+        return
+    with pytest.raises(RecipeError, match=rf"task_options.max_target_length.*{most}"):
+        Seq2SeqLM(max_target_length=most).encode([row], words_tokenizer(), [])
+
+
 def test_several_references() -> None:
     tokenizer = words_tokenizer()
     task = CausalLM()

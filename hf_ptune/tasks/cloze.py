@@ -56,6 +56,10 @@ class _Cloze(Task):
                 f"task_options.verbalizer has the word {wrong[0]!r}; expected text. YAML takes yes, no, on and off for "
                 'true and false: write "yes".'
             )
+        if self.average_tokens and not self.verbalizer:
+            raise RecipeError("task_options.average_tokens is of words of a verbalizer; add one, or leave it out.")
+        if self.drop_long_answers and self.verbalizer:
+            raise RecipeError("task_options.drop_long_answers is of answers, and a verbalizer of labels; leave it out.")
         if self._answer_role in read.fields:
             raise RecipeError(
                 f"the template {self.template!r} has the field {self._answer_role!r}, which is to be told."

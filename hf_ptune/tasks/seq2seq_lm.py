@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
+from hf_ptune.errors import RecipeError
 from hf_ptune.tasks.base import Answer, Feature, Row, kept_pairs
 from hf_ptune.tasks.causal_lm import one_line, token_metrics
 from hf_ptune.tasks.generation import GenerationTask
@@ -33,6 +34,11 @@ class Seq2SeqLM(GenerationTask):
     depths: ClassVar[Mapping[str, int]] = {"text": 3, "target": 1}
     target_role = "target"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_target_length < 1:
+            raise RecipeError(f"task_options.max_target_length is {self.max_target_length}; expected 1 or more.")
+
     def check_row(self, row: Row, where: str) -> Row:
         return super().check_row(row | {"text": one_line(row["text"])}, where)
 
@@ -43,6 +49,11 @@ class Seq2SeqLM(GenerationTask):
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
     ) -> list[Feature]:
+        if self.max_target_length <= tokenizer.num_special_tokens_to_add():
+            raise RecipeError(
+                f"task_options.max_target_length={self.max_target_length} leaves nothing but special tokens of "
+                "targets; raise it."
+            )
         features = []
         for row, target in self.pairs(rows, held_out):
             encoded = dict(tokenizer(self.example(row, tokenizer), truncation=True, max_length=self.max_length))

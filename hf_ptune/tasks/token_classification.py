@@ -113,6 +113,12 @@ class TokenClassification(Task):
     ) -> list[Feature]:
         """A feature knows its `row`, and which `words` its labelled tokens are of."""
         need_fast(tokenizer, "word")
+        kinds = sorted({tag.partition("-")[2] for tag in spell_tags(labels).values() if tag != _OUTSIDE})
+        if unknown := [kind for kind in self.unscored if kind not in kinds]:
+            raise RecipeError(
+                f"task_options.unscored has {unknown[0]!r}, which is no type of entity here: the tags are of "
+                f"{', '.join(kinds)}. Name one of them, or take it out."
+            )
         number = {name: n for n, name in enumerate(labels)}
         everywhere = self.label_subwords == "all" and not held_out
         spaced = not _keeps_words_apart(tokenizer)
