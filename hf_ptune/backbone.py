@@ -33,6 +33,7 @@ from transformers.utils import logging as hf_logging
 from hf_ptune.adapter_file import MODEL_TYPE
 from hf_ptune.errors import DEVICE_FAILURES, AdapterFileError, BackboneError, PTuneError, shorten
 from hf_ptune.methods import get_method
+from hf_ptune.renamed_bodies import mapping_of
 
 logger = hf_logging.get_logger(__name__)
 # task -> Auto class that loads the base, names of the classes that do the task, whether a fresh head comes with it
@@ -302,7 +303,11 @@ def load_backbone(
     hf_logging.set_verbosity_error()  # that a head is new is expected, and the caller is told what is absent
     try:
         loader = loader_of(task, config, base_class)
-        backbone, info = loader.from_pretrained(resolve(base), config=config, output_loading_info=True, **kwargs)
+        kwargs |= {"config": config, "output_loading_info": True}
+        backbone, info = loader.from_pretrained(resolve(base), **kwargs)
+        if "key_mapping" not in kwargs and (mapping := mapping_of(backbone, info)) is not None:
+            del backbone  # two of them may be more than there is room for
+            backbone, info = loader.from_pretrained(resolve(base), key_mapping=mapping, **kwargs)
     finally:
         hf_logging.set_verbosity(level)
     other = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}

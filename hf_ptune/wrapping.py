@@ -16,6 +16,7 @@ from hf_ptune.methods import PromptKind
 from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel
 from hf_ptune.pinning import UNPINNED, find_commit
 from hf_ptune.position_tables import positions_of_prompt, token_room
+from hf_ptune.renamed_bodies import check_read
 from hf_ptune.restoring import CHANGED
 from hf_ptune.sharding import running
 from hf_ptune.templates import name_virtual_tokens
@@ -55,6 +56,7 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
             f"{', '.join(sorted(changed)[:5])} of the base were trained by an earlier adapter: what is trained now "
             "answers otherwise on the base as it is loaded. Load the base anew."
         )
+    check_read(backbone)
     _check_names(config, backbone)
     settings = {k: v for k, v in config.to_dict().items() if k not in ("base_config", "geometry", "model_type")}
     config = PTuneConfig.from_dict(settings)

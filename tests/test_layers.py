@@ -29,7 +29,7 @@ LAYERS = [
     {"methods"},
     {"adapter_file"},
     {"config_checks"},
-    {"option_checks"},
+    {"option_checks", "renamed_bodies"},
     {"configuration_ptune", "injection", "backbone"},
     {"cards", "placement", "loss_at_labels", "logits_at", "batch_share", "position_tables", "tokenization"},
     {"generation_checks", "hub", "loading", "pinning", "restoring"},

@@ -38,6 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stage", choices=("all", "grid", "final"), default="all")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bf16", action="store_true", help="multiply in bfloat16, for processors that are fast at it")
     parser.add_argument("--states", default=str(Path(tempfile.gettempdir()) / "ptune_quality"), help="trained tensors")
     parser.add_argument("--report", action="store_true", help="write the tables only")
     return parser.parse_args()
@@ -108,7 +109,7 @@ class Runner:
         import columns
         import torch
         from tasks import TASKS
-        from training import evaluate, fit, steps_of
+        from training import evaluate, fit, keep_head_exact, steps_of
 
         task, how = TASKS[name], columns.COLUMNS[column]
         data, tokenizer = self.data(name)
@@ -117,6 +118,8 @@ class Runner:
         with contextlib.suppress(OSError):  # the peak of this run alone; not every kernel lets it be forgotten
             Path("/proc/self/clear_refs").write_text("5")
         model = columns.build(how, setting, task, data.labels, tokenizer)
+        if self.options.bf16:
+            keep_head_exact(model)
         splits = self._splits(name, column, model, data, tokenizer)
         path = (
             Path(self.options.states) / f"{hashlib.sha1(key_of(name, column, setting, seed).encode()).hexdigest()}.pt"
@@ -128,16 +131,16 @@ class Runner:
             with torch.no_grad():
                 for n, tensor in kept.items():
                     trained[n].copy_(tensor)
-            return {"test": self._test(model, task, splits, data, tokenizer)}
+            return {"test": self._test(model, task, splits, data, tokenizer, self.options.bf16)}
         figures: list[float] = []
         losses: list[float] = []
 
         def after(epoch: int, loss: float) -> None:
-            figures.append(evaluate(model, task, splits["validation"], data, padding))
+            figures.append(evaluate(model, task, splits["validation"], data, padding, self.options.bf16))
             losses.append(loss)
             print(f"  epoch {epoch}: loss {loss:.3f}, validation {figures[-1]:.3f}", flush=True)
 
-        fit(model, task, splits["train"], setting, seed, padding, after)
+        fit(model, task, splits["train"], setting, seed, padding, after, self.options.bf16)
         record: Record = {
             "validation": [round(f, 4) for f in figures],
             "loss": [round(x, 4) for x in losses],
@@ -149,8 +152,10 @@ class Runner:
         }
         if columns.DEVICE.type == "cuda":
             record["device"] = torch.cuda.get_device_name()
+        elif self.options.bf16:
+            record["device"] = "CPU, products in bfloat16"
         if test:
-            record["test"] = self._test(model, task, splits, data, tokenizer)
+            record["test"] = self._test(model, task, splits, data, tokenizer, self.options.bf16)
         elif not column.startswith("head"):
             torch.save({n: p.detach() for n, p in trained.items()}, path)
         return record
@@ -167,12 +172,12 @@ class Runner:
         return self.features[name, column]
 
     @staticmethod
-    def _test(model: Any, task: Any, splits: dict[str, Any], data: Any, tokenizer: Any) -> Any:
+    def _test(model: Any, task: Any, splits: dict[str, Any], data: Any, tokenizer: Any, lower: bool) -> Any:
         from tasks import bleu
         from training import evaluate, write_answers
 
         padding = tokenizer.pad_token_id or 0
-        figure = round(evaluate(model, task, splits["test"], data, padding), 4)
+        figure = round(evaluate(model, task, splits["test"], data, padding, lower), 4)
         if task.kind != "CAUSAL_LM" or task.folder == "alpaca_zh":
             return figure
         written = write_answers(model, splits["test"], padding, tokenizer)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from columns import DEVICE, FeatureHead
 from tasks import IGNORED, Data, Row, Task, score
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import get_scheduler
 
 _CLIP = 1.0
 _LONGEST_ANSWER = 20  # tokens
+_HEADS = ("classifier", "score", "qa_outputs")
 _PADDING = {"labels": IGNORED}
 
 
@@ -75,8 +76,8 @@ def inputs_of(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def groups_of(model: Any, setting: dict[str, Any]) -> list[dict[str, Any]]:
     """Parameter groups; the task's head may have a learning rate of its own."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    head = [p for n, p in trained if any(s in n for s in ("classifier", "score", "qa_outputs"))]
-    rest = [p for n, p in trained if not any(s in n for s in ("classifier", "score", "qa_outputs"))]
+    head = [p for n, p in trained if any(s in n for s in _HEADS)]
+    rest = [p for n, p in trained if not any(s in n for s in _HEADS)]
     rates = ((rest, setting["lr"]), (head, setting.get("head_lr", setting["lr"])))
     return [{"params": p, "lr": rate} for p, rate in rates if p]
 
@@ -86,8 +87,21 @@ def steps_of(task: Task, rows: Sequence[Row], setting: dict[str, Any]) -> int:
     return round(setting.get("part", 1) * task.epochs * -(-len(rows) // task.batch))
 
 
+def products(lower: bool) -> torch.autocast:
+    """Multiply in bfloat16, if so; for one step, as casts of weights that train are kept for as long as it lasts."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=lower)
+
+
+def keep_head_exact(model: nn.Module) -> None:
+    """Let the head of a task multiply in float32 all the same: logits of bfloat16 often tie."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _HEADS:
+            module.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+            module.forward = torch.autocast(DEVICE.type, enabled=False)(module.forward)
+
+
 def fit(model: Any, task: Task, rows: Sequence[Row], setting: dict[str, Any], seed: int,
-        padding_id: int, after: Callable[[int, float], None]) -> None:  # fmt: skip
+        padding_id: int, after: Callable[[int, float], None], lower: bool = False) -> None:  # fmt: skip
     """Train with AdamW, a warm-up, a schedule, and gradients clipped at 1.
 
     Args:
@@ -99,6 +113,7 @@ def fit(model: Any, task: Task, rows: Sequence[Row], setting: dict[str, Any], se
         seed: order of the batches.
         padding_id: of the tokenizer.
         after: told the number of epochs and their mean loss.
+        lower: multiply in bfloat16.
     """
     steps = steps_of(task, rows, setting)
     optimizer = torch.optim.AdamW(groups_of(model, setting), weight_decay=0.0)
@@ -113,7 +128,8 @@ def fit(model: Any, task: Task, rows: Sequence[Row], setting: dict[str, Any], se
         model.train()
         losses = []
         for numbers in islice(batches(rows, task.batch, 1000 * seed + epoch), steps - done):
-            loss = model(**inputs_of(model, pad([rows[n] for n in numbers], padding_id))).loss
+            with products(lower):
+                loss = model(**inputs_of(model, pad([rows[n] for n in numbers], padding_id))).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, _CLIP)
             optimizer.step()
@@ -125,7 +141,7 @@ def fit(model: Any, task: Task, rows: Sequence[Row], setting: dict[str, Any], se
 
 
 @torch.no_grad()
-def evaluate(model: Any, task: Task, rows: Sequence[Row], data: Data, padding_id: int) -> float:
+def evaluate(model: Any, task: Task, rows: Sequence[Row], data: Data, padding_id: int, lower: bool = False) -> float:
     """The task's score on rows."""
     model.eval()
     predictions: list[Any] = [None] * len(rows)
@@ -134,7 +150,8 @@ def evaluate(model: Any, task: Task, rows: Sequence[Row], data: Data, padding_id
         batch = pad(chosen, padding_id)
         labels = batch["labels"] if task.kind == "CAUSAL_LM" else None
         # labels would make some peers' models fail, and a loss is not asked for
-        outputs = model(**{k: v for k, v in inputs_of(model, batch).items() if labels is not None or k in _INPUTS})
+        with products(lower):
+            outputs = model(**{k: v for k, v in inputs_of(model, batch).items() if labels is not None or k in _INPUTS})
         if labels is not None:
             count = (labels[:, 1:] != IGNORED).sum()
             predictions[numbers[0]] = (float(outputs.loss) * int(count), int(count))
