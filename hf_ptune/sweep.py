@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import shlex
 import statistics
 import tempfile
@@ -173,8 +174,14 @@ def sweep(
         All runs; a failed one stays among them.
 
     Raises:
-        RecipeError: the folder holds another sweep, or a value of the grid is out of range.
+        RecipeError: the folder holds another sweep, a value of the grid is out of range, or this is one of several
+            processes, which would train runs of different values together.
     """
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise RecipeError(
+            f"this is one of {processes} processes (WORLD_SIZE), and a sweep runs in one; start hf-ptune sweep without "
+            "torchrun or accelerate launch."
+        )
     task, rows = recipe.build_task(), _choose_rows(recipe, load_rows(recipe))
     tokens, head = _lengths(recipe, lengths), recipe.rates()[1]
     # the head's rate may be a default, which a learning rate that is named ends

@@ -70,6 +70,19 @@ def test_a_grid_from_the_command_line(
     assert main(["train", path, *best.split(path)[1].split(), f"--output_dir={tmp_path / 'best'}"]) == 0
 
 
+def test_a_sweep_runs_in_one_process(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several would train a model of each one's own values together."""
+    monkeypatch.setattr(module, "_train", lambda chosen, rows: ({"accuracy": 0.5}, {}))
+    command = ["sweep", str(tmp_path / "recipe.yaml"), "--learning-rates", "1e-2", "--lengths", "2"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command) == 2 and not (tmp_path / "out-sweep").exists()
+    assert "error: this is one of 2 processes (WORLD_SIZE), and a sweep runs in one" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as launchers of one process set it
+    assert main(command) == 0
+
+
 def test_failures_stay_and_the_rest_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, count = module._train, {"runs": 0}
 
