@@ -14,6 +14,10 @@ _AT_ONCE = "tasks measure all held-out rows at once"
 _ALWAYS = (
     "a recipe trains, measures its held-out rows before and after, and its test rows (data.test_source) at the end"
 )
+_CASTS = (
+    "it casts the model for good, what is trained too; bf16: true evaluates in bfloat16 and keeps weights as they are, "
+    "and base_options.dtype: bfloat16 loads the base in it"
+)
 _REFUSED = {
     "batch_eval_metrics": (True, _AT_ONCE),
     "prediction_loss_only": (True, _AT_ONCE),
@@ -22,6 +26,8 @@ _REFUSED = {
     "do_eval": (False, _ALWAYS),
     "do_predict": (True, _ALWAYS),
     "eval_on_start": (False, _ALWAYS),
+    "bf16_full_eval": (True, _CASTS),
+    "fp16_full_eval": (True, _CASTS),
 }
 
 

@@ -35,6 +35,8 @@ def path(tmp_path: Path) -> str:
         (["--training.do_train=false"], ["training.do_train is false", "leave it out"]),
         (["--training.do_predict=true"], ["training.do_predict is true", "leave it out"]),
         (["--training.prediction_loss_only=true"], ["training.prediction_loss_only is true", "leave it out"]),
+        (["--training.bf16_full_eval=true"], ["it casts the model for good", "bf16: true evaluates", "leave it out"]),
+        (["--training.fp16_full_eval=true"], ["training.fp16_full_eval is true", "bf16: true evaluates"]),
         (["--training.metric_for_best_model=acc"], ["'acc', which is not measured", "of accuracy, f1_macro, loss."]),
         (
             ["--options.prompt_tuning_init=ADAPTER", "--options.prompt_tuning_init_adapter=out/nope"],
