@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from transformers import (
     AutoTokenizer,
-    EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -32,6 +31,7 @@ from hf_ptune.backbone import TASKS, anchored
 from hf_ptune.callbacks import (
     BestMetricCallback,
     DecayCallback,
+    EarlyStoppingCallback,
     FreezeBackboneCallback,
     GuardCallback,
     LearningCallback,

@@ -34,6 +34,20 @@ def test_training_ends_early(content: dict[str, Any], tmp_path: Path) -> None:
         run(make_recipe(content, folder=tmp_path))
 
 
+@pytest.mark.parametrize(("restored", "last"), [(False, 10), (True, 8)])
+def test_a_run_that_goes_on_counts_its_own_evaluations(
+    restored: bool, last: int, content: dict[str, Any], tmp_path: Path
+) -> None:
+    """And those of its checkpoint where it takes callbacks up again, but not what it measures before it goes on."""
+    content["training"] |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    content["early_stopping_patience"] = 3
+    run(make_recipe(content, folder=tmp_path))  # the best at 2, none at 4
+    content["training"] |= {"max_steps": 40, "resume_from_checkpoint": "true"}
+    content["training"] |= {"restore_callback_states_from_checkpoint": restored}
+    history = RunFacts.load(run(make_recipe(content, folder=tmp_path)).folder).history
+    assert history[-1]["step"] == last
+
+
 def test_a_sweep_measures_what_its_run_would_keep(content: dict[str, Any], tmp_path: Path) -> None:
     """The best checkpoint of a rate that spoils what was learned before."""
     del content["early_stopping_patience"]
