@@ -141,7 +141,8 @@ class Recipe:
         learning_rate_decay: factor by which all learning rates fall with every epoch, more than 0 and at most 1, on
             top of `training.lr_scheduler_type`.
         early_stopping_patience: evaluations after which training ends, if none of them was better than the best
-            before by `training.metric_for_best_model` ("loss" when unset); needs `training.eval_strategy`.
+            before by `training.metric_for_best_model` ("loss" when unset, of several tasks "mean"); needs
+            `training.eval_strategy`.
         seed: seed of the prompt, the head and the training.
         card: what the card should say besides.
         folder: where the recipe stands; paths of data start there.

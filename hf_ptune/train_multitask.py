@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -141,7 +142,7 @@ class MultiTaskTrainer(Trainer):
     Args:
         model: of `get_multitask_model`.
         args: `remove_unused_columns` is turned off: which columns a batch has is up to its task. The best model is
-            that of the greatest `mean`, where no metric is named.
+            that of the greatest `mean`, where no metric is named, and early stopping looks for that.
         parts: name of a task to its features.
         processing_class: the tokenizer.
         temperature: of `TaskSampler`.
@@ -171,7 +172,8 @@ class MultiTaskTrainer(Trainer):
                     f"{name} by itself."
                 )
         args.remove_unused_columns = False
-        if args.load_best_model_at_end and args.metric_for_best_model in (None, "loss"):
+        ends_early = any(isinstance(c, EarlyStoppingCallback) for c in kwargs.get("callbacks") or ())
+        if (args.load_best_model_at_end or ends_early) and args.metric_for_best_model in (None, "loss"):
             args.metric_for_best_model, args.greater_is_better = "mean", True
         self.parts = dict(parts)
         self.temperature = temperature

@@ -64,9 +64,10 @@ def test_a_sweep_measures_what_its_run_would_keep(content: dict[str, Any], tmp_p
     assert outcome.after["loss"] == pytest.approx(min(losses))
 
 
-def test_tasks_end_together(content: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [{}, {"metric_for_best_model": "mean"}])
+def test_tasks_end_together(named: dict[str, Any], content: dict[str, Any], tmp_path: Path) -> None:
     content["tasks"] = [{"name": "one", "task": content.pop("task"), "data": content.pop("data")}]
-    content["training"] |= {"metric_for_best_model": "mean"}
+    content["training"] |= named
     run_tasks(make_multitask_recipe(content, folder=tmp_path))
     assert RunFacts.load(tmp_path / "out" / "adapter" / "one").history[-1]["step"] == 6
 
