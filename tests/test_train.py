@@ -151,10 +151,25 @@ def test_held_out_rows_are_answered(family: str, task: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("source", "name"),
-    [("news/train.jsonl", "news"), ("news/Rows.csv", "Rows"), ("news/training.parquet", "news"), ("hub:a/b", "a/b")],
+    [
+        ("news/train.jsonl", "news"),
+        ("news/Rows.csv", "Rows"),
+        ("news/training.parquet", "news"),
+        ("hub:a/b", "a/b"),
+        ("chatterbot", "chatterbot"),
+        ("train.csv", "recipes"),
+        ("../train.csv", "work"),
+        ("../../train.csv", "train"),  # its folder goes by its user's name
+        ("../../news/train.csv", "news"),
+    ],
 )
-def test_a_split_s_file_goes_by_its_folder_on_a_card(source: str, name: str, tmp_path: Path) -> None:
-    recipe = make_recipe(write_recipe(tmp_path, "SEQ_CLS", "base", data={"source": source}))
+def test_a_split_s_file_goes_by_its_folder_on_a_card(
+    source: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From wherever it is launched."""
+    monkeypatch.setenv("HOME", str(tmp_path / "alice"))
+    content = write_recipe(tmp_path, "SEQ_CLS", "base", data={"source": source})
+    recipe = make_recipe(content, folder=tmp_path / "alice/work/recipes")
     rows = Rows([{"text": "a", "label": "x"}], [], [], ["x"])
     assert card_facts(recipe, rows, recipe.build_task(), words_tokenizer())["datasets"] == [name]
 
