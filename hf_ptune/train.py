@@ -176,7 +176,7 @@ def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None, pairs:
 def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What a recipe and its rows tell a card."""
     given = {k: v for k, v in asdict(recipe.card).items() if v is not None}
-    given.setdefault("datasets", [_data_name(recipe)])
+    given["datasets"] = data_names(recipe)
     own = (*recipe.rates(), recipe.learning_rate_decay)
     rates = zip(("backbone_learning_rate", "head_learning_rate", "learning_rate_decay"), own, strict=True)
     read = {"max_length": task.max_length, "training_rows": task.count(rows.train, tokenizer)}
@@ -192,14 +192,16 @@ def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedToke
     return given | {"example": example} | ({"closing": len(closing_ids(tokenizer))} if closes else {})
 
 
-def _data_name(recipe: Recipe) -> str:
+def data_names(recipe: Recipe) -> list[str]:
     """What data go by on a card: their id on the Hub, or a file's name, or its folder's where the file is a split."""
     source = recipe.data.source
+    if recipe.card.datasets is not None:
+        return recipe.card.datasets
     if source.startswith(HUB):
-        return source.removeprefix(HUB)
+        return [source.removeprefix(HUB)]
     path = Path(os.path.abspath(recipe.folder / source))
     split = path.stem in _TRAINING_SPLITS and path.parent != Path(os.path.expanduser("~"))  # named by its user
-    return path.parent.name or path.stem if split else path.stem
+    return [path.parent.name or path.stem if split else path.stem]
 
 
 def train_on(trainer: Trainer, *recipes: Recipe) -> None:

@@ -30,6 +30,7 @@ from hf_ptune.arguments import make_arguments, settle_arguments
 from hf_ptune.callbacks import LearningCallback, MemoryCallback, check_batch
 from hf_ptune.callbacks.learning import TASK_LOSS
 from hf_ptune.callbacks.model_card import gather_facts
+from hf_ptune.cards import public_name
 from hf_ptune.data import Rows, load_rows
 from hf_ptune.endings import let_end
 from hf_ptune.engines import at_end, counting_steps
@@ -54,6 +55,7 @@ from hf_ptune.tasks.generation import GenerationTask
 from hf_ptune.train import (
     card_facts,
     command,
+    data_names,
     evaluate,
     leave,
     make_config,
@@ -333,6 +335,15 @@ def _finish(
     save_tokenizer(trainer.processing_class, folder)
     part = trainer.parts[name]
     told = card_facts(recipe.tasks[name], part.rows, part.task, trainer.processing_class)
+    told["hyperparameters"] |= {"temperature": recipe.temperature}
+    others = [
+        f"{other} ({one.task}: {', '.join(map(public_name, data_names(one)))})"
+        for other, one in recipe.tasks.items()
+        if other != name
+    ]
+    if others:
+        further = f"Its prompt was trained for {', '.join(others)} too; data and training rows above are its own alone."
+        told["limits"] = [*told.get("limits", []), further]
     facts = gather_facts(trainer.args, trainer.state, model, told)
     facts.metrics = [metrics]
     finish_folder(model, folder, _repository(trainer.args, name), facts=facts)

@@ -168,6 +168,20 @@ def test_a_task_whose_name_begins_another_s_has_its_own_metrics_alone(content: d
     assert facts.metrics == [found["when"]]
 
 
+def test_a_card_names_the_tasks_that_the_prompt_was_trained_for_too(content: dict[str, Any], tmp_path: Path) -> None:
+    content["tasks"][0]["card"] = {"datasets": [str(tmp_path / "dates.csv"), "user/days"], "limits": ["Short ones."]}
+    content["training"] |= {"max_steps": 1}
+    run(make_multitask_recipe(content | {"temperature": 2}, folder=tmp_path))
+    cards = {name: (tmp_path / "out/adapter" / name / "README.md").read_text() for name in ("when", "letters")}
+    beside = "too; data and training rows above are its own alone."
+    assert f"- Short ones.\n- Its prompt was trained for letters (TOKEN_CLS: TOKEN_CLS) {beside}\n" in cards["when"]
+    assert f"- Its prompt was trained for when (SEQ_CLS: dates.csv, user/days) {beside}\n" in cards["letters"]
+    assert all("| `temperature` | 2.0 |" in card and str(tmp_path) not in card for card in cards.values())
+    content["tasks"] = content["tasks"][:1]
+    run(make_multitask_recipe(content, folder=tmp_path))
+    assert RunFacts.load(tmp_path / "out/adapter/when").limits == ["Short ones."]
+
+
 def test_tasks_over_a_decoder_have_its_rate(content: dict[str, Any], tmp_path: Path) -> None:
     content["base"] = write_base(tmp_path / "decoder", "llama", "SEQ_CLS")
     del content["training"]["learning_rate"], content["training"]["num_train_epochs"]
