@@ -30,11 +30,11 @@ _CHANGED_BY = {
 _HELD_OUT = "held-out rows"
 _STEP = "rows a step"
 _LEARNED = ("labels", "start_positions", "end_positions")
-# a checkpoint's optimizer goes on with settings of its own, whatever is asked for, and the seed says which rows are
+# a checkpoint's optimizer goes on with settings of its own, whatever is asked for, and the seeds say which rows are
 # still to come
 _OF_OPTIMIZERS: tuple[str, ...] = ("learning_rate", "optim", "optim_args", "weight_decay")
 _OF_OPTIMIZERS += ("adam_beta1", "adam_beta2", "adam_epsilon")
-_SHARED = {"seed": "seed"} | {name: f"training.{name}" for name in _OF_OPTIMIZERS}
+_SHARED = {"seed": "seed", "data_seed": "training.data_seed"} | {name: f"training.{name}" for name in _OF_OPTIMIZERS}
 # schedules that follow measurements, whose settings a checkpoint keeps; all others are made anew from the recipe's
 MEASURING = ("reduce_lr_on_plateau", "greedy")
 _SCHEDULE: tuple[str, ...] = ("training.lr_scheduler_type", "training.lr_scheduler_kwargs")

@@ -198,7 +198,8 @@ class MultiTaskTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         dataset: Any = train_dataset or self.train_dataset
-        return TaskSampler(dataset.sizes, self._train_batch_size, self.temperature, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return TaskSampler(dataset.sizes, self._train_batch_size, self.temperature, seed)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """What any Trainer computes, which is kept by task."""

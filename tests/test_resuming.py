@@ -163,6 +163,10 @@ def test_checkpoints_go_on_that_are_older_than_an_option(content: dict[str, Any]
     settings = json.loads(path.read_text())
     assert settings.pop("head_states") == "last"
     path.write_text(json.dumps(settings))
+    told = path.with_name("ptune_run.json")
+    facts = json.loads(told.read_text())
+    assert facts.pop("training.data_seed") == "None"
+    told.write_text(json.dumps(facts))
     content["training"] |= {"max_steps": 4, "save_steps": 4}
     run(make_recipe(content, folder=tmp_path))
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
@@ -206,6 +210,7 @@ def test_another_commit_of_the_base_is_refused(tmp_path: Path) -> None:
         ({"training": {"adam_beta2": 0.9}}, "training.adam_beta2 is 0.999 there and 0.9 here"),
         ({"training": {"optim_args": "fused=false"}}, "training.optim_args is None there and fused=false here"),
         ({"seed": 7}, "seed is .* there and 7 here"),
+        ({"training": {"data_seed": 7}}, "training.data_seed is None there and 7 here"),
         ({"split": 3}, r"its training rows are others \(data.source, .*; its training labels are others"),
         ({"labels": ["late", "early"]}, r"labels is \['early', 'late'\] there and \['late', 'early'\] here"),
     ],

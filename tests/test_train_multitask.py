@@ -312,6 +312,17 @@ def test_tasks_are_measured_whole_and_in_order(content: dict[str, Any], tmp_path
     assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
 
 
+def test_the_order_of_rows_has_a_seed_of_its_own(content: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer, orders = load_tokenizer(content["base"]), []
+    for seed, of_rows in ((1, None), (1, 0), (2, 0), (0, None)):
+        changes = {"seed": seed, "training": content["training"] | {"data_seed": of_rows}}
+        recipe = make_multitask_recipe(content | changes, folder=tmp_path)
+        model, parts = build(recipe, tokenizer)
+        trainer = MultiTaskTrainer(model, make_arguments(recipe.shared), parts, tokenizer)
+        orders.append(list(trainer._get_train_sampler()))
+    assert orders[0] != orders[1] == orders[2] == orders[3]
+
+
 def test_a_run_that_does_not_learn_is_warned_and_finished(
     content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
