@@ -111,7 +111,7 @@ class Sweep:
         if best is None:
             return "no run of the grid succeeded"
         length = "" if best[1] is None else f" --options.num_virtual_tokens={best[1]}"
-        return f"{self.command} --training.learning_rate={best[0]:g}{length}"
+        return f"{self.command} --training.learning_rate={float(best[0])!r}{length}"
 
     def table(self, markdown: bool = False) -> str:
         """Lengths down, learning rates across; `*` marks the best, `!` what the watch on learning warned of."""
@@ -215,7 +215,7 @@ def sweep(
             said = trial.metrics.get(task.metric)
             bar.set_postfix_str(f"{place[0]:g}, {place[1]} tokens: " + ("failed" if said is None else f"{said:.3f}"))
     if head is not None and recipe.head_learning_rate is None:
-        command += f" --head_learning_rate={head:g}"
+        command += f" --head_learning_rate={head!r}"
     found = Sweep(done, task.metric, command)
     _write_table(found, folder, len(rows.held_out))
     return found

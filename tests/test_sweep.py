@@ -16,7 +16,7 @@ import hf_ptune.sweep as module
 from hf_ptune.cli import main
 from hf_ptune.defaults import defaults_of
 from hf_ptune.errors import RecipeError
-from hf_ptune.recipe import Recipe, make_recipe
+from hf_ptune.recipe import Recipe, make_recipe, read_recipe
 from hf_ptune.sweep import Sweep, Trial, report, sweep
 
 
@@ -275,6 +275,12 @@ def test_tables() -> None:
     ]
     assert trials((1e-3, 4, 0, None)).best() is None
     assert "no run" in trials((1e-3, 4, 0, None)).best_command()
+
+
+@pytest.mark.parametrize("rate", [0.0123456789, 1.23456789e-05, 1])
+def test_the_best_command_names_the_rate_that_was_measured(rate: float, recipe: Recipe, tmp_path: Path) -> None:
+    override = replace(trials((rate, 4, 0, 0.5)), command="").best_command().split()[0]
+    assert read_recipe(tmp_path / "recipe.yaml", [override]).training["learning_rate"] == rate
 
 
 def test_no_plot_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
