@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_ptune.errors import RecipeError
@@ -115,3 +115,19 @@ def settle_arguments(arguments: TrainingArguments, recipe: Recipe, pairs: bool, 
         return arguments
     # anew, and not in place: an engine's own file may have taken rates of them
     return make_arguments(recipe, pairs, causal)
+
+
+def check_batches(trainer: Trainer) -> None:
+    """Refuse training rows of which `dataloader_drop_last` leaves no batch.
+
+    Raises:
+        RecipeError: they fill none.
+    """
+    arguments = trainer.args
+    if arguments.dataloader_drop_last and not len(trainer.get_train_dataloader()):
+        rows, batch = len(trainer.train_dataset), arguments.train_batch_size * arguments.world_size
+        raise RecipeError(
+            f"{rows} rows to train on fill no batch of {batch} (training.per_device_train_batch_size times processes), "
+            "and training.dataloader_drop_last drops what is not full; lower per_device_train_batch_size, or leave "
+            "dataloader_drop_last out."
+        )

@@ -26,7 +26,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import ADAPTER_FOLDER, WEIGHTS_NAME
-from hf_ptune.arguments import make_arguments, settle_arguments
+from hf_ptune.arguments import check_batches, make_arguments, settle_arguments
 from hf_ptune.backbone import TASKS, anchored
 from hf_ptune.callbacks import (
     BestMetricCallback,
@@ -253,14 +253,18 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
 ) -> TaskTrainer:
-    """Put a Trainer around a model, watched by the callbacks."""
+    """Put a Trainer around a model, watched by the callbacks.
+
+    Raises:
+        PTuneError: rows do not fit the model, or fill no batch.
+    """
     task = recipe.build_task()
     scorer = task.scorer(tokenizer, rows.labels)
     train = task.encode(rows.train, tokenizer, rows.labels)
     held_out = task.encode(rows.held_out, tokenizer, rows.labels, held_out=True)
     check_features(model, task, tokenizer, train)
     check_features(model, task, tokenizer, held_out, held_out=True)
-    return TaskTrainer(
+    trainer = TaskTrainer(
         task=task,
         labels=rows.labels,
         model=model,
@@ -280,6 +284,8 @@ def make_trainer(
             *scheduling(recipe),
         ],
     )
+    check_batches(trainer)
+    return trainer
 
 
 def scheduling(recipe: Recipe) -> list[TrainerCallback]:

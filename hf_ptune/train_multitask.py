@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_utils import align_special_tokens
 
 from hf_ptune.adapter_file import ADAPTER_FOLDER
-from hf_ptune.arguments import make_arguments, settle_arguments
+from hf_ptune.arguments import check_batches, make_arguments, settle_arguments
 from hf_ptune.callbacks import LearningCallback, MemoryCallback, check_batch
 from hf_ptune.callbacks.learning import TASK_LOSS
 from hf_ptune.callbacks.model_card import gather_facts
@@ -291,6 +291,7 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
     trainer = MultiTaskTrainer(
         model, arguments, parts, tokenizer, recipe.temperature, callbacks=watched_by, optimizer_cls_and_kwargs=rates
     )
+    check_batches(trainer)
     for name, part in parts.items():
         check_features(model.model_of(name), part.task, tokenizer, part.train)
         for features in filter(None, (part.held_out, part.test)):

@@ -37,6 +37,14 @@ def path(tmp_path: Path) -> str:
         (["--training.prediction_loss_only=true"], ["training.prediction_loss_only is true", "leave it out"]),
         (["--training.bf16_full_eval=true"], ["it casts the model for good", "bf16: true evaluates", "leave it out"]),
         (["--training.fp16_full_eval=true"], ["training.fp16_full_eval is true", "bf16: true evaluates"]),
+        (
+            ["--training.dataloader_drop_last=true", "--training.per_device_train_batch_size=31"],
+            ["30 rows to train on fill no batch of 31", "leave dataloader_drop_last out"],
+        ),
+        (
+            [f"--training.{k}" for k in ("dataloader_drop_last=true", "per_device_train_batch_size=31", "max_steps=3")],
+            ["30 rows to train on fill no batch of 31"],
+        ),
         (["--training.metric_for_best_model=acc"], ["'acc', which is not measured", "of accuracy, f1_macro, loss."]),
         (
             ["--options.prompt_tuning_init=ADAPTER", "--options.prompt_tuning_init_adapter=out/nope"],

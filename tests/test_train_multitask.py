@@ -312,6 +312,17 @@ def test_tasks_are_measured_whole_and_in_order(content: dict[str, Any], tmp_path
     assert found[1] == pytest.approx(found[0]) and found[2] == pytest.approx(found[0])
 
 
+def test_rows_that_fill_no_batch_are_refused(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there are more processes than batches: a process by itself fills its batches up."""
+    content["training"] |= {"dataloader_drop_last": True, "per_device_train_batch_size": 64, "max_steps": 1}
+    assert len(run(make_multitask_recipe(content, folder=tmp_path))) == 2
+    monkeypatch.setattr(MultiTaskTrainer, "get_train_dataloader", lambda self: [])
+    with pytest.raises(RecipeError, match="48 rows to train on fill no batch of 64 .* leave dataloader_drop_last out"):
+        run(make_multitask_recipe(content, folder=tmp_path))
+
+
 def test_the_order_of_rows_has_a_seed_of_its_own(content: dict[str, Any], tmp_path: Path) -> None:
     tokenizer, orders = load_tokenizer(content["base"]), []
     for seed, of_rows in ((1, None), (1, 0), (2, 0), (0, None)):
