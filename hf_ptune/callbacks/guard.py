@@ -233,6 +233,8 @@ def _check_adapter_gradients(model: PTunePreTrainedModel) -> None:
             f"every gradient of {'the prompt' if prompt else 'the adapter'} is zero, expected others. "
             "Check that labels are not all -100 and that the attention mask leaves tokens to attend from."
         )
+    if model.task == "MULTIPLE_CHOICE":  # a bias that is added to every choice has none
+        zero -= {n for n in zero if n.endswith(".bias") and named[n].numel() == 1}
     if zero:
         logger.warning(f"gradients that are zero in the first batch, as a start at zero makes them: {some(zero)}")
 

@@ -14,6 +14,7 @@ from transformers import (
     BartForConditionalGeneration,
     BartForQuestionAnswering,
     BartForSequenceClassification,
+    BertForMultipleChoice,
     GPT2Config,
     GPT2LMHeadModel,
     RobertaConfig,
@@ -70,6 +71,27 @@ def test_training_is_the_same_with_and_without_guard(tmp_path: Path, method: str
         ends.append((tensors(model), random.random(), np.random.rand(), torch.rand(1)))
     assert all(torch.equal(t, ends[1][0][n]) for n, t in ends[0][0].items())
     assert ends[0][1:3] == ends[1][1:3] and torch.equal(ends[0][3], ends[1][3])
+
+
+@pytest.mark.parametrize(
+    ("stopped", "told"), [([], ""), (["backbone.classifier.weight"], "makes them: backbone.classifier.weight\n")]
+)
+def test_a_bias_that_all_choices_share_has_no_gradient(
+    stopped: list[str], told: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    torch.manual_seed(0)
+    model = wrap(BertForMultipleChoice(bert().config))
+    rows = Rows(classes=2)
+    choices = [torch.stack([rows[k]["input_ids"], rows[k + 1]["input_ids"]]) for k in range(2)]
+    inputs = {"input_ids": torch.stack(choices), "labels": torch.tensor([0, 1])}
+    model(**inputs).loss.backward()
+    bias = model.get_parameter("backbone.classifier.bias")
+    assert bias.grad is not None and bias.grad.abs() < 1e-6
+    for parameter in (bias, *map(model.get_parameter, stopped)):
+        parameter.register_hook(torch.zeros_like)  # as it is but for rounding
+    check_batch(model, inputs)
+    assert "".join(f"{r.getMessage()}\n" for r in caplog.records).endswith(told) and bool(caplog.records) == bool(told)
 
 
 def test_existing_gradients_are_kept() -> None:
