@@ -12,7 +12,7 @@ from hf_ptune.backbone import POOLER, anchored, has_fresh_pooler, keep_pooler, t
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, shorten
 from hf_ptune.injection import complaint, embeddings_agree, prompts_agree
-from hf_ptune.methods import PromptKind
+from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.modeling_ptune import CLASSES, PTunePreTrainedModel
 from hf_ptune.pinning import UNPINNED, find_commit
 from hf_ptune.position_tables import positions_of_prompt, token_room
@@ -91,7 +91,7 @@ def get_ptune_model(backbone: PreTrainedModel, config: PTuneConfig, tokenizer: A
             f"encoder_dropout={config.encoder_dropout} changes nothing: it is for the MLP of prefix_tuning, and for an "
             "LSTM of several layers in p_tuning. Leave it out, or take prefix_dropout, on the prompt itself."
         )
-    if model.prompt is not None and config.geometry["skipped"]:
+    if get_method(config.method).kind is PromptKind.PREFIX and config.geometry["skipped"]:
         logger.warning(f"layers without attention take no prefix: {', '.join(config.geometry['skipped'])}")
     return model
 

@@ -1,6 +1,7 @@
 """Families with habits of their own: gates over all scores, blocks in place of full attention, ids that are read."""
 
 import functools
+import unittest.mock
 from typing import Any
 
 import pytest
@@ -114,6 +115,24 @@ def test_a_rotary_encoder_decoder_generates(method: str) -> None:
     model = get_ptune_model(AutoModelForSeq2SeqLM.from_config(config), PTuneConfig(method=method)).eval()
     written = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, min_new_tokens=3, decoder_start_token_id=2)
     assert written.shape == (1, 4)
+
+
+@pytest.mark.parametrize("family", ["led", "longt5"])
+def test_an_encoder_of_windows_that_takes_no_prefix_is_told(family: str) -> None:
+    sizes: dict[str, Any] = {"d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
+    if family == "led":
+        parts = {"layers": 2, "attention_heads": 4, "ffn_dim": 37}
+        sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in parts.items()}
+        sizes |= {f"max_{side}_position_embeddings": 64 for side in ("encoder", "decoder")} | {"attention_window": 4}
+    base = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, vocab_size=99, d_model=32, **sizes)).eval()
+    with unittest.mock.patch("hf_ptune.wrapping.logger.warning") as said:
+        model = get_ptune_model(base, PTuneConfig(num_virtual_tokens=4))
+        assert {s["where"] for s in model.config.geometry["sites"]} == {"decoder", "cross"}
+        layers = [f"encoder.{'layers' if family == 'led' else 'block'}.{n}" for n in range(2)]
+        assert model.config.geometry["skipped"] == layers
+        said.assert_called_once_with(f"layers without attention take no prefix: {', '.join(layers)}")
+        get_ptune_model(model.unwrap(), PTuneConfig(method="prompt_tuning", num_virtual_tokens=4))  # among the inputs
+        said.assert_called_once()
 
 
 def test_paged_caches_are_refused() -> None:

@@ -256,12 +256,14 @@ def _where(body: PreTrainedModel, name: str, key: Tensor) -> str:
 
 
 def _layers_without(body: PreTrainedModel, found: list[str]) -> list[str]:
-    """Members of the layer lists in which no attention was seen."""
+    """Members of the layer lists in which no attention was seen, in parts of them or, in encoder-decoders, in all."""
     skipped: list[str] = []
     lists = [n for n, m in body.named_modules() if isinstance(m, nn.ModuleList)]
     for name in lists:
         nested = any(name.startswith(other + ".") for other in lists)
-        if nested or not any(f.startswith(name + ".") for f in found):
+        # LED's encoder attends by windows alone
+        whole = body.config.is_encoder_decoder and name.rpartition(".")[0] in ("encoder", "decoder")
+        if nested or not (whole or any(f.startswith(name + ".") for f in found)):
             continue
         module = body.get_submodule(name)
         assert isinstance(module, nn.ModuleList)
