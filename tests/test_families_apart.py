@@ -141,6 +141,22 @@ def test_paged_caches_are_refused() -> None:
         model.generate_batch(batch("llama")["input_ids"].tolist())
 
 
+def test_probabilities_that_are_laid_out_anew_are_reported() -> None:
+    """XLNet permutes them by an einsum of one operand."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 37}
+    base = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("xlnet", vocab_size=99, **sizes)).eval()
+    ids = torch.randint(5, 99, (2, 9))
+    with torch.no_grad():
+        whole = base(input_ids=ids, output_attentions=True).attentions
+        model = get_ptune_model(base, PTuneConfig(num_virtual_tokens=4)).eval()
+        output = model(input_ids=ids, output_attentions=True)
+        assert torch.equal(output.logits, model(input_ids=ids).logits)
+    for found, expected in zip(output.attentions, whole, strict=True):
+        assert found.shape == expected.shape == (2, 4, 9, 9)
+        assert (found.sum(-1) < expected.sum(-1) - 0.1).all()  # the prefix has the rest
+
+
 @pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
 def test_layers_that_look_tokens_up_again_take_prefixes_alone(method: str) -> None:
     """Gemma 4 finds the ids of given embeddings, which a prompt does not have."""

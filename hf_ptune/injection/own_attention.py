@@ -236,7 +236,7 @@ class ScoreShadow(TorchFunctionMode):
         if number in self.normalised:
             if func in _PRODUCTS and args[0] is own:
                 return self._values(func(*args, **kwargs), shadow, args[1], None, number)
-            if func is torch.einsum and _operands(args)[0] is own:
+            if func is torch.einsum and len(_operands(args)) == 2 and _operands(args)[0] is own:
                 axes = _Einsum.of_values(args)
                 value = axes.standard(_operands(args)[1], axes.second)
                 return self._values(func(*args, **kwargs), shadow, value, axes, number)
