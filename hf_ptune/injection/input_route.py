@@ -58,6 +58,7 @@ class InputRoute:
     def _after_encoder(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not self.active():
             return None
+        _check_pooled(module, output, kwargs["inputs_embeds"])
         return self.inputs.cut(output, self.virtual, kwargs.get("attention_mask"))
 
     def _after_encoder_of_two(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -102,3 +103,17 @@ class InputRoute:
         own = states.shape[1] - self.virtual
         cut = embeddings.cut_encoder_fields(output, at, self.virtual, own)
         return cut.to_tuple() if as_tuple else cut
+
+
+def _check_pooled(encoder: nn.Module, output: Any, embeds: Tensor) -> None:
+    """Refuse states `[B, N, H]` that stand for several tokens each, as Funnel's do, and their attentions."""
+    reports = (t for name in ("hidden_states", "attentions") for t in getattr(output, name, None) or ())
+    fewest = min(t.shape[-2] for t in (output[0], *reports) if isinstance(t, Tensor))
+    if fewest < embeds.shape[1]:
+        pools = output[0].shape[1] < embeds.shape[1]
+        cure = "" if pools else " Leave output_hidden_states and output_attentions out, or take"
+        raise InjectionError(
+            f"{type(encoder).__name__} gives {fewest} states for {embeds.shape[1]} tokens, from which a prompt among "
+            f"its inputs cannot be taken out.{cure or ' Take'} a method that puts nothing there: p_tuning_v2, "
+            "prefix_tuning, bitfit."
+        )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_ptune.errors import DEVICE_FAILURES, BackboneError, PTuneError
+from hf_ptune.errors import DEVICE_FAILURES, BackboneError, InjectionError, PTuneError
 from hf_ptune.injection import attention, own_attention, sites
 from hf_ptune.injection.calls import parameters_of
 from hf_ptune.injection.embeddings import word_embeddings
@@ -193,7 +193,7 @@ def complaint(body: PreTrainedModel) -> str | None:
     try:
         with probing(body), sparse_as_it_was(body), torch.no_grad():
             run_on_tokens(body)
-    except BackboneError as error:
+    except (BackboneError, InjectionError) as error:
         return str(error.__cause__ or error)
     return None
 

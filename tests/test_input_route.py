@@ -1,0 +1,65 @@
+"""What encoders make of their inputs by themselves, and do beside a prompt among them: pooled states, pads, types."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+
+from hf_ptune import PTuneConfig, get_ptune_model
+from hf_ptune.errors import BackboneError, InjectionError
+
+AMONG_INPUTS = ["prompt_tuning", "p_tuning"]
+_SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "embedding_size": 32,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_SIZES: dict[str, dict[str, Any]] = {
+    "funnel": {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 37, "block_sizes": [1, 1], "num_decoder_layers": 1},
+    "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4},
+    "flaubert": {"emb_dim": 32, "n_layers": 2, "n_heads": 4},
+}
+
+
+def _base(family: str, auto: Any = AutoModelForTokenClassification) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=99, **_SIZES.get(family, _SMALL))
+    base: PreTrainedModel = auto.from_config(config)
+    return base.double().eval()
+
+
+@pytest.mark.parametrize("method", AMONG_INPUTS)
+@pytest.mark.parametrize("virtual", [1, 4, 20])
+@pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForMultipleChoice])
+def test_states_that_are_pooled_leave_no_prompt_to_be_taken_out(auto: Any, virtual: int, method: str) -> None:
+    """Funnel's encoder gives one state for two tokens, or more."""
+    base = _base("funnel", auto)
+    with pytest.raises(BackboneError, match="FunnelBaseModel gives .* states for .*p_tuning_v2, prefix_tuning, bitfit"):
+        get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=virtual))
+    model = get_ptune_model(base, PTuneConfig(num_virtual_tokens=virtual)).eval()
+    ids = torch.randint(5, 99, (1, 2, 16) if auto is AutoModelForMultipleChoice else (1, 16))
+    assert len(model(input_ids=ids, output_hidden_states=True).hidden_states) == 3
+
+
+@pytest.mark.parametrize("auto", [AutoModelForTokenClassification, AutoModelForQuestionAnswering])
+def test_pooled_states_are_not_reported_beside_a_prompt(auto: Any) -> None:
+    """Funnel's decoder brings them back to the length of the text, from which the prompt is taken out."""
+    model = get_ptune_model(_base("funnel", auto), PTuneConfig(method="prompt_tuning", num_virtual_tokens=4)).eval()
+    ids = torch.randint(5, 99, (2, 16))
+    assert model(input_ids=ids)[0].shape[:2] == ids.shape
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(InjectionError, match="gives 10 states for 20 tokens.*Leave output_hidden_states"):
+            model(input_ids=ids, **{name: True})
+        with model.disable_adapter():
+            assert model(input_ids=ids, **{name: True})[0].shape[:2] == ids.shape
