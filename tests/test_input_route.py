@@ -63,3 +63,25 @@ def test_pooled_states_are_not_reported_beside_a_prompt(auto: Any) -> None:
             model(input_ids=ids, **{name: True})
         with model.disable_adapter():
             assert model(input_ids=ids, **{name: True})[0].shape[:2] == ids.shape
+
+
+@pytest.mark.parametrize("method", AMONG_INPUTS)
+@pytest.mark.parametrize("family", ["xlm", "flaubert"])
+def test_pads_that_a_base_tells_by_their_ids_stay_pads(family: str, method: str) -> None:
+    """Where they are given no mask, XLM and Flaubert count the ids that are no pads."""
+    base, ids = _base(family), torch.randint(5, 99, (3, 9))
+    ids[1, 6:] = ids[2, 2:] = base.config.pad_index
+    mask = ids.ne(base.config.pad_index)
+    with torch.no_grad():
+        expected = base(input_ids=ids).logits
+        model = get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=4)).eval()
+        for parameter in model.prompt.parameters():
+            parameter.normal_(0, 0.5)
+        found = model(input_ids=ids).logits
+        assert torch.allclose(found[mask], model(input_ids=ids, attention_mask=mask.long()).logits[mask], atol=1e-9)
+        assert torch.allclose(found[2, :2], model(input_ids=ids[2:, :2]).logits[0], atol=1e-9)
+        inputs = model._injector.inputs
+        named = inputs.insert(model.prompt()[:0], {"input_ids": ids})
+        with model.disable_adapter():
+            assert torch.allclose(base.base_model(**named)[0], base.base_model(input_ids=ids)[0], atol=1e-9)
+            assert torch.equal(model(input_ids=ids).logits, expected)

@@ -65,6 +65,9 @@ class InputPrompt:
         rows = prompt[None].expand(batch, -1, -1)
         positions = self._positions(ids, named, batch, length, embeds.device)
         named["inputs_embeds"] = splice(embeds, rows, at)
+        if mask is None and ids is not None and "lengths" in self.accepted and named.get("lengths") is None:
+            pad: Any = self.encoder.pad_index
+            named["lengths"] = ids.ne(pad).sum(1)  # as XLM and Flaubert count them of ids that have no mask
         if mask is not None:
             named["attention_mask"] = splice(mask, mask.new_ones(batch, virtual), at)
         if (types := named.get("token_type_ids")) is not None:
