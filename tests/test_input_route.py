@@ -85,3 +85,21 @@ def test_pads_that_a_base_tells_by_their_ids_stay_pads(family: str, method: str)
         with model.disable_adapter():
             assert torch.allclose(base.base_model(**named)[0], base.base_model(input_ids=ids)[0], atol=1e-9)
             assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize("method", AMONG_INPUTS)
+@pytest.mark.parametrize("family", ["convbert", "bert", "electra", "ernie", "roberta"])
+def test_rows_of_full_length_need_no_types(family: str, method: str) -> None:
+    """Types that a base has for as many tokens as it has positions do for no prompt besides."""
+    base = _base(family)
+    table = base.base_model.embeddings
+    offset = 0 if table.position_embeddings.padding_idx is None else table.position_embeddings.padding_idx + 1
+    model = get_ptune_model(base, PTuneConfig(method=method, num_virtual_tokens=4)).eval()
+    for length in (64 - offset, 9):
+        ids = torch.randint(5, 99, (2, length))
+        with torch.no_grad():
+            found = model(input_ids=ids).logits
+            assert torch.equal(found, model(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits)
+            del table.token_type_ids  # the base makes zeros itself then
+            assert torch.equal(found, model(input_ids=ids).logits)
+        table.register_buffer("token_type_ids", torch.zeros(1, 64, dtype=torch.long), persistent=False)

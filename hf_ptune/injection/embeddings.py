@@ -70,7 +70,12 @@ class InputPrompt:
             named["lengths"] = ids.ne(pad).sum(1)  # as XLM and Flaubert count them of ids that have no mask
         if mask is not None:
             named["attention_mask"] = splice(mask, mask.new_ones(batch, virtual), at)
-        if (types := named.get("token_type_ids")) is not None:
+        types = named.get("token_type_ids")
+        table = getattr(self.encoder, "embeddings", None)
+        if types is None and "token_type_ids" in self.accepted and hasattr(table, "token_type_ids"):
+            # ConvBERT has as many of its own as it has positions
+            types = torch.zeros(batch, length, dtype=torch.long, device=embeds.device)
+        if types is not None:
             named["token_type_ids"] = splice(types, types[:, :1].expand(batch, virtual, *types.shape[2:]), at)
         if (lengths := named.get("lengths")) is not None:  # XLM's, of rows in place of a mask
             named["lengths"] = lengths + virtual
