@@ -88,7 +88,10 @@ def row_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     given = (*(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "inputs")), *args[:1])
     rows, cache = next((t for t in given if isinstance(t, Tensor)), None), cache_of(kwargs)
     before = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-    return 0 if rows is None else rows.shape[1] + before
+    if rows is None:
+        return 0
+    axis = -2 if rows.is_floating_point() else -1  # [.., S, H] or [.., S], of choices too
+    return int(rows.shape[axis]) + before
 
 
 @contextmanager

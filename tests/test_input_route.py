@@ -15,6 +15,7 @@ from transformers import (
 
 from hf_ptune import PTuneConfig, get_ptune_model
 from hf_ptune.errors import BackboneError, InjectionError
+from hf_ptune.position_tables import token_room
 
 AMONG_INPUTS = ["prompt_tuning", "p_tuning"]
 _SMALL: dict[str, Any] = {
@@ -103,3 +104,19 @@ def test_rows_of_full_length_need_no_types(family: str, method: str) -> None:
             del table.token_type_ids  # the base makes zeros itself then
             assert torch.equal(found, model(input_ids=ids).logits)
         table.register_buffer("token_type_ids", torch.zeros(1, 64, dtype=torch.long), persistent=False)
+
+
+@pytest.mark.parametrize("auto", [AutoModelForTokenClassification, AutoModelForMultipleChoice])
+def test_choices_without_a_position_left_are_answered_with_the_room_there_is(auto: Any) -> None:
+    """RoFormer counts the tokens of a prompt among its inputs."""
+    base = _base("roformer", auto)
+    axes = (2, 3) if auto is AutoModelForMultipleChoice else (2,)
+    model = get_ptune_model(base, PTuneConfig(method="prompt_tuning", num_virtual_tokens=4)).eval()
+    assert token_room(model) == 60
+    ids = torch.full((*axes, 61), 5)
+    model(input_ids=ids[..., :60])
+    for given in ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids)}):
+        with pytest.raises(InjectionError, match="rows of up to 60 fit"):
+            model(**given)
+    with pytest.raises(IndexError):  # ids that are no words are no matter of positions
+        model(input_ids=torch.full((*axes, 3), 1000))
