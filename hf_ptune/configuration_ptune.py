@@ -1,12 +1,14 @@
 """The configuration of an adapter: the method, its options, and the base it belongs to."""
 
 import copy
+import functools
 import os
 from dataclasses import field
 from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from hf_ptune.adapter_file import MODEL_TYPE
@@ -61,6 +63,22 @@ _FROM_BASE = (
 )
 
 
+def _in_our_words(made: type["PTuneConfig"]) -> type["PTuneConfig"]:
+    """Let the constructor raise an error of this package for fields of a wrong type, which `strict` checks."""
+    init = made.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            raise ConfigError(shorten(error)) from error
+
+    made.__init__ = __init__  # type: ignore[method-assign]
+    return made
+
+
+@_in_our_words
 @strict(accept_kwargs=True)
 class PTuneConfig(PreTrainedConfig):
     """Describe an adapter: method, options, and the base it was trained on.
@@ -258,9 +276,9 @@ class PTuneConfig(PreTrainedConfig):
             settings = without(config_dict, _UP_TO_THE_LOADER)
             check_counts(settings)
             return super().from_dict(settings, **kwargs)
-        except PTuneError:
-            raise
         except Exception as error:  # whatever a field raises that holds something else
+            if isinstance(error, PTuneError) and not isinstance(error.__cause__, StrictDataclassError):
+                raise
             names = sorted({*kwargs} - {"return_unused_kwargs", "name_or_path"})
             given = f", or correct what was given besides: {', '.join(names)}" if names else ""
             raise ConfigError(

@@ -119,6 +119,19 @@ def test_an_adapter_of_peft_inside_is_refused(wrap: Wrap) -> None:
     assert model.prompt is not None and all(p.requires_grad for p in model.prompt.parameters())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"num_virtual_tokens": value} for value in (4.0, "4", True, None)] + [{"method": None}, {"layers": "0"}],
+)
+def test_options_of_a_wrong_type_are_refused_as_others_are(options: dict[str, Any]) -> None:
+    name, value = next(iter(options.items()))
+    with pytest.raises(ConfigError, match=f"'{name}'.* got {type(value).__name__} ") as refused:
+        PTuneConfig(**options)
+    with pytest.raises(ConfigError, match="describes no adapter .*; restore config.json") as read:
+        PTuneConfig.from_dict(options)
+    assert str(refused.value) in str(read.value)
+
+
 def test_options_that_nothing_reads_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("hf_ptune.wrapping.logger.warning", said.append)
