@@ -146,9 +146,10 @@ def blaming(base: str, cure: str = _A_BASE) -> Iterator[None]:
     except Exception as error:  # whatever a family or a file raises, the cure is the same
         if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
             cure = ". Ask for access on its page of the Hub, and log in (hf auth login) or pass token=."
-        raise BackboneError(
-            f"the base {base!r} cannot be loaded ({type(error).__name__}: {shorten(error, 600)}){cure}"
-        ) from error
+        said = f"{type(error).__name__}: {shorten(error, 600)}"
+        if not is_hub_id(base) and not base.startswith(_PACKAGE) and not Path(base).exists():
+            said = f"there is no folder {Path(base).absolute()}"
+        raise BackboneError(f"the base {base!r} cannot be loaded ({said}){cure}") from error
 
 
 def check_family(task: str, base: str, config: PreTrainedConfig) -> None:

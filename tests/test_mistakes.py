@@ -12,7 +12,7 @@ from test_train import write_base, write_recipe
 from hf_ptune import PTuneConfig
 from hf_ptune.cli import main
 from hf_ptune.errors import BackboneError, RecipeError
-from hf_ptune.fresh_base import load_base
+from hf_ptune.fresh_base import load_base, load_tokenizer
 from hf_ptune.sources import read_hub
 
 
@@ -80,6 +80,14 @@ def test_a_base_of_another_family(family: str, task: str, able: str, tmp_path: P
     base = write_base(tmp_path / "base", family, able)
     with pytest.raises(BackboneError, match=f"is a {family}, which has no model for {task}; it has one for .*{able}"):
         load_base(base, task)
+
+
+@pytest.mark.parametrize("base", ["../models/bert", "./bert", "a/b/c"])
+def test_a_relative_folder_that_is_not_there(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for load in (load_tokenizer, lambda name: load_base(name, "SEQ_CLS")):
+        with pytest.raises(BackboneError, match=re.escape(f"{base!r} cannot be loaded (there is no folder {tmp_path}")):
+            load(base)
 
 
 def test_files_of_the_hub_that_cannot_be_cast(monkeypatch: pytest.MonkeyPatch) -> None:
