@@ -407,10 +407,10 @@ def ends_training(logs: dict[str, Any]) -> bool:
 
 
 def _of_training(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """A history without what was measured after training, maybe of the best model, at steps measured before."""
+    """A history without what was measured again after training, maybe of the best model, at steps measured before."""
     end = max((n for n, entry in enumerate(history) if ends_training(entry)), default=len(history))
-    known = {e.get("step") for e in history[:end] if any(k.startswith("eval_") for k in e)}
-    return history[:end] + [e for e in history[end:] if e.get("step") not in known]
+    known = {(e.get("step"), name) for e in history[:end] for name in e if name.startswith("eval_")}
+    return history[:end] + [e for e in history[end:] if not any((e.get("step"), name) in known for name in e)]
 
 
 def _by_epoch(history: list[dict[str, float]]) -> list[dict[str, Any]]:

@@ -83,7 +83,11 @@ def _facts_of_source(model: Any, state_dict: dict[str, Tensor] | None, token: st
     except (OSError, ValueError, PTuneError):
         return None
     here = model.adapter_state_dict() if state_dict is None else state_dict
-    same = loaded.keys() == here.keys() and all(torch.equal(loaded[n].to(t.dtype), t.cpu()) for n, t in here.items())
+    same = (
+        facts.task == type(model).task
+        and loaded.keys() == here.keys()
+        and all(torch.equal(loaded[n].to(t.dtype), t.cpu()) for n, t in here.items())
+    )
     return facts if same else None
 
 

@@ -96,13 +96,12 @@ def _loader_name(task: str | None) -> str:
     return getattr(TASKS.get(str(task)), "__name__", "another Auto class")
 
 
-def _enters_alike(config: PTuneConfig, *tasks: str) -> bool:
-    """Whether a prompt enters the same attention in all tasks."""
+def _enters_alike(config: PTuneConfig, own: str, other: str) -> bool:
+    """Whether a prompt enters the same attention in two tasks."""
     kind = get_method(config.method).kind
     if kind is None or not config.geometry:
         return True
-    first, *others = (choose_sites(config, kind, task) for task in tasks)
-    return all(sites == first for sites in others)
+    return choose_sites(config, kind, own) == choose_sites(config, kind, other)
 
 
 def leave_out_head(
@@ -124,7 +123,9 @@ def leave_out_head(
     Raises:
         TaskError: the body attends elsewhere than the adapter's own base does.
     """
-    if config.geometry and find_geometry(body) != config.geometry:
+    # of a decoder alone AutoModel makes an encoder too
+    further = body_of(body) is not body and getattr(body, "encoder", None) is not None
+    if further or (config.geometry and find_geometry(body) != config.geometry):
         raise TaskError(
             f"{source} was trained on another model than {type(body).__name__}, which AutoModel makes of its base: "
             f"load it by {_loader_name(task)}."

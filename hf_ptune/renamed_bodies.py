@@ -2,11 +2,12 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -45,11 +46,12 @@ def check_read(backbone: PreTrainedModel) -> None:
     own, family = (c.__dict__.get("base_model_prefix") for c in (type(backbone), _family_of(backbone)))
     if own in (None, family) or not backbone.name_or_path:
         return
-    body = [(n, p) for n, p in backbone.named_parameters() if n.startswith(f"{own}.") and p.dim() == 1]
+    there = [(n, p) for n, p in backbone.named_parameters() if p.numel() and not p.is_meta]  # not on a disk, or a rank
+    body = [(n, p) for n, p in there if n.startswith(f"{own}.") and p.dim() == 1]
     drawn = next(((n.removeprefix(f"{own}."), p) for n, p in body if bool((p == 1).all())), None)  # a norm
     if drawn is None:
         return
-    stored = _read(backbone.name_or_path, f"{family}.{drawn[0]}")
+    stored = _read(backbone, f"{family}.{drawn[0]}")
     if stored is not None and not bool((stored == 1).all()):
         name, base = type(backbone).__name__, backbone.name_or_path
         raise BackboneError(
@@ -69,20 +71,23 @@ def _family_of(backbone: PreTrainedModel) -> type:
     return next((c for c in above if issubclass(c, PreTrainedModel) and "config_class" in vars(c)), PreTrainedModel)
 
 
-def _read(base: str, name: str) -> torch.Tensor | None:
-    """A tensor of a checkpoint that is on this machine; `None` where it cannot be read."""
-    path = _find(base, SAFE_WEIGHTS_NAME)
-    if path is None and (index := _find(base, SAFE_WEIGHTS_INDEX_NAME)) is not None:
-        shard = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].get(name)
-        path = None if shard is None else _find(base, shard)
-    if path is None:
-        return None
-    with safe_open(path, "pt") as opened:
-        return opened.get_tensor(name) if name in opened.keys() else None  # noqa: SIM118 (no dictionary)
-
-
-def _find(base: str, file: str) -> str | None:
+def _read(backbone: PreTrainedModel, name: str) -> torch.Tensor | None:
+    """A tensor of a base's checkpoint that is on this machine; `None` where it cannot be read."""
+    found = partial(
+        cached_file,
+        backbone.name_or_path,
+        revision=getattr(backbone.config, "_commit_hash", None),
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+    )
     try:
-        return cached_file(base, file, local_files_only=True, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):
+        path = found(SAFE_WEIGHTS_NAME)
+        if path is None and (index := found(SAFE_WEIGHTS_INDEX_NAME)) is not None:
+            path = found(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"][name])
+        if path is None:
+            return None
+        with safe_open(path, "pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+            return tensor
+    except (OSError, ValueError, KeyError, SafetensorError):  # damaged, or without such a tensor
         return None

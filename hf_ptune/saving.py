@@ -31,6 +31,7 @@ from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import check_base, choose_sites, settled_reading
 from hf_ptune.publishing import publish
+from hf_ptune.renamed_bodies import check_read
 from hf_ptune.sharding import running
 
 logger = logging.get_logger(__name__)
@@ -268,6 +269,7 @@ def _base_of(
     if given is None:
         return load_base(task, config, options)
     check_base(given, config)
+    check_read(given)
     tell_settings(given, config)
     return given, set()
 

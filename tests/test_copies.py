@@ -401,6 +401,7 @@ def test_threads_may_train_rows_of_their_own(method: str, wrap: Wrap) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    assert found.keys() == calls.keys()  # none has raised
     assert all(losses == pytest.approx([right[size]] * 40, rel=1e-5) for size, losses in found.items())
 
 

@@ -253,6 +253,12 @@ def test_another_model_s_hidden_states_are_refused(tmp_path: Path) -> None:
     get_ptune_model(tagger, PTuneConfig(num_virtual_tokens=3)).save_pretrained(tmp_path / "adapter")
     with pytest.raises(TaskError, match=r"T5Model, which AutoModel.*load it by AutoModelForTokenClassification"):
         AutoModel.from_pretrained(tmp_path / "adapter")
+    build("bart", "SEQ_2_SEQ_LM").float().save_pretrained(tmp_path / "whole")
+    for method in ("p_tuning_v2", "bitfit"):
+        decoder = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+        get_ptune_model(decoder, PTuneConfig(method=method)).save_pretrained(tmp_path / method)
+        with pytest.raises(TaskError, match=r"BartModel, which AutoModel.*load it by AutoModelForCausalLM"):
+            AutoModel.from_pretrained(tmp_path / method)
     # its last layer is read by no head that classifies, and has no prefix there
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     hashes = {"num_hash_buckets": 64, "num_hash_functions": 4, "local_transformer_stride": 8}

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from transformers import (
     LlamaForQuestionAnswering,
 )
 
-from hf_ptune import PTuneConfig, get_ptune_model
+from hf_ptune import PTuneConfig, PTuneForQuestionAnswering, get_ptune_model
 from hf_ptune.errors import BackboneError
 from hf_ptune.recipe import make_recipe
+from hf_ptune.renamed_bodies import check_read
 from hf_ptune.train import run
 
 
@@ -65,6 +67,42 @@ def test_a_body_that_was_drawn_anew_is_refused_with_what_reads_it(checkpoint: Pa
     base = AutoModelForQuestionAnswering.from_pretrained(checkpoint, key_mapping=mapping)
     model = get_ptune_model(base, PTuneConfig(num_virtual_tokens=3))
     assert model(**{k: v for k, v in batch("llama").items() if k != "labels"}).start_logits.isfinite().all()
+
+
+def test_an_adapter_meets_no_body_that_was_drawn_anew(checkpoint: Path, tmp_path: Path) -> None:
+    read = AutoModelForQuestionAnswering.from_pretrained(checkpoint, key_mapping={r"^model\.": "transformer."})
+    get_ptune_model(read, PTuneConfig(num_virtual_tokens=3)).save_pretrained(tmp_path / "adapter")
+    drawn = AutoModelForQuestionAnswering.from_pretrained(checkpoint)
+    with pytest.raises(BackboneError, match="has read nothing of"):
+        PTuneForQuestionAnswering.from_pretrained(tmp_path / "adapter", backbone=drawn)
+
+
+@pytest.mark.parametrize("damage", ["no file", "no tensors", "no index"])
+def test_what_cannot_be_compared_is_taken(damage: str, checkpoint: Path) -> None:
+    base = AutoModelForQuestionAnswering.from_pretrained(checkpoint)
+    weights = checkpoint / "model.safetensors"
+    weights.unlink()
+    if damage == "no tensors":
+        weights.write_text("{}")
+    if damage == "no index":
+        (checkpoint / "model.safetensors.index.json").write_text("{}")
+    get_ptune_model(base, PTuneConfig(num_virtual_tokens=3))
+
+
+def test_parts_that_are_elsewhere_are_not_compared(checkpoint: Path, tmp_path: Path) -> None:
+    """On a disk, or on other ranks."""
+    places: dict[str, Any] = dict.fromkeys(("embed_tokens", "norm", "rotary_emb"), "cpu") | {"layers": "disk"}
+    base = AutoModelForQuestionAnswering.from_pretrained(
+        checkpoint,
+        key_mapping={r"^model\.": "transformer."},
+        device_map={f"transformer.{name}": place for name, place in places.items()} | {"qa_outputs": "cpu"},
+        offload_folder=tmp_path / "offloaded",
+    )
+    check_read(base)
+    base = AutoModelForQuestionAnswering.from_pretrained(checkpoint)
+    for parameter in base.parameters():
+        parameter.data = torch.empty(0)
+    check_read(base)
 
 
 def test_a_checkpoint_of_the_class_itself_is_read(checkpoint: Path, tmp_path: Path) -> None:

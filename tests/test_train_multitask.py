@@ -173,7 +173,7 @@ def test_a_card_names_the_tasks_that_the_prompt_was_trained_for_too(content: dic
     content["training"] |= {"max_steps": 1}
     run(make_multitask_recipe(content | {"temperature": 2}, folder=tmp_path))
     cards = {name: (tmp_path / "out/adapter" / name / "README.md").read_text() for name in ("when", "letters")}
-    beside = "too; data and training rows above are its own alone."
+    beside = "too; the number of training rows is its own alone."
     assert f"- Short ones.\n- Its prompt was trained for letters (TOKEN_CLS: TOKEN_CLS) {beside}\n" in cards["when"]
     assert f"- Its prompt was trained for when (SEQ_CLS: dates.csv, user/days) {beside}\n" in cards["letters"]
     assert all("| `temperature` | 2.0 |" in card and str(tmp_path) not in card for card in cards.values())
