@@ -79,7 +79,11 @@ class MaskedLM(Task):
             if "text" not in row:
                 features.append(self._encode_fact(row, tokenizer))
                 continue
-            feature = dict(tokenizer(str(row["text"]), truncation=True, max_length=self.max_length))
+            feature = dict(
+                tokenizer(
+                    str(row["text"]), truncation=True, max_length=self.max_length, return_special_tokens_mask=True
+                )
+            )
             features.append(_mask(feature, masking) if held_out else feature)
         return features
 
