@@ -10,8 +10,7 @@ from typing import Any, NoReturn
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import SaveStrategy, sort_checkpoints
 
 from hf_ptune.engines import is_whole, last_checkpoint
 from hf_ptune.errors import Terminated
@@ -64,41 +63,99 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise Terminated
 
 
-class TerminationCallback(TrainerCallback):
-    """Let a checkpoint of `enable_jit_checkpoint` end its run as interrupted, in the place of transformers' callback.
+@contextmanager
+def without_handler(arguments: TrainingArguments) -> Iterator[None]:
+    """Let a Trainer be made without transformers' callback of `enable_jit_checkpoint`.
 
-    That one lets a run go on to its last figures and its adapter as if it had been trained, writes within a step,
-    where dropout has drawn already, and lets each rank stop at a step of its own.
+    That one handles SIGTERM from there on, also where training never begins, lets a run go on to its last figures as
+    if it had been trained, and writes within a step, where dropout has drawn already.
+    """
+    asked, arguments.enable_jit_checkpoint = arguments.enable_jit_checkpoint, False
+    try:
+        yield
+    finally:
+        arguments.enable_jit_checkpoint = asked
+
+
+class TerminationCallback(TrainerCallback):
+    """Let SIGTERM end a training after a checkpoint, which the Trainer writes when it has logged and measured.
 
     Args:
-        trainer: about to train, with that callback.
-        own: that callback.
+        trainer: about to train.
     """
 
-    def __init__(self, trainer: Trainer, own: JITCheckpointCallback) -> None:
-        self.trainer, self.own = trainer, own
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._told = self._saves = False
+        self._last = False  # whether the Trainer may save for the last time before it goes on to another step
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Remember SIGTERM while the Trainer trains, unless the process ignores it.
+
+        Raises:
+            Terminated: it has come to any rank.
+        """
+        strategy = self.trainer.args.save_strategy
+        self.trainer.add_callback(self)  # the last one: the others have seen what it ends
+        here = threading.current_thread() is threading.main_thread()  # signals are handled there alone
+        heeds = here and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
+        before = signal.signal(signal.SIGTERM, self._take) if heeds else None
+        try:
+            yield
+        finally:
+            if heeds:
+                signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+            self.trainer.remove_callback(self)
+            self.trainer.args.save_strategy = strategy
+        if self._any_told():  # too late for a checkpoint
+            raise Terminated
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write a checkpoint where SIGTERM has come to any rank.
+        """Ask for a checkpoint, unless the end of the epoch comes next, which may log and measure too."""
+        ends = float(state.epoch or 0).is_integer() or control.should_training_stop or control.should_epoch_stop
+        self._last = not ends
+        self._ask(args, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for a checkpoint."""
+        self._last = True
+        self._ask(args, control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a checkpoint, as where SIGTERM had come before."""
+        self._ask(args, control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """End the run, where this checkpoint has been asked for.
 
         Raises:
             Terminated: it is written.
         """
-        accelerator = self.trainer.accelerator
-        if self.own.jit_manager.is_checkpoint_requested:
-            accelerator.set_trigger()
-        if accelerator.check_trigger():
-            self.own.jit_manager.execute_jit_checkpoint()
-            self.trainer.callback_handler.on_save(args, state, control)
-            accelerator.wait_for_everyone()  # each says what to go on from
-            self.own.on_train_end(args, state, control)
+        if self._saves:
+            self.trainer.accelerator.wait_for_everyone()  # each says what to go on from
             raise Terminated
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Give SIGTERM back."""
-        self.own.on_train_end(args, state, control)
+    def _ask(self, args: TrainingArguments, control: TrainerControl) -> None:
+        if self._any_told() and self._last:
+            control.should_save = self._saves = True
+            if args.save_strategy == SaveStrategy.BEST:  # the Trainer would drop all but the best
+                args.save_strategy = SaveStrategy.STEPS
+
+    def _any_told(self) -> bool:
+        """Whether SIGTERM has come to any rank; all of them have to come."""
+        accelerator = self.trainer.accelerator
+        if self._told:
+            accelerator.set_trigger()
+        if accelerator.check_trigger():
+            self._told = True
+            return True
+        return False
+
+    def _take(self, number: int, frame: object) -> None:
+        self._told = True
 
 
 class HeldInterruptions:

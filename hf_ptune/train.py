@@ -9,6 +9,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +23,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import ADAPTER_FOLDER, WEIGHTS_NAME
@@ -47,7 +47,7 @@ from hf_ptune.endings import closing_ids, let_end
 from hf_ptune.engines import last_checkpoint
 from hf_ptune.errors import INTERRUPTED, TERMINATED, PTuneError, RecipeError, Terminated, from_system
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
-from hf_ptune.interruption import TerminationCallback, checkpoints_in, how_to_go_on, terminable
+from hf_ptune.interruption import TerminationCallback, checkpoints_in, how_to_go_on, terminable, without_handler
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.overrides import split_overrides
@@ -216,7 +216,8 @@ def train_on(trainer: Trainer, *recipes: Recipe) -> None:
             or with other learning rates; or `metric_for_best_model` names what is not measured.
         AdapterFileError: the checkpoint's config.json cannot be read.
         ConfigError: it describes no adapter.
-        Terminated: SIGTERM has come, and `enable_jit_checkpoint` has written a checkpoint.
+        Terminated: SIGTERM has come, and with `enable_jit_checkpoint` a checkpoint has been written where a step was
+            under way.
     """
     resume = trainer.args.resume_from_checkpoint
     checkpoint = last_checkpoint(str(trainer.args.output_dir)) if resume in (True, "true") else resume
@@ -232,10 +233,10 @@ def train_on(trainer: Trainer, *recipes: Recipe) -> None:
         )
     trainer.add_callback(BestMetricCallback())
     trainer.add_callback(run_facts)
-    if (own := trainer.pop_callback(JITCheckpointCallback)) is not None:
-        trainer.add_callback(TerminationCallback(trainer, own))
+    terminated = TerminationCallback(trainer).watching() if trainer.args.enable_jit_checkpoint else nullcontext()
     try:
-        trainer.train(checkpoint)
+        with terminated:
+            trainer.train(checkpoint)
     except ValueError as error:
         if checkpoint is None or "parameter group" not in str(error):
             raise
@@ -264,26 +265,27 @@ def make_trainer(
     held_out = task.encode(rows.held_out, tokenizer, rows.labels, held_out=True)
     check_features(model, task, tokenizer, train)
     check_features(model, task, tokenizer, held_out, held_out=True)
-    trainer = TaskTrainer(
-        task=task,
-        labels=rows.labels,
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        optimizer_cls_and_kwargs=make_optimizer(arguments, model, *recipe.rates()),
-        callbacks=[
-            FreezeBackboneCallback(),
-            GuardCallback(None if scorer is None else scorer.loss),
-            LearningCallback(
-                recipe.defaults(has_pairs(task, rows), model.config.over_decoder).training.get("learning_rate")
-            ),
-            MemoryCallback(),
-            ModelCardCallback(**card_facts(recipe, rows, task, tokenizer)),
-            *scheduling(recipe),
-        ],
-    )
+    with without_handler(arguments):
+        trainer = TaskTrainer(
+            task=task,
+            labels=rows.labels,
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            optimizer_cls_and_kwargs=make_optimizer(arguments, model, *recipe.rates()),
+            callbacks=[
+                FreezeBackboneCallback(),
+                GuardCallback(None if scorer is None else scorer.loss),
+                LearningCallback(
+                    recipe.defaults(has_pairs(task, rows), model.config.over_decoder).training.get("learning_rate")
+                ),
+                MemoryCallback(),
+                ModelCardCallback(**card_facts(recipe, rows, task, tokenizer)),
+                *scheduling(recipe),
+            ],
+        )
     check_batches(trainer)
     return trainer
 

@@ -37,6 +37,7 @@ from hf_ptune.engines import at_end, counting_steps
 from hf_ptune.errors import RecipeError
 from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
 from hf_ptune.hub import push_folder
+from hf_ptune.interruption import without_handler
 from hf_ptune.multitask import (
     TASK_KEY,
     MultiTaskDataset,
@@ -288,9 +289,10 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
     usual = recipe.shared.defaults(causal=model.config.over_decoder).training.get("learning_rate")
     watched_by = [LearningCallback(usual), MemoryCallback(), *scheduling(recipe.shared)]
     rates = make_optimizer(arguments, model, *recipe.shared.rates())
-    trainer = MultiTaskTrainer(
-        model, arguments, parts, tokenizer, recipe.temperature, callbacks=watched_by, optimizer_cls_and_kwargs=rates
-    )
+    with without_handler(arguments):
+        trainer = MultiTaskTrainer(
+            model, arguments, parts, tokenizer, recipe.temperature, callbacks=watched_by, optimizer_cls_and_kwargs=rates
+        )
     check_batches(trainer)
     for name, part in parts.items():
         check_features(model.model_of(name), part.task, tokenizer, part.train)

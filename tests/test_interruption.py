@@ -6,8 +6,8 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +15,8 @@ from launch import command, environment
 from test_train import write_base, write_recipe
 from transformers import TrainerCallback
 
-from hf_ptune import evaluation, sweep, train_multitask
+from hf_ptune import evaluation, sweep, train, train_multitask
+from hf_ptune.cards import RunFacts
 from hf_ptune.cli import main
 from hf_ptune.data import load_rows
 from hf_ptune.engines import is_whole
@@ -38,10 +39,8 @@ class Terminator(TrainerCallback):
 
 @pytest.fixture
 def terminated(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Runs that get SIGTERM in their third step, and take it at once."""
-    at_once: Any = lambda wait, function: SimpleNamespace(start=function)  # noqa: E731
+    """Runs that get SIGTERM in their third step."""
     with monkeypatch.context() as patch:
-        patch.setattr("transformers.trainer_jit_checkpoint.threading.Timer", at_once)
         for module in ("train", "train_multitask"):
             patch.setattr(f"hf_ptune.{module}.scheduling", lambda recipe: [Terminator(3)])
         yield patch
@@ -106,6 +105,118 @@ def test_a_checkpoint_at_sigterm_goes_on_bit_for_bit(
     assert main(["train", path, f"--output_dir={whole}"]) == 0
     adapters = [(folder / "adapter" / "model.safetensors").read_bytes() for folder in (out, whole)]
     assert adapters[0] == adapters[1]
+
+
+def trained(folder: Path) -> tuple[bytes, set[tuple[int, str, float]]]:
+    """The adapter of a run, and what was logged and measured at which step; again where it went on."""
+    names = ("loss", "learning_rate", "eval_loss", "eval_accuracy")
+    history = RunFacts.load(folder / "adapter").history
+    told = {(entry["step"], name, entry[name]) for entry in history for name in names if name in entry}
+    return (folder / "adapter" / "model.safetensors").read_bytes(), told
+
+
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0, "threshold": 10}}
+STEPS = {"eval_strategy": "steps", "eval_steps": 1}
+EPOCHS = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 12, "eval_strategy": "epoch"}
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        PLATEAU | STEPS,
+        BEST | EPOCHS | {"save_strategy": "epoch", "logging_strategy": "epoch"},
+        BEST | EPOCHS | {"save_strategy": "epoch", "max_steps": 3, "save_total_limit": 1, "learning_rate": 10.0},
+        BEST | STEPS | {"save_strategy": "best", "save_total_limit": 1, "learning_rate": 10.0},
+        BEST | EPOCHS | {"save_strategy": "epoch", "num_train_epochs": 1, "max_steps": -1},
+        STEPS | {"max_steps": 3, "eval_steps": 2},
+    ],
+    ids=["plateau", "end of an epoch", "last step", "none but the best", "whole epochs", "last step within an epoch"],
+)
+def test_a_step_that_measures_is_measured_before_its_checkpoint(
+    training: dict[str, Any],
+    content: dict[str, Any],
+    tmp_path: Path,
+    terminated: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path, out = write(content, tmp_path, enable_jit_checkpoint=True, **training), tmp_path / "out"
+    assert main(["train", path]) == 143
+    assert f"goes on from {out / 'checkpoint-3'}.\n" in capsys.readouterr().err
+    assert not (out / "adapter").exists()
+    logged = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    assert any(e["step"] == 3 and "eval_loss" in e for e in logged)
+    assert json.loads((out / "checkpoint-3" / "ptune_run.json").read_text())
+    terminated.undo()
+    assert main(["train", path, "--training.resume_from_checkpoint=true"]) == 0
+    whole = tmp_path / "whole"
+    assert main(["train", path, f"--output_dir={whole}"]) == 0
+    assert trained(out) == trained(whole)
+
+
+class WhileMeasuring(TrainerCallback):
+    """Send SIGTERM to this process in the evaluation after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class AtTheEnd(TrainerCallback):
+    """Send SIGTERM to this process when the last step has been taken and measured."""
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("training", [STEPS, EPOCHS | {"max_steps": 4}])
+def test_sigterm_while_a_training_measures_or_ends_is_heeded(
+    training: dict[str, Any], content: dict[str, Any], tmp_path: Path, terminated: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    path = write(content, tmp_path, enable_jit_checkpoint=True, **training)
+    steps = json.loads(Path(path).read_text())["training"]["max_steps"]
+    for callback, kept in ((AtTheEnd(), []), (WhileMeasuring(steps), [f"checkpoint-{steps}"])):
+        terminated.setattr("hf_ptune.train.scheduling", lambda recipe, callback=callback: [callback])
+        assert main(["train", path]) == 143
+        assert [p.name for p in out.glob("checkpoint-*")] == kept
+    terminated.undo()
+    assert main(["train", path, "--training.resume_from_checkpoint=true"]) == 0
+    assert main(["train", path, f"--output_dir={tmp_path / 'whole'}"]) == 0
+    assert trained(out) == trained(tmp_path / "whole")
+
+
+def test_what_fails_leaves_sigterm_as_it_was(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a Trainer has been made, and within its training."""
+    content["training"] |= {"enable_jit_checkpoint": True}
+    several = {k: v for k, v in content.items() if k not in ("task", "data")}
+    several["tasks"] = [{"name": "one", "task": content["task"], "data": content["data"]}]
+    error = RuntimeError("no")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    for place in ("{}.check_batches", "{}.train_on", "train.Trainer.training_step"):
+        for module in ("train", "train_multitask"):
+            with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="^no$"):
+                patch.setattr(f"hf_ptune.{place.format(module)}", fail)
+                if module == "train":
+                    train.run(make_recipe(content, folder=tmp_path))
+                else:
+                    train_multitask.run(train_multitask.make_multitask_recipe(several, folder=tmp_path))
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_thread_trains_too(content: dict[str, Any], tmp_path: Path) -> None:
+    """Signals are no matter of its own."""
+    content["training"] |= {"enable_jit_checkpoint": True, "max_steps": 1}
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(train.run, make_recipe(content, folder=tmp_path)).result().folder.is_dir()
 
 
 def test_several_tasks_keep_a_checkpoint_after_they_have_been_measured(
