@@ -130,8 +130,17 @@ BEST = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
         BEST | STEPS | {"save_strategy": "best", "save_total_limit": 1, "learning_rate": 10.0},
         BEST | EPOCHS | {"save_strategy": "epoch", "num_train_epochs": 1, "max_steps": -1},
         STEPS | {"max_steps": 3, "eval_steps": 2},
+        {"eval_strategy": "epoch", "max_steps": 3},
     ],
-    ids=["plateau", "end of an epoch", "last step", "none but the best", "whole epochs", "last step within an epoch"],
+    ids=[
+        "plateau",
+        "end of an epoch",
+        "last step",
+        "none but the best",
+        "whole epochs",
+        "last step, steps",
+        "last step, epoch",
+    ],
 )
 def test_a_step_that_measures_is_measured_before_its_checkpoint(
     training: dict[str, Any],

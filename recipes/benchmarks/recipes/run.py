@@ -81,7 +81,9 @@ def shown(runs: list[Record]) -> tuple[str, str, str]:
     values = [r["value"] for r in good]
     text = figure(statistics.mean(values))
     if len(values) > 1:
-        text += f" ± {figure(statistics.stdev(values))}" + (f" ({len(values)} seeds)" if len(values) != 3 else "")
+        spread = statistics.stdev(values)
+        text += f" ± {spread:.1f}" if values[0] >= 1 else f" ± {figure(spread)}"
+        text += f" ({len(values)} seeds)" if len(values) != 3 else ""
     peak, minutes = max(r["peak_mib"] for r in good), statistics.median(r["minutes"] for r in good)
     return text, f"{peak:,} MiB", f"{minutes:.1f}"
 
