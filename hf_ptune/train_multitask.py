@@ -346,7 +346,7 @@ def _finish(
         if other != name
     ]
     if others:
-        further = f"Its prompt was trained for {', '.join(others)} too; data and training rows above are its own alone."
+        further = f"Its prompt was trained for {', '.join(others)} too; the number of training rows is its own alone."
         told["limits"] = [*told.get("limits", []), further]
     facts = gather_facts(trainer.args, trainer.state, model, told)
     facts.metrics = [metrics]
