@@ -3,7 +3,7 @@
 import shlex
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,11 +47,18 @@ def how_to_go_on(folder: str, resume: Any, earlier: Mapping[str, int]) -> str:
 @contextmanager
 def terminable() -> Iterator[None]:
     """Let SIGTERM interrupt what is done meanwhile, once, unless the process ignores it."""
+    with _at_sigterm(_terminate):
+        yield
+
+
+@contextmanager
+def _at_sigterm(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Let SIGTERM be handled otherwise meanwhile, unless the process ignores it."""
     here = threading.current_thread() is threading.main_thread()  # signals are handled there alone
     if not here or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
         yield
         return
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
@@ -98,14 +105,10 @@ class TerminationCallback(TrainerCallback):
         """
         strategy = self.trainer.args.save_strategy
         self.trainer.add_callback(self)  # the last one: the others have seen what it ends
-        here = threading.current_thread() is threading.main_thread()  # signals are handled there alone
-        heeds = here and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
-        before = signal.signal(signal.SIGTERM, self._take) if heeds else None
         try:
-            yield
+            with _at_sigterm(self._take):
+                yield
         finally:
-            if heeds:
-                signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
             self.trainer.remove_callback(self)
             self.trainer.args.save_strategy = strategy
         if self._any_told():  # too late for a checkpoint

@@ -243,9 +243,9 @@ class SavedAdapter(PreTrainedModel):
             if unknown := sorted(n for n in absent if f"backbone.{n}" not in expected):
                 base = config.base_model_name_or_path
                 raise BackboneError(f"the base {base!r} has no weights for {unknown[:5]}: it is not the adapter's own.")
-            rest = read_tensors(path, (stored[n] for n in kept.keys() - prompt.keys()))
-            rest = {n: rest[stored[n]] for n in kept.keys() - prompt.keys()}
-            model.load_adapter_state_dict(prompt | rest | fresh | unmet)
+            places = {n: stored[n] for n in kept.keys() - prompt.keys()}
+            rest = read_tensors(path, places.values())
+            model.load_adapter_state_dict(prompt | {n: rest[at] for n, at in places.items()} | fresh | unmet)
             if fresh:
                 info["mismatched_keys"] = {(n, found[n].shape, t.shape) for n, t in fresh.items()}
                 logger.warning(f"{source}: {', '.join(sorted(fresh))} {_OF_OTHER_LABELS}")
