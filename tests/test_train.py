@@ -158,7 +158,7 @@ def test_held_out_rows_are_answered(family: str, task: str, tmp_path: Path) -> N
         ("hub:a/b", "a/b"),
         ("chatterbot", "chatterbot"),
         ("train.csv", "recipes"),
-        ("../train.csv", "work"),
+        ("../train.csv", "projects"),
         ("../../train.csv", "train"),  # its folder goes by its user's name
         ("../../news/train.csv", "news"),
     ],
@@ -169,7 +169,7 @@ def test_a_split_s_file_goes_by_its_folder_on_a_card(
     """From wherever it is launched."""
     monkeypatch.setenv("HOME", str(tmp_path / "alice"))
     content = write_recipe(tmp_path, "SEQ_CLS", "base", data={"source": source})
-    recipe = make_recipe(content, folder=tmp_path / "alice/work/recipes")
+    recipe = make_recipe(content, folder=tmp_path / "alice/projects/recipes")
     rows = Rows([{"text": "a", "label": "x"}], [], [], ["x"])
     assert card_facts(recipe, rows, recipe.build_task(), words_tokenizer())["datasets"] == [name]
 
