@@ -82,7 +82,10 @@ def load_peft(source: FilePath, backbone: PreTrainedModel | None = None, **kwarg
         backbone = _load_base(settings, kept, name, hub | kwargs)
     task = task_of(backbone)
     if settings["task_type"] not in (task, None):
-        raise ConfigError(f"{name} was trained for {settings['task_type']}, but the backbone does {task}.")
+        raise ConfigError(
+            f"{name} was trained for {settings['task_type']}, but the backbone, a {type(backbone).__name__}, does "
+            f"{task}. Pass the base as a model of that task, or leave backbone out."
+        )
     inputs = get_method(method).kind is PromptKind.EMBEDDINGS
     kept = settle(kept, backbone, settings.get("modules_to_save") or (), inputs, name, looked_up)
     config = PTuneConfig(

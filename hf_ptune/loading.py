@@ -121,8 +121,15 @@ def leave_out_head(
         Names in the file by those in the body's wrapper.
 
     Raises:
+        BackboneError: the body was given, and is another one.
         TaskError: the body attends elsewhere than the adapter's own base does.
     """
+    if not makes(_BODY, config.base, type(body).__name__):
+        raise BackboneError(
+            f"the backbone is a {type(body).__name__}, but hidden states of {source} come from its base without a "
+            "head. Pass the base as AutoModel loads it, or leave backbone out. "
+            f"{_loader_name(task)} loads the adapter with its head."
+        )
     # of a decoder alone AutoModel makes an encoder too
     further = body_of(body) is not body and getattr(body, "encoder", None) is not None
     if further or (config.geometry and find_geometry(body) != config.geometry):

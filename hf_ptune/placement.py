@@ -106,7 +106,10 @@ def check_base(backbone: PreTrainedModel, config: PTuneConfig) -> None:
     """
     found, expected = type(backbone).__name__, config.base_class
     if expected is not None and found != expected:
-        raise BackboneError(f"the adapter was made for a {expected}, but the backbone is a {found}.")
+        raise BackboneError(
+            f"the adapter was made for a {expected}, but the backbone is a {found}. Pass a {expected}, or leave "
+            "backbone out."
+        )
     theirs, ours = (c.get_text_config().to_dict() for c in (backbone.config, config.base))
     differ = [n for n in _SHAPE if theirs.get(n) != ours.get(n)]
     if differ:

@@ -429,7 +429,7 @@ def pickled(folder: Path) -> None:
         (settings(peft_type="IA3"), ConfigError, "IA3"),
         (settings(peft_type=None), ConfigError, "peft_type=None"),
         (settings(task_type="SING"), ConfigError, "SING"),
-        (settings(task_type="TOKEN_CLS"), ConfigError, "TOKEN_CLS"),
+        (settings(task_type="TOKEN_CLS"), ConfigError, "for TOKEN_CLS, but .* a Bert.*Pass the base as a"),
         (settings(num_virtual_tokens="4"), ConfigError, "num_virtual_tokens"),
         (settings(num_virtual_tokens=9), AdapterFileError, "prompt_embeddings"),
         (weights(prompt_embeddings=None), AdapterFileError, "no prompt_embeddings"),

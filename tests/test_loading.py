@@ -269,6 +269,21 @@ def test_another_model_s_hidden_states_are_refused(tmp_path: Path) -> None:
         AutoModel.from_pretrained(tmp_path / "canine")
 
 
+@pytest.mark.parametrize(("family", "given"), [("bert", "SEQ_CLS"), ("roberta", "MASKED_LM"), ("t5", "SEQ_2_SEQ_LM")])
+def test_a_head_in_memory_gives_no_hidden_states(family: str, given: str, base_folder: Any, tmp_path: Path) -> None:
+    """The message names what does."""
+    base = AutoModelForSequenceClassification.from_pretrained(base_folder(family, "SEQ_CLS"))
+    get_ptune_model(base, PTuneConfig(num_virtual_tokens=3)).save_pretrained(tmp_path)
+    whole = build(family, given)
+    with pytest.raises(BackboneError, match=f"is a {type(whole).__name__}, but .* without a head.*leave backbone out"):
+        AutoModel.from_pretrained(tmp_path, backbone=whole)
+    inputs = {"input_ids": torch.tensor([[5]])} | ({"decoder_input_ids": torch.tensor([[5]])} if family == "t5" else {})
+    bodies = {"backbone": AutoModel.from_pretrained(base_folder(family, "SEQ_CLS"))}, {}
+    with torch.no_grad():
+        first, second = (AutoModel.from_pretrained(tmp_path, **body)(**inputs)[0] for body in bodies)
+    assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("auto", [AutoModelForMaskedLM, AutoModelForSeq2SeqLM])
 def test_a_class_that_does_two_tasks_loads_by_both(auto: Any, base_folder: Any, tmp_path: Path) -> None:
     base = AutoModelForMaskedLM.from_pretrained(base_folder("bart"))
@@ -774,8 +789,9 @@ def test_a_base_in_memory_keeps_what_an_adapter_does_not_say(wrap: Wrap, tmp_pat
 def test_another_base_in_memory_is_refused(adapter: Path) -> None:
     with pytest.raises(BackboneError, match="hidden_size 64 instead of 32"):
         PTuneForCausalLM.from_pretrained(adapter, backbone=build("llama", hidden_size=64, num_attention_heads=8))
-    with pytest.raises(BackboneError, match="made for a LlamaForCausalLM"):
-        PTuneForCausalLM.from_pretrained(adapter, backbone=build("gpt2"))
+    for other in (build("gpt2"), build("llama").model):
+        with pytest.raises(BackboneError, match="made for a LlamaForC.* is a .*Model. Pass a LlamaForC.*backbone out"):
+            PTuneForCausalLM.from_pretrained(adapter, backbone=other)
 
 
 def test_a_fresh_adapter_tells_where_its_base_came_from(tmp_path: Path) -> None:
