@@ -12,7 +12,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import HUB_KEYS, check_tensors, digest_of, find_weights, read_header
-from hf_ptune.backbone import POOLER, TASKS, blaming, keep_pooler, load_backbone, makes, resolve
+from hf_ptune.backbone import POOLER, TASKS, blaming, load_backbone, makes, resolve
 from hf_ptune.base_settings import are_named, tell
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, TaskError, shorten
@@ -142,7 +142,12 @@ def leave_out_head(
     kept = [m for m in config.modules_to_save or () if any(f".{m}." in f".{n}" for n in names)]
     config.modules_to_save = kept or None
     if POOLER not in kept and any(POOLER in n.split(".") for n in absent):
-        keep_pooler(config, body, str(config.base_model_name_or_path))
+        config.modules_to_save = [*kept, POOLER]
+        logger.warning(
+            f"neither {source} nor the checkpoint of {config.base_model_name_or_path} has a pooler: that of "
+            f"{type(body).__name__} is drawn anew and untrained, so that pooler_output tells nothing. It is saved with "
+            "what is loaded here (modules_to_save)."
+        )
     there, stored = set(found), {n: n for n in found if n.startswith("prompt.")}
     for name in names:  # a base without a model inside has its parameters by the same names
         for place in (f"backbone.{name}", f"backbone.{body.base_model_prefix}.{name}"):

@@ -45,6 +45,7 @@ from transformers import (
 from transformers.utils.import_utils import direct_transformers_import
 
 from hf_ptune import PTuneConfig, PTuneForCausalLM, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.backbone import TASKS
 from hf_ptune.cards import RunFacts
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError, TaskError
 from hf_ptune.facts import facts_of
@@ -235,12 +236,17 @@ def test_what_a_head_reads_changes_no_hidden_states(options: Any, wrap: Wrap, tm
     assert torch.allclose(torch.tensor(features, dtype=torch.float64), expected.last_hidden_state)
 
 
-def test_a_body_s_pooler_that_nobody_trained_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    build("bert", "MASKED_LM").save_pretrained(tmp_path / "base")
-    tagger = AutoModelForTokenClassification.from_pretrained(tmp_path / "base")
-    get_ptune_model(tagger, PTuneConfig(method="bitfit")).save_pretrained(tmp_path / "adapter")
+@pytest.mark.parametrize(("family", "task"), [("bert", "TOKEN_CLS"), ("roberta", "SEQ_CLS")])
+def test_a_body_s_pooler_that_nobody_trained_is_kept(
+    family: str, task: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And nobody is told that it has been."""
+    build(family, "MASKED_LM").save_pretrained(tmp_path / "base")
+    whole = TASKS[task].from_pretrained(tmp_path / "base")
+    get_ptune_model(whole, PTuneConfig(method="bitfit")).save_pretrained(tmp_path / "adapter")
     body = AutoModel.from_pretrained(tmp_path / "adapter")
-    assert "has no pooler" in caplog.text
+    assert "nor the checkpoint" in caplog.text and "is drawn anew and untrained" in caplog.text
+    assert "is trained" not in caplog.text and body.config.modules_to_save == ["pooler"]
     body.save_pretrained(tmp_path / "body")
     again = dict(AutoModel.from_pretrained(tmp_path / "body").named_parameters())
     assert all(torch.equal(p, again[n]) for n, p in body.named_parameters())
