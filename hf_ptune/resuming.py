@@ -35,6 +35,8 @@ _LEARNED = ("labels", "start_positions", "end_positions")
 _OF_OPTIMIZERS: tuple[str, ...] = ("learning_rate", "optim", "optim_args", "weight_decay")
 _OF_OPTIMIZERS += ("adam_beta1", "adam_beta2", "adam_epsilon")
 _SHARED = {"seed": "seed", "data_seed": "training.data_seed"} | {name: f"training.{name}" for name in _OF_OPTIMIZERS}
+# what orders the rows of one task besides, and tells how many steps an epoch has
+_ORDERING: tuple[str, ...] = ("train_sampling_strategy", "dataloader_drop_last")
 # schedules that follow measurements, whose settings a checkpoint keeps; all others are made anew from the recipe's
 MEASURING = ("reduce_lr_on_plateau", "greedy")
 _SCHEDULE: tuple[str, ...] = ("training.lr_scheduler_type", "training.lr_scheduler_kwargs")
@@ -136,6 +138,10 @@ def _facts_of(trainer: Trainer, rates: Rates) -> dict[str, Any]:
     shared |= dict(zip(_SCHEDULE, (settings["lr_scheduler_type"], dict(sorted(options.items()))), strict=True))
     if (temperature := getattr(trainer, "temperature", None)) is not None:
         shared["temperature"] = temperature  # which rows of several tasks are still to come
+    else:
+        shared |= {f"training.{name}": settings[name] for name in _ORDERING}
+        seedable = trainer.args.accelerator_config.use_seedable_sampler
+        shared["training.accelerator_config.use_seedable_sampler"] = seedable
     shared |= dict(zip(("backbone_learning_rate", "head_learning_rate"), rates, strict=True))
     return {name: str(value) for name, value in shared.items()} | {
         _ROWS: rows.hexdigest(),

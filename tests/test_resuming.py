@@ -111,7 +111,8 @@ def test_a_finished_run_of_several_tasks_takes_no_further_step(tmp_path: Path) -
     content = write_recipe(tmp_path, "SEQ_CLS", write_base(tmp_path / "base", "bert", "SEQ_CLS"))
     content["tasks"] = [{"name": "one", "task": content.pop("task"), "data": content.pop("data")}]
     content["training"] |= {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
-    for further in ({}, {"resume_from_checkpoint": "true"}):
+    # how rows of one task are ordered may change: those of several have a way of their own
+    for further in ({}, {"resume_from_checkpoint": "true", "train_sampling_strategy": "sequential"}):
         content["training"] |= further
         run_tasks(make_multitask_recipe(content, folder=tmp_path))
         assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
@@ -211,6 +212,15 @@ def test_another_commit_of_the_base_is_refused(tmp_path: Path) -> None:
         ({"training": {"optim_args": "fused=false"}}, "training.optim_args is None there and fused=false here"),
         ({"seed": 7}, "seed is .* there and 7 here"),
         ({"training": {"data_seed": 7}}, "training.data_seed is None there and 7 here"),
+        (
+            {"training": {"train_sampling_strategy": "sequential"}},
+            "sampling_strategy is random there and sequential here",
+        ),
+        ({"training": {"dataloader_drop_last": True}}, "training.dataloader_drop_last is False there and True here"),
+        (
+            {"training": {"accelerator_config": {"use_seedable_sampler": False}}},
+            "seedable_sampler is True .* False here",
+        ),
         ({"split": 3}, r"its training rows are others \(data.source, .*; its training labels are others"),
         ({"labels": ["late", "early"]}, r"labels is \['early', 'late'\] there and \['late', 'early'\] here"),
     ],
