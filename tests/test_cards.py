@@ -18,7 +18,7 @@ from families import batch, build
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tokenizers_of import tokenizer_of
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from hf_ptune import MemoryCallback, ModelCardCallback, PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.backbone import TASKS
@@ -118,6 +118,24 @@ def test_the_table_of_a_card_has_each_step_as_training_measured_it(kept: bool, w
     run = trained(wrap, tmp_path, scores=(0.25, 0.5), eval_strategy="no")
     run.evaluate()
     assert table(run, tmp_path) == [("4", "0.25")]
+
+
+class StopAtThree(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 3
+
+
+def test_the_best_model_is_at_its_own_step_where_the_last_one_was_not_measured(wrap: Wrap, tmp_path: Path) -> None:
+    """Also in what was measured of it on other rows, which training has not."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "accuracy", "save_strategy": "steps"}
+    run = trained(wrap, tmp_path, StopAtThree(), scores=(0.9, 0.9, 0.75), save_steps=2, **best)
+    assert run.state.global_step == 3
+    run.evaluate()
+    assert table(run, tmp_path) == [("2", "0.9")]
+    run.evaluate({"other": run.eval_dataset})
+    run.create_model_card()
+    (row,) = RunFacts.load(tmp_path).history[-1:]
+    assert row["eval_other_accuracy"] == 0.75 and (row["step"], row["epoch"]) == (2, 0.5)
 
 
 def test_curves_show_each_step_as_training_measured_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,11 @@ def gather_facts(
         }
         for entry in state.log_history
     ]
-    if metrics := _measured(args, state, facts.history):
+    step, afterwards = _kept(args, state, facts.history)
+    then: dict[str, float] = next((e for e in facts.history if e.get("step") == step), {})
+    for entry in afterwards:  # the Trainer logs it at the last step
+        entry |= {name: then[name] for name in ("step", "epoch") if name in then}
+    if metrics := _measured(step, afterwards, facts.history):
         facts.metrics = [metrics]
     for entry in state.log_history:
         for key, value in entry.items():
@@ -165,14 +169,21 @@ def gather_facts(
     return facts
 
 
-def _measured(args: TrainingArguments, state: TrainerState, history: list[dict[str, float]]) -> dict[str, float]:
-    """What was measured of the model that is there now, on all datasets: none of another step, nor of a fresh one."""
+def _kept(
+    args: TrainingArguments, state: TrainerState, history: list[dict[str, float]]
+) -> tuple[int | None, list[dict[str, float]]]:
+    """The step of the model that is there now, and what was measured of it after training, if that is the best one."""
     ends = [n for n, entry in enumerate(history) if ends_training(entry)]
-    step, afterwards = state.global_step, []
-    if ends and args.load_best_model_at_end and state.best_model_checkpoint is not None:
-        afterwards = history[ends[-1] :]
-        number = Path(state.best_model_checkpoint).name.rpartition("-")[2]
-        step = int(number) if number.isdigit() else state.best_global_step
+    if not ends or not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return state.global_step, []
+    number = Path(state.best_model_checkpoint).name.rpartition("-")[2]
+    return int(number) if number.isdigit() else state.best_global_step, history[ends[-1] + 1 :]
+
+
+def _measured(
+    step: int | None, afterwards: list[dict[str, float]], history: list[dict[str, float]]
+) -> dict[str, float]:
+    """What was measured of the model that is there now, on all datasets: none of another step, nor of a fresh one."""
     found: dict[str, float] = {}
     for prefix, dropped in (("eval_", "eval_"), (TEST, "")):
         rows = [_named(e, prefix) for e in afterwards]
