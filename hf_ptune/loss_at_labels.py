@@ -26,6 +26,20 @@ _LOSSES: dict[Any, Any] = {ForCausalLMLoss: causal_lm_loss, ForMaskedLMLoss: mas
 _OTHERWISE = ("logits_to_keep", "shift_labels", "ignore_index", "output_logits")
 
 
+class _Sparing:
+    """A standard loss without a softmax of all logits, while a pass runs; in a copy made meanwhile none does."""
+
+    def __init__(self, standard: Any, runs: bool = True) -> None:
+        self.standard = standard
+        self.runs = runs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (_LOSSES[self.standard] if self.runs else self.standard)(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return _Sparing, (self.standard, False)
+
+
 class LossAtLabels:
     """Let the vocabulary projection see only hidden states whose label counts.
 
@@ -63,7 +77,8 @@ class LossAtLabels:
         """
         if not self.backbone.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
             return None
-        if self.handle is None or self.agrees is False or "_loss_function" in vars(self.backbone):
+        given = vars(self.backbone).get("_loss_function")
+        if self.handle is None or self.agrees is False or not isinstance(given, _Sparing | None):
             return None  # a loss of the user's own may read any position
         named = bind(self.backbone, args, kwargs)
         labels = named.get("labels")
@@ -111,7 +126,9 @@ class LossAtLabels:
     def _own_loss(self) -> Iterator[None]:
         """Let transformers' standard losses run without a softmax of all logits; others stay."""
         standard = self.backbone.loss_function
-        self.backbone.__dict__["_loss_function"] = _LOSSES.get(standard, standard)
+        standard = standard.standard if isinstance(standard, _Sparing) else standard
+        if standard in _LOSSES:
+            self.backbone.__dict__["_loss_function"] = _Sparing(standard)
         try:
             yield
         finally:

@@ -1,5 +1,6 @@
 """Logits only where a label counts: the same loss and gradients, and the logits all the same for who asks."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -122,6 +123,21 @@ def test_a_loss_function_of_a_user_s_own_gets_all_logits(wrap: Wrap) -> None:
     for mode in (True, False):
         assert model.train(mode)(**inputs).loss == 42
     assert seen == [inputs["input_ids"].shape] * 2 and model.loss_function is loss
+
+
+@pytest.mark.parametrize(("family", "task"), [("llama", None), ("bert", "MASKED_LM")])
+def test_a_copy_made_in_the_midst_of_a_pass_is_as_any_other(family: str, task: str | None, wrap: Wrap) -> None:
+    model, inputs, copies = wrap(family, "p_tuning_v2", task).train(), labelled(family), []
+    expected = model(**inputs).loss
+    handle = model.base_model.register_forward_hook(lambda *_: copies.append(copy.deepcopy(model)))
+    model(**inputs)
+    handle.remove()
+    whole = inputs | {"shift_labels": torch.zeros_like(inputs["labels"])} if task is None else inputs
+    assert torch.equal(copies[0].eval()(**whole).loss, model.eval()(**whole).loss)
+    seen = seen_by_head(copies[0].train())
+    assert torch.equal(copies[0](**inputs).loss, expected)
+    assert len(seen) == 1 and seen[0] < inputs["labels"].numel()
+    assert copies[0].loss_function is model.loss_function
 
 
 def test_a_device_that_fails_does_not_turn_it_off(wrap: Wrap, monkeypatch: pytest.MonkeyPatch) -> None:
