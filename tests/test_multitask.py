@@ -97,6 +97,27 @@ def test_the_shared_prompt_gets_the_sum_of_the_tasks_gradients(method: str, fami
     assert all(p.grad is None for n, p in model.named_parameters() if n not in model.adapter_parameter_names())
 
 
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_every_task_answers_by_the_prompt_as_it_is_now(method: str) -> None:
+    """Written in place or loaded, where each task keeps what the prompt has become while it does not train."""
+    model = together(method)
+    singles, first = alone(model, method, "bert"), copy.deepcopy(model.prompt.state_dict())
+
+    def answers() -> dict[str, torch.Tensor]:
+        return {task: model(task=task, **batch_of(task)).logits for task in LABELS}
+
+    before = answers()
+    for parameter in (p for one in (model, *singles.values()) for p in one.prompt.parameters()):
+        parameter.mul_(-1)
+    after = answers()
+    for task, single in singles.items():
+        assert torch.allclose(after[task], single(**batch_of(task)).logits, atol=1e-10)
+        assert not torch.allclose(after[task], before[task], atol=1e-3)
+    model.prompt.load_state_dict(first)
+    assert all(torch.equal(logits, before[task]) for task, logits in answers().items())
+
+
 def test_base_weights_are_held_once() -> None:
     model, single = together(), build("bert", num_labels=3)
     places = {p.data_ptr(): p.numel() for p in model.parameters()}
