@@ -100,7 +100,7 @@ class LearningCallback(NumbersCallback):
             PTuneError: the model carries no prompt.
         """
         self._begin()
-        model = _unwrap(kwargs.get("model"))
+        model = unwrap_ptune_model(kwargs.get("model"), type(self).__name__)
         self._late = state.global_step > state.max_steps / 10 or _goes_on(model)
         optimizer = kwargs.get("optimizer")
         kind = type(getattr(optimizer, "optimizer", optimizer)).__name__.lower()
@@ -123,7 +123,7 @@ class LearningCallback(NumbersCallback):
         if not last and not ("loss" in logs and "learning_rate" in logs):
             return
         numbers: dict[str, float] = {}
-        model = _unwrap(kwargs["model"])
+        model: Any = unwrap_ptune_model(kwargs["model"], type(self).__name__)
         if self._start is not None:
             numbers["prompt_change"] = _change(_values(model), self._start)
         if not last:
@@ -145,7 +145,7 @@ class LearningCallback(NumbersCallback):
     ) -> None:
         """Let a prompt that did not learn count as a fresh start still."""
         if not self.found.keys().isdisjoint(("too_low", "flat")):
-            for part in _parts(_unwrap(kwargs["model"])):
+            for part in _parts(unwrap_ptune_model(kwargs["model"], type(self).__name__)):
                 vars(part).pop(TRAINED, None)
 
     def _take_back(self, state: TrainerState) -> None:
@@ -271,11 +271,6 @@ class LearningCallback(NumbersCallback):
         self.summary[f"learning_{name}"] = float(state.global_step)
         if state.is_world_process_zero:
             logger.warning(self.found[name])
-
-
-def _unwrap(model: Any) -> Any:
-    """The wrapped model, or one of several tasks, out of its containers."""
-    return unwrap_ptune_model(model, LearningCallback.__name__)
 
 
 def _parts(model: Any) -> list[Any]:
