@@ -33,7 +33,7 @@ from hf_ptune.train import evaluate, has_pairs, make_trainer, wrap_base
 RESULTS_NAME, TABLE_NAME, PLOT_NAME = "results.json", "results.md", "sweep.png"
 _STARTED = "the process ended during this run"
 # of a run's own choosing: a trial leaves nothing and is seen by nobody
-_TRIAL: dict[str, Any] = {"push_to_hub": False, "report_to": "none", "enable_jit_checkpoint": False}
+_TRIAL: dict[str, Any] = {"push_to_hub": False, "report_to": "none"}
 _LAST: dict[str, Any] = {"save_strategy": "no", "load_best_model_at_end": False}
 _BEST: dict[str, Any] = {"save_only_model": True, "save_total_limit": 1}  # in a folder that ends with the trial
 
