@@ -113,25 +113,28 @@ def _check_everywhere(role: str, parts: Sequence[tuple[str, list[Row]]]) -> None
 
 
 def _read_further(recipe: Recipe, task: Task, which: str) -> Part:
-    """Rows of another file, or of another split of the same dataset; none where neither is named.
+    """Rows of another source, or of another split or configuration of the same dataset; none where none is named.
 
     Args:
         recipe: names them.
         task: reads them.
         which: "eval" or "test".
     """
-    source, split = getattr(recipe.data, f"{which}_source"), getattr(recipe.data, f"{which}_split")
-    if source is None and split is None:
+    data = recipe.data
+    own, split, config = (getattr(data, f"{which}_{name}") for name in ("source", "split", "config"))
+    if own is None and split is None and config is None:
         return Part([])
-    if source is None and not recipe.data.source.startswith(HUB):
+    source = own or data.source
+    if not source.startswith(HUB) and (own is None or config is not None):
+        option, value = ("split", split) if config is None else ("config", config)
         raise RecipeError(
-            f"data.{which}_split names the split {split!r}, but data.source {recipe.data.source} is a file. Name a "
-            f"file by data.{which}_source, or take the split out by data.{which}_split: null."
+            f"data.{which}_{option} is {value!r}, but {source} is no dataset of the Hub. Name one, or a file, by "
+            f"data.{which}_source, or take the {option} out by data.{which}_{option}: null."
         )
-    return _read(recipe, task, source or recipe.data.source, split or recipe.data.split)
+    return _read(recipe, task, source, split or data.split, config)
 
 
-def _read(recipe: Recipe, task: Task, source: str, split: str) -> Part:
+def _read(recipe: Recipe, task: Task, source: str, split: str, own_config: str | None = None) -> Part:
     """Rows by role, with labels as they stand there."""
     columns = recipe.data.columns
     if wrong := sorted(set(columns) - set(task.roles())):
@@ -141,7 +144,7 @@ def _read(recipe: Recipe, task: Task, source: str, split: str) -> Part:
         place = f"{source} {split}"
         other = source != recipe.data.source and recipe.data.source.startswith(HUB)
         config, revision = (None, None) if other else (recipe.data.config, recipe.data.revision)
-        found, classes = read_hub(source.removeprefix(HUB), config, split, revision)
+        found, classes = read_hub(source.removeprefix(HUB), own_config or config, split, revision)
     else:
         place = str(recipe.folder / source)
         found = read_file(recipe.folder / source)

@@ -61,15 +61,18 @@ class DataRecipe:
     Args:
         source: "chatterbot"; a .jsonl, .json, .csv, .tsv or .parquet file, relative to the recipe's folder; or
             `hub:<id>` of a dataset on the Hub.
-        config: configuration of a dataset on the Hub; where `source` is one, others are read without it.
+        config: configuration of a dataset on the Hub; where `source` is one, others are read without it, or with
+            their own.
         revision: its commit or branch, likewise; "refs/convert/parquet" has the rows of those that are a script.
         split: its split to train on.
         eval_source: source of the held-out rows; unset, a part of the training rows is held out.
         where: column to value; of all sources only rows that have it are taken.
         eval_split: split of the held-out rows, of the same dataset where `eval_source` is unset.
+        eval_config: configuration that they are in; of the same dataset `config` when unset, else none.
         eval_fraction: the part that is held out, more than 0 and less than 1; stratified by label.
         test_source: source of rows that are evaluated once, at the end.
         test_split: their split, of the same dataset where `test_source` is unset.
+        test_config: their configuration, likewise.
         split_seed: seed of the split, and of `limit`.
         limit: number of training rows that are drawn, stratified by label; all when unset.
         eval_limit: number of held-out and of test rows that are drawn, likewise.
@@ -89,9 +92,11 @@ class DataRecipe:
     where: dict[str, Any] = field(default_factory=dict)
     eval_source: str | None = None
     eval_split: str | None = None
+    eval_config: str | None = None
     eval_fraction: float = 0.25
     test_source: str | None = None
     test_split: str | None = None
+    test_config: str | None = None
     split_seed: int = 0
     limit: int | None = None
     eval_limit: int | None = None

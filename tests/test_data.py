@@ -106,7 +106,11 @@ def test_columns_and_files(tmp_path: Path) -> None:
         ({"source": "e.jsonl", "columns": columns}, "holds out 0 of 1 rows"),
         (
             {"source": "r.jsonl", "eval_split": "test", "columns": columns},
-            "data.eval_split names the split 'test', but data.source r.jsonl is a",
+            "data.eval_split is 'test', but r.jsonl is no dataset of the Hub. Name one, or a file, by",
+        ),
+        (
+            {"source": "r.jsonl", "test_source": "r.jsonl", "test_config": "sst2", "columns": columns},
+            "data.test_config is 'sst2', but r.jsonl is no dataset of the Hub. Name one, or a file, by",
         ),
         ({"source": "chatterbot", "columns": columns}, "needs neither columns"),
     ]
@@ -250,6 +254,10 @@ def test_a_configuration_is_of_the_dataset_that_is_trained_on(tmp_path: Path, mo
     source = write_rows(tmp_path, "r.jsonl", [{"text": "a", "label": n % 2} for n in range(8)])
     load_rows(recipe_for(tmp_path, "SEQ_CLS", **part, source=source, eval_source="hub:glue", split="test"))
     assert read == [("glue", "sst2", "test", "abc")]
+    read.clear()
+    settings = settings | {"eval_config": "plain", "eval_split": "dev", "test_split": None, "test_config": "ax"}
+    load_rows(recipe_for(tmp_path, "SEQ_CLS", **settings))
+    assert read == [("glue", "sst2", "train", "abc"), ("other", "plain", "dev", None), ("glue", "ax", "train", "abc")]
 
 
 def test_broken_files(tmp_path: Path) -> None:
