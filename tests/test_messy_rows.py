@@ -407,14 +407,33 @@ def test_what_is_cut_is_said(warned: pytest.LogCaptureFixture) -> None:
     task = QuestionAnswering(max_length=8, stride=1)
     features = task.encode([task.check_row(row, "here")], tokenizer, [])
     assert all(f["start_positions"] == f["null"] for f in features)
-    assert "1 of 1 rows have an answer that no window of 8 tokens holds whole" in warned.text
+    assert "1 of 1 training rows: no window of 8 tokens holds the first answer whole, and none is" in warned.text
     short = QuestionAnswering(max_length=32, max_answer_length=5)
     shorter = row | {"answers": {"text": ["b c d e f"], "answer_start": [2]}}
-    for held_out, kind in ((False, "training"), (True, "held-out")):
+    for held_out, said in ((False, "training rows: the first"), (True, "held-out rows: every")):
         short.encode([short.check_row(one, "here") for one in (row, shorter)], tokenizer, [], held_out)
-        assert f"1 of 2 {kind} rows have an answer of more than task_options.max_answer_length=5" in warned.text
+        assert f"1 of 2 {said} answer has more than task_options.max_answer_length=5" in warned.text
     CausalLM(max_length=4).encode([{"prompt": "a b c", "references": ["d e"]}], tokenizer, [])
     assert "1 of 1 rows are longer than data.max_length=4" in warned.text
+
+
+def test_of_several_answers_the_first_is_learned_and_any_is_right(warned: pytest.LogCaptureFixture) -> None:
+    tokenizer = words_tokenizer()
+    answers = {"text": ["b c d e f g", "h"], "answer_start": [2, 14]}
+    row = {"context": "a b c d e f g h", "question": "q", "answers": answers}
+    for task, said in (
+        (QuestionAnswering(max_length=8, stride=1), "1 of 1 training rows: no window of 8 tokens holds the first"),
+        (QuestionAnswering(max_length=32, max_answer_length=5), "1 of 1 training rows: the first answer has more than"),
+    ):
+        checked = [task.check_row(row, "here")]
+        warned.clear()
+        task.encode(checked, tokenizer, [], held_out=True)
+        assert not warned.text
+        task.encode(checked, tokenizer, [])
+        assert said in warned.text
+    longer = row | {"answers": {"text": ["b c d e f g", "a b c d e f"], "answer_start": [2, 0]}}
+    QuestionAnswering(max_length=8, stride=1).encode([task.check_row(longer, "here")], tokenizer, [], held_out=True)
+    assert "1 of 1 held-out rows: no window of 8 tokens holds any answer whole. Raise" in warned.text
 
 
 @pytest.mark.parametrize(

@@ -94,23 +94,30 @@ class QuestionAnswering(Task):
         need_fast(tokenizer, "character")
         features, out_of_reach, too_long = [], 0, 0
         for row in rows:
-            windows = self._windows(row, tokenizer)
-            too_long += any(w["end_positions"] - w["start_positions"] >= self.max_answer_length for w in windows)
-            out_of_reach += bool(row["answers"]["text"]) and all(w["start_positions"] == w["null"] for w in windows)
+            answers = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
+            answers = answers if held_out else answers[:1]  # any is right, and the first is learned
+            windows, whole = self._windows(row, answers, tokenizer)
+            out_of_reach += bool(answers) and not whole
+            too_long += bool(whole) and min(whole) > self.max_answer_length
             features += [feature | {"row": row} for feature in windows]
+        kind = f"of {len(rows)} {'held-out' if held_out else 'training'} rows"
         if out_of_reach:
+            which = "any answer whole" if held_out else "the first answer whole, and none is learned"
             logger.warning(
-                f"{out_of_reach} of {len(rows)} rows have an answer that no window of {self.max_length} tokens holds "
-                "whole; they are learned as rows without one. Raise task_options.stride, or data.max_length."
+                f"{out_of_reach} {kind}: no window of {self.max_length} tokens holds {which}. Raise "
+                "task_options.stride, or data.max_length."
             )
         if too_long:
             logger.warning(
-                f"{too_long} of {len(rows)} {'held-out' if held_out else 'training'} rows have an answer of more than "
-                f"task_options.max_answer_length={self.max_answer_length} tokens, which is never given whole; raise it."
+                f"{too_long} {kind}: {'every' if held_out else 'the first'} answer has more than "
+                f"task_options.max_answer_length={self.max_answer_length} tokens, and is never given whole; raise it."
             )
         return features
 
-    def _windows(self, row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Feature]:
+    def _windows(
+        self, row: Row, answers: Sequence[tuple[str, int]], tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[list[Feature], list[int]]:
+        """Features of a row's windows, and how many tokens each answer has that one of them holds whole."""
         question = self._cut_question(row["question"], tokenizer)
         asked = len(tokenizer(question, add_special_tokens=False)["input_ids"])
         room = self.max_length - asked - tokenizer.num_special_tokens_to_add(pair=True)
@@ -128,7 +135,7 @@ class QuestionAnswering(Task):
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        windows = []
+        windows, whole = [], []
         for n in range(len(encoded["input_ids"])):
             feature = {name: list(encoded[name][n]) for name in tokenizer.model_input_names if name in encoded}
             offsets: Offsets = [
@@ -136,9 +143,11 @@ class QuestionAnswering(Task):
                 for place, segment in zip(encoded["offset_mapping"][n], encoded.sequence_ids(n), strict=True)
             ]
             null = _null_place(feature["input_ids"], tokenizer)
-            start, end = _span(row["answers"], offsets) or (null, null)
+            spans = [_span(text, begin, offsets) for text, begin in answers]
+            whole += [last - first + 1 for first, last in filter(None, spans)]
+            start, end = next(iter(spans), None) or (null, null)
             windows.append(feature | {"start_positions": start, "end_positions": end, "offsets": offsets, "null": null})
-        return windows
+        return windows, whole
 
     def _cut_question(self, question: str, tokenizer: PreTrainedTokenizerBase) -> str:
         places = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -260,12 +269,9 @@ def _null_place(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
     return list(ids).index(cls) if cls in ids else 0
 
 
-def _span(answers: dict[str, Any], offsets: Offsets) -> tuple[int, int] | None:
-    """First and last token of the first answer; `None` where the window lacks a part of it."""
-    if not answers["text"]:
-        return None
-    begin = answers["answer_start"][0]
-    finish = begin + len(answers["text"][0])
+def _span(text: str, begin: int, offsets: Offsets) -> tuple[int, int] | None:
+    """First and last token of an answer; `None` where the window lacks a part of it."""
+    finish = begin + len(text)
     places = [(n, place) for n, place in enumerate(offsets) if place is not None and place[0] < place[1]]
     if not places or places[0][1][0] > begin or places[-1][1][1] < finish:
         return None
