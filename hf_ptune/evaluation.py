@@ -22,8 +22,8 @@ from hf_ptune.row_checks import check_features
 from hf_ptune.tasks import Task, TaskTrainer
 from hf_ptune.templates import name_virtual_tokens
 from hf_ptune.tokenization import has_tokenizer
+from hf_ptune.train import count_rows, load_adapter
 from hf_ptune.train import evaluate as measure
-from hf_ptune.train import load_adapter
 from hf_ptune.train_multitask import MultiTaskRecipe, report
 
 
@@ -102,7 +102,7 @@ def evaluate(recipe: Recipe, adapter: str | None = None, name: str = "") -> dict
         begin = f"{name}: " if name else ""
         for kind, metrics in found.items():
             shown = ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items())
-            print(f"{begin}{kind}, {min(len(parts[kind]), len(features[kind]))} rows: {shown}", flush=True)
+            print(f"{begin}{kind}, {count_rows(parts[kind], features[kind])} rows: {shown}", flush=True)
     return found
 
 

@@ -106,7 +106,7 @@ def run(recipe: Recipe) -> Outcome:
 
     first = trainer.is_world_process_zero()
     if first:
-        kept, out = (task.count(part, tokenizer) for part in (rows.train, rows.held_out))
+        kept, out = count_rows(rows.train, trainer.train_dataset), count_rows(rows.held_out, trainer.eval_dataset)
         print(f"{kept} rows to train on, {out} held out, {len(rows.labels)} labels")
         model.print_trainable_parameters()
     # before the first step, but not before training: engines that split have none to evaluate with until then
@@ -125,7 +125,9 @@ def run(recipe: Recipe) -> Outcome:
     tensors = model.adapter_state_dict()  # where ranks hold parts, all of them come here
     if first:
         save_tokenizer(tokenizer, folder)
-        facts = gather_facts(arguments, trainer.state, model, card_facts(recipe, rows, task, tokenizer))
+        facts = gather_facts(
+            arguments, trainer.state, model, card_facts(recipe, rows, task, tokenizer, trainer.train_dataset)
+        )
         finish_folder(model, folder, Path(recipe.output_dir).name, facts=facts, state_dict=tensors)
         answers = ask(folder, task, rows.held_out, recipe.seed, recipe.base_options)
         report(Outcome(before, after, folder, answers, test), task.metric)
@@ -173,13 +175,20 @@ def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None, pairs:
     return PTuneConfig(method=recipe.method, **named, **options)
 
 
-def card_facts(recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a recipe and its rows tell a card."""
+def count_rows(rows: Sequence[Row], features: Sequence[Feature]) -> int:
+    """How many rows features were made of, the others being left out."""
+    return min(len(rows), len(features))
+
+
+def card_facts(
+    recipe: Recipe, rows: Rows, task: Task, tokenizer: PreTrainedTokenizerBase, train: Sequence[Feature]
+) -> dict[str, Any]:
+    """What a recipe, its rows and the features of those to train on tell a card."""
     given = {k: v for k, v in asdict(recipe.card).items() if v is not None}
     given["datasets"] = data_names(recipe)
     own = (*recipe.rates(), recipe.learning_rate_decay)
     rates = zip(("backbone_learning_rate", "head_learning_rate", "learning_rate_decay"), own, strict=True)
-    read = {"max_length": task.max_length, "training_rows": task.count(rows.train, tokenizer)}
+    read = {"max_length": task.max_length, "training_rows": count_rows(rows.train, train)}
     given["hyperparameters"] = {name: rate for name, rate in rates if rate is not None} | read
     if not rows.held_out:
         return given
@@ -282,7 +291,7 @@ def make_trainer(
                     recipe.defaults(has_pairs(task, rows), model.config.over_decoder).training.get("learning_rate")
                 ),
                 MemoryCallback(),
-                ModelCardCallback(**card_facts(recipe, rows, task, tokenizer)),
+                ModelCardCallback(**card_facts(recipe, rows, task, tokenizer, train)),
                 *scheduling(recipe),
             ],
         )

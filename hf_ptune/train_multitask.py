@@ -338,7 +338,7 @@ def _finish(
     model = trainer.prompts.model_of(name)
     save_tokenizer(trainer.processing_class, folder)
     part = trainer.parts[name]
-    told = card_facts(recipe.tasks[name], part.rows, part.task, trainer.processing_class)
+    told = card_facts(recipe.tasks[name], part.rows, part.task, trainer.processing_class, part.train)
     told["hyperparameters"] |= {"temperature": recipe.temperature}
     others = [
         f"{other} ({one.task}: {', '.join(map(public_name, data_names(one)))})"

@@ -711,7 +711,7 @@ def test_the_snippet_of_a_tokenizer_that_closes_texts_asks_as_training_did(
     recipe = make_recipe(content | {"data": {"source": "rows.jsonl"}}, folder=tmp_path)
     model, task = wrap("llama", "p_tuning_v2"), CausalLM()
     row = task.check_row({"prompt": "hello", "answer": "world"}, "row 1")
-    facts = replace(facts_of(model), **card_facts(recipe, Rows([row], [row], [], []), task, words))
+    facts = replace(facts_of(model), **card_facts(recipe, Rows([row], [row], [], []), task, words, []))
     write_repository(model, tmp_path, "user/adapter", tokenizer=words, facts=facts)
     snippet = re.findall(r"```python\n(.*?)```", ModelCard.load(tmp_path / "README.md").text, re.DOTALL)[0]
     exec(snippet.replace("user/adapter", str(tmp_path)), names := {})
@@ -719,7 +719,7 @@ def test_the_snippet_of_a_tokenizer_that_closes_texts_asks_as_training_did(
     assert capsys.readouterr().out.startswith("hello")
     chatting = task.check_row({"instruction": "hello", "output": "world"}, "row 1")
     words.chat_template = "{{ messages[0].content }}"
-    assert "closing" not in card_facts(recipe, Rows([chatting], [chatting], [], []), task, words)
+    assert "closing" not in card_facts(recipe, Rows([chatting], [chatting], [], []), task, words, [])
 
 
 def test_the_snippet_of_a_template_reads_it(tmp_path: Path) -> None:

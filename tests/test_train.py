@@ -171,7 +171,7 @@ def test_a_split_s_file_goes_by_its_folder_on_a_card(
     content = write_recipe(tmp_path, "SEQ_CLS", "base", data={"source": source})
     recipe = make_recipe(content, folder=tmp_path / "alice/projects/recipes")
     rows = Rows([{"text": "a", "label": "x"}], [], [], ["x"])
-    assert card_facts(recipe, rows, recipe.build_task(), words_tokenizer())["datasets"] == [name]
+    assert card_facts(recipe, rows, recipe.build_task(), words_tokenizer(), [])["datasets"] == [name]
 
 
 def test_a_package_s_base_keeps_its_name(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ class Task:
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], held_out: bool = False
     ) -> list[Feature]:
-        """Turn rows into features; there may be more features than rows.
+        """Turn rows into features: one or more of each; a task that leaves rows out makes one of each other.
 
         Args:
             rows: as `check_row` returns them.
@@ -158,10 +158,6 @@ class Task:
             RecipeError: the tokenizer cannot do what the task needs.
         """
         raise NotImplementedError
-
-    def count(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:
-        """Number of the rows that `encode` makes features of."""
-        return len(rows)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         """What pads features to a batch `[B, S]`."""

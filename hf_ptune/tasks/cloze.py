@@ -140,10 +140,6 @@ class _Cloze(Task):
                 return None
             raise RecipeError(f"{error} Or set task_options.drop_long_answers: true, as LAMA does.") from error
 
-    def count(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:
-        scorer = self.scorer(tokenizer, [])
-        return sum(self._number(row, scorer) is not None for row in rows)
-
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         return make_collator(tokenizer, ClozeCollator(tokenizer, self._causal))
 
