@@ -148,10 +148,13 @@ def run_sweep(given: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Run the grid that the command line describes, and print its table."""
     from hf_ptune.errors import PTuneError
     from hf_ptune.recipe import read_recipe
-    from hf_ptune.sweep import command_of, report, sweep
+    from hf_ptune.sweep import command_of, shared_of, sweep
+    from hf_ptune.sweep_table import report
+    from hf_ptune.train_multitask import names_tasks, read_multitask_recipe
 
-    recipe = read_recipe(given.recipe, overrides)
-    folder = Path(given.folder or f"{recipe.output_dir}-sweep")
+    several = names_tasks(given.recipe, overrides)
+    recipe = read_multitask_recipe(given.recipe, overrides) if several else read_recipe(given.recipe, overrides)
+    folder = Path(given.folder or f"{shared_of(recipe).output_dir}-sweep")
     command = command_of(given.recipe, overrides)
     grid = (given.learning_rates, given.lengths, given.seeds)
     found = sweep(recipe, folder, *grid, command=command, retry=given.retry)

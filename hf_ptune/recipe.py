@@ -264,8 +264,8 @@ def make_recipe(content: Mapping[str, Any], where: str = "recipe", folder: Path 
     if "tasks" in content:
         raise RecipeError(
             f"{where}: names several tasks; one is expected here. hf-ptune train, or -m hf_ptune.train_multitask, "
-            "trains them; to sweep one of them, put it under task and data in a recipe of its own, or in a variant "
-            "with tasks: null."
+            "trains them; to train one of them alone, put it under task and data in a recipe of its own, or in a "
+            "variant with tasks: null."
         )
     top = {n: h for n, h in typing.get_type_hints(Recipe).items() if n not in ("folder", "data", "card")}
     given = _section(

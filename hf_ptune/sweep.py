@@ -5,11 +5,10 @@ import json
 import math
 import os
 import shlex
-import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,12 @@ from hf_ptune.fresh_base import load_tokenizer
 from hf_ptune.interruption import HeldInterruptions
 from hf_ptune.methods import get_method
 from hf_ptune.recipe import Recipe
+from hf_ptune.sweep_table import RESULTS_NAME, Sweep, Trial, write_table
 from hf_ptune.templates import Template
 from hf_ptune.train import evaluate, has_pairs, make_trainer, wrap_base
+from hf_ptune.train_multitask import MultiTaskRecipe, build, make_multitask_trainer
 
-RESULTS_NAME, TABLE_NAME, PLOT_NAME = "results.json", "results.md", "sweep.png"
+AnyRecipe = Recipe | MultiTaskRecipe
 _STARTED = "the process ended during this run"
 # of a run's own choosing: a trial leaves nothing and is seen by nobody
 _TRIAL: dict[str, Any] = {"push_to_hub": False, "report_to": "none"}
@@ -38,115 +39,8 @@ _LAST: dict[str, Any] = {"save_strategy": "no", "load_best_model_at_end": False}
 _BEST: dict[str, Any] = {"save_only_model": True, "save_total_limit": 1}  # in a folder that ends with the trial
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Hold one run of the grid.
-
-    Args:
-        learning_rate: peak learning rate.
-        num_virtual_tokens: P; `None` for a method without a prompt.
-        seed: of prompt, head and training.
-        metrics: of the validation rows; empty where it failed.
-        seconds: training and evaluation.
-        learning: what `LearningCallback` found.
-        error: why it failed.
-    """
-
-    learning_rate: float
-    num_virtual_tokens: int | None
-    seed: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    learning: dict[str, str] = field(default_factory=dict)
-    error: str | None = None
-
-    @property
-    def place(self) -> tuple[float, int | None, int]:
-        """Where in the grid."""
-        return self.learning_rate, self.num_virtual_tokens, self.seed
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Hold what a grid gave.
-
-    Args:
-        trials: all runs, failed ones too, in order of the grid.
-        metric: the metric that chooses; greater is better.
-        command: the command line of the recipe without the chosen values.
-    """
-
-    trials: list[Trial]
-    metric: str
-    command: str
-
-    def mean(self, rate: float, length: int | None) -> tuple[float, float | None]:
-        """Mean and sample deviation over seeds; NaN where one of them failed, no deviation of one seed."""
-        cell = [t for t in self.trials if t.place[:2] == (rate, length)]
-        values = [t.metrics[self.metric] for t in cell if t.error is None]
-        if not cell or len(values) < len(cell):
-            return math.nan, None
-        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-    @property
-    def rates(self) -> list[float]:
-        return sorted({t.learning_rate for t in self.trials})
-
-    @property
-    def lengths(self) -> list[int | None]:
-        return sorted({t.num_virtual_tokens for t in self.trials}, key=lambda n: n or 0)
-
-    def best(self) -> tuple[float, int | None] | None:
-        """Learning rate and length of the greatest mean; the shorter prompt, then the lower rate, of equals."""
-        cells = [(self.mean(r, n)[0], n, r) for n, r in product(self.lengths, self.rates)]
-        whole = [c for c in cells if math.isfinite(c[0])]
-        if not whole:
-            return None
-        _, length, rate = max(whole, key=lambda c: (c[0], -(c[1] or 0), -c[2]))
-        return rate, length
-
-    def best_command(self) -> str:
-        """The command line that trains with the best of the grid."""
-        best = self.best()
-        if best is None:
-            return "no run of the grid succeeded"
-        length = "" if best[1] is None else f" --options.num_virtual_tokens={best[1]}"
-        return f"{self.command} --training.learning_rate={float(best[0])!r}{length}"
-
-    def table(self, markdown: bool = False) -> str:
-        """Lengths down, learning rates across; `*` marks the best, `!` what the watch on learning warned of."""
-        head = ["tokens", *(f"{rate:g}" for rate in self.rates)]
-        lines = [head] + [
-            ["none" if n is None else str(n), *(self._cell(r, n) for r in self.rates)] for n in self.lengths
-        ]
-        widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
-        rows = [[cell.rjust(w) for cell, w in zip(line, widths, strict=True)] for line in lines]
-        if not markdown:
-            return "\n".join("  ".join(row) for row in rows)
-        rule = "| " + " | ".join("-" * (w - 1) + ":" for w in widths) + " |"
-        text = ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join([text[0], rule, *text[1:]])
-
-    def _cell(self, rate: float, length: int | None) -> str:
-        mean, deviation = self.mean(rate, length)
-        if math.isnan(mean):
-            return "failed"
-        spread = "" if deviation is None else f" ± {deviation:.3f}"
-        warned = any(t.learning for t in self.trials if t.place[:2] == (rate, length))
-        return f"{mean:.3f}{spread}{'!' if warned else ''}{'*' if (rate, length) == self.best() else ''}"
-
-    def notes(self) -> list[str]:
-        """Failures and warnings, one line each."""
-        lines = []
-        for trial in self.trials:
-            where = f"learning rate {trial.learning_rate:g}, {trial.num_virtual_tokens} tokens, seed {trial.seed}"
-            lines += [f"{where}: failed: {trial.error}"] if trial.error else []
-            lines += [f"{where}: {message}" for message in trial.learning.values()]
-        return lines
-
-
 def sweep(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     folder: Path,
     rates: Sequence[float] = (),
     lengths: Sequence[int] = (),
@@ -158,7 +52,8 @@ def sweep(
     """Run a grid of prompt length and learning rate, and write results, table and plot.
 
     A run is measured on the recipe's held-out rows where the recipe has test rows besides, which stay unread; else on
-    a part of the training rows, so that the held-out rows still tell what the chosen setting is worth.
+    a part of the training rows, so that the held-out rows still tell what the chosen setting is worth. Of several
+    tasks the mean of their main metrics chooses, each from 0 to 1.
 
     Args:
         recipe: what is run, with another learning rate, length and seed each time.
@@ -182,18 +77,21 @@ def sweep(
             f"this is one of {processes} processes (WORLD_SIZE), and a sweep runs in one; start hf-ptune sweep without "
             "torchrun or accelerate launch."
         )
-    task, rows = recipe.build_task(), _choose_rows(recipe, load_rows(recipe))
-    tokens, head = _lengths(recipe, lengths), recipe.rates()[1]
+    tasks = _tasks(recipe)
+    rows = {name: _choose_rows(one, load_rows(one)) for name, one in tasks.items()}
+    metric, *beside = _metrics(tasks)
+    one = shared_of(recipe)
+    tokens, head = _lengths(one, lengths), one.rates()[1]
     # the head's rate may be a default, which a learning rate that is named ends
     shared = {"recipe": _fingerprint(recipe, rows), "head_learning_rate": head}
-    shared["best_checkpoint"] = bool(recipe.training.get("load_best_model_at_end"))
+    shared["best_checkpoint"] = bool(one.training.get("load_best_model_at_end"))
     known, usual = _read(folder, shared)
     if not rates:
-        named = recipe.training.get("learning_rate")
+        named = one.training.get("learning_rate")
         if named is None:
-            usual = usual or _usual_rate(recipe, rows)
+            usual = usual or _usual_rate(tasks, rows)
         rates = _around(named or usual)
-    grid = _grid(rates, tokens, seeds or [recipe.seed])
+    grid = _grid(rates, tokens, seeds or [one.seed])
     done: list[Trial] = []
     with tqdm(total=len(grid), desc="sweep", unit="run") as bar:
         for place in grid:
@@ -212,21 +110,39 @@ def sweep(
                     _write(folder, shared, known, usual)
             done.append(trial)
             bar.update()
-            said = trial.metrics.get(task.metric)
+            said = trial.metrics.get(metric)
             bar.set_postfix_str(f"{place[0]:g}, {place[1]} tokens: " + ("failed" if said is None else f"{said:.3f}"))
-    if head is not None and recipe.head_learning_rate is None:
+    if head is not None and one.head_learning_rate is None:
         command += f" --head_learning_rate={head!r}"
-    found = Sweep(done, task.metric, command)
-    _write_table(found, folder, len(rows.held_out))
+    found = Sweep(done, metric, command, beside)
+    write_table(found, folder, [len(part.held_out) for part in rows.values()])
     return found
 
 
-def _usual_rate(recipe: Recipe, rows: Rows) -> float:
+def shared_of(recipe: AnyRecipe) -> Recipe:
+    """A recipe itself, or of several tasks what they share."""
+    return recipe.shared if isinstance(recipe, MultiTaskRecipe) else recipe
+
+
+def _tasks(recipe: AnyRecipe) -> dict[str, Recipe]:
+    """Recipes by the name of their task; that of a single one is ""."""
+    return recipe.tasks if isinstance(recipe, MultiTaskRecipe) else {"": recipe}
+
+
+def _metrics(tasks: Mapping[str, Recipe]) -> list[str]:
+    """The metric that chooses; of several tasks the mean, and each one's own."""
+    if "" in tasks:
+        return [tasks[""].build_task().metric]
+    return ["mean", *(f"{name}_{one.build_task().metric}" for name, one in tasks.items())]
+
+
+def _usual_rate(tasks: Mapping[str, Recipe], rows: Mapping[str, Rows]) -> float:
     """The method's learning rate for the recipe's base, which has to be loaded for that."""
-    tokenizer = load_tokenizer(recipe.base, recipe.base_options.get("revision"))
-    causal = wrap_base(recipe, rows, tokenizer).config.over_decoder
+    name, one = next(iter(tasks.items()))
+    tokenizer = load_tokenizer(one.base, one.base_options.get("revision"))
+    causal = wrap_base(one, rows[name], tokenizer).config.over_decoder
     gc.collect()  # before the first run loads it again
-    own = recipe.defaults(has_pairs(recipe.build_task(), rows), causal)
+    own = one.defaults(not name and has_pairs(one.build_task(), rows[name]), causal)
     return float(own.training.get("learning_rate", 1e-2))
 
 
@@ -271,16 +187,23 @@ def _choose_rows(recipe: Recipe, rows: Rows) -> Rows:
     return Rows(train, validation, rows.labels)
 
 
-def _run(recipe: Recipe, rows: Rows, place: tuple[float, int | None, int]) -> Trial:
+def _run(recipe: AnyRecipe, rows: Mapping[str, Rows], place: tuple[float, int | None, int]) -> Trial:
     rate, length, seed = place
-    options = recipe.options | ({} if length is None else {"num_virtual_tokens": length})
-    kept = _BEST if recipe.training.get("load_best_model_at_end") else _LAST
-    training = recipe.training | _TRIAL | kept | {"learning_rate": rate}
-    chosen = replace(recipe, options=options, training=training, seed=seed, head_learning_rate=recipe.rates()[1])
+    one = shared_of(recipe)
+    kept = _BEST if one.training.get("load_best_model_at_end") else _LAST
+    changes: dict[str, Any] = {
+        "options": one.options | ({} if length is None else {"num_virtual_tokens": length}),
+        "training": one.training | _TRIAL | kept | {"learning_rate": rate},
+        "seed": seed,
+        "head_learning_rate": one.rates()[1],
+    }
     started = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as nobody_s:
-            metrics, learning = _train(replace(chosen, output_dir=nobody_s), rows)
+            changes["output_dir"] = nobody_s
+            if isinstance(recipe, MultiTaskRecipe):
+                changes = {"tasks": {name: replace(task, **changes) for name, task in recipe.tasks.items()}}
+            metrics, learning = _train(replace(recipe, **changes), rows)
         return Trial(*place, metrics, time.perf_counter() - started, learning)
     except Exception as error:  # whatever stops one run, the others go on
         seconds = time.perf_counter() - started
@@ -291,23 +214,35 @@ def _run(recipe: Recipe, rows: Rows, place: tuple[float, int | None, int]) -> Tr
             torch.cuda.empty_cache()
 
 
-def _train(recipe: Recipe, rows: Rows) -> tuple[dict[str, float], dict[str, str]]:
-    arguments = make_arguments(recipe)
-    set_seed(recipe.seed)
-    tokenizer = load_tokenizer(recipe.base, recipe.base_options.get("revision"))
-    trainer = make_trainer(recipe, arguments, wrap_base(recipe, rows, tokenizer), tokenizer, rows)
+def _train(recipe: AnyRecipe, rows: Mapping[str, Rows]) -> tuple[dict[str, float], dict[str, str]]:
+    one = shared_of(recipe)
+    arguments = make_arguments(one)
+    set_seed(one.seed)
+    tokenizer = load_tokenizer(one.base, one.base_options.get("revision"))
+    trainer: Any
+    if isinstance(recipe, MultiTaskRecipe):
+        trainer = make_multitask_trainer(recipe, arguments, *build(recipe, tokenizer, rows), tokenizer)
+    else:
+        trainer = make_trainer(one, arguments, wrap_base(one, rows[""], tokenizer), tokenizer, rows[""])
     for callback in (PrinterCallback, ProgressCallback, MemoryCallback, ModelCardCallback):
         trainer.remove_callback(callback)
     trainer.train()
     metrics = evaluate(trainer)
     watch = next((c for c in trainer.callback_handler.callbacks if isinstance(c, LearningCallback)), None)
-    if not math.isfinite(metrics.get("loss", 0.0)):
-        raise FloatingPointError(f"the validation loss is {metrics['loss']}; lower the learning rate.")
+    if lost := [v for k, v in metrics.items() if k.endswith("loss") and not math.isfinite(v)]:
+        raise FloatingPointError(f"the validation loss is {lost[0]}; lower the learning rate.")
     return metrics, {} if watch is None else dict(watch.found)
 
 
-def _fingerprint(recipe: Recipe, rows: Rows) -> str:
+def _fingerprint(recipe: AnyRecipe, rows: Mapping[str, Rows]) -> str:
     """What all runs of one sweep share."""
+    digests = {name: _digest(one, rows[name]) for name, one in _tasks(recipe).items()}
+    if isinstance(recipe, MultiTaskRecipe):
+        return digest_of({"tasks": digests, "temperature": recipe.temperature})
+    return digests[""]
+
+
+def _digest(recipe: Recipe, rows: Rows) -> str:
     content = {k: v for k, v in asdict(recipe).items() if v is not None}
     for section, name in (("training", "learning_rate"), ("options", "num_virtual_tokens")):
         content[section].pop(name, None)
@@ -341,59 +276,6 @@ def _write(folder: Path, shared: dict[str, Any], trials: dict[Any, Trial], usual
     content = shared | {"usual_rate": usual, "trials": [asdict(t) for t in trials.values()]}
     with staged(folder) as aside, naming(aside / RESULTS_NAME):
         (aside / RESULTS_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _write_table(found: Sweep, folder: Path, count: int) -> None:
-    with staged(folder) as aside:
-        with naming(aside / PLOT_NAME):
-            plot = draw(found, aside / PLOT_NAME)
-        lines = [f"{found.metric} of {count} validation rows; learning rates across, virtual tokens down", ""]
-        lines += [found.table(markdown=True), "", f"Best: `{found.best_command()}`"]
-        lines += ["", *(f"- {note}" for note in found.notes())] if found.notes() else []
-        lines += ["", f"![{found.metric} over learning rates]({PLOT_NAME})"] if plot else []
-        with naming(aside / TABLE_NAME):
-            (aside / TABLE_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def draw(found: Sweep, path: Path) -> bool:
-    """Draw the metric over learning rates, a line for each length.
-
-    Returns:
-        Whether it could: matplotlib is installed, and some run succeeded.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    if found.best() is None:
-        return False
-    figure = Figure(figsize=(5, 3.4))
-    axes = figure.subplots()
-    for length in found.lengths:
-        cells = [(rate, *found.mean(rate, length)) for rate in found.rates]
-        whole = [(rate, mean, deviation or 0.0) for rate, mean, deviation in cells if math.isfinite(mean)]
-        if whole:
-            label = "no virtual tokens" if length is None else f"{length} tokens"
-            x, y, spread = zip(*whole, strict=True)
-            axes.errorbar(x, y, yerr=spread if any(spread) else None, marker="o", label=label)
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel(f"validation {found.metric}")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100, metadata={"Software": None})
-    return True
-
-
-def report(found: Sweep, folder: Path) -> str:
-    """What to print when a sweep has ended."""
-    lines = [f"validation {found.metric}; learning rates across, virtual tokens down", found.table(), *found.notes()]
-    where = f"written: {folder / RESULTS_NAME}, {folder / TABLE_NAME}"
-    if (folder / PLOT_NAME).is_file():
-        where += f", {folder / PLOT_NAME}"
-    elif found.best() is not None:
-        where += '; no plot: pip install "hf_ptune[plots]", and run the sweep again (nothing is trained anew)'
-    return "\n".join([*lines, where, f"best: {found.best_command()}"])
 
 
 def command_of(recipe: str, overrides: Sequence[str]) -> str:

@@ -286,19 +286,7 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
     arguments = settle_arguments(arguments, recipe.shared, pairs=False, causal=model.config.over_decoder)
     # the Trainer would push them as one repository, which no Auto class reads by its name
     push, arguments.push_to_hub = arguments.push_to_hub, False
-    usual = recipe.shared.defaults(causal=model.config.over_decoder).training.get("learning_rate")
-    watched_by = [LearningCallback(usual), MemoryCallback(), *scheduling(recipe.shared)]
-    rates = make_optimizer(arguments, model, *recipe.shared.rates())
-    with without_handler(arguments):
-        trainer = MultiTaskTrainer(
-            model, arguments, parts, tokenizer, recipe.temperature, callbacks=watched_by, optimizer_cls_and_kwargs=rates
-        )
-    check_batches(trainer)
-    for name, part in parts.items():
-        check_features(model.model_of(name), part.task, tokenizer, part.train)
-        for features in filter(None, (part.held_out, part.test)):
-            check_features(model.model_of(name), part.task, tokenizer, features, held_out=True)
-        check_batch(model.model_of(name), part.task.collator(tokenizer)(part.train[:_GUARDED_ROWS]))
+    trainer = make_multitask_trainer(recipe, arguments, model, parts, tokenizer)
     trainer.evaluate()
     before = trainer.measured
     train_on(trainer, *recipe.tasks.values())
@@ -322,6 +310,34 @@ def run(recipe: MultiTaskRecipe) -> dict[str, dict[str, float]]:
             print(f"{name}: {url}", flush=True)
     trainer.accelerator.wait_for_everyone()
     return found
+
+
+def make_multitask_trainer(
+    recipe: MultiTaskRecipe,
+    arguments: TrainingArguments,
+    model: MultiTaskPrompt,
+    parts: Mapping[str, Part],
+    tokenizer: PreTrainedTokenizerBase,
+) -> MultiTaskTrainer:
+    """Put a Trainer around a model of several tasks, watched by the callbacks.
+
+    Raises:
+        PTuneError: a task's rows or its first batch do not fit the model, or fill no batch.
+    """
+    usual = recipe.shared.defaults(causal=model.config.over_decoder).training.get("learning_rate")
+    watched_by = [LearningCallback(usual), MemoryCallback(), *scheduling(recipe.shared)]
+    rates = make_optimizer(arguments, model, *recipe.shared.rates())
+    with without_handler(arguments):
+        trainer = MultiTaskTrainer(
+            model, arguments, parts, tokenizer, recipe.temperature, callbacks=watched_by, optimizer_cls_and_kwargs=rates
+        )
+    check_batches(trainer)
+    for name, part in parts.items():
+        check_features(model.model_of(name), part.task, tokenizer, part.train)
+        for features in filter(None, (part.held_out, part.test)):
+            check_features(model.model_of(name), part.task, tokenizer, features, held_out=True)
+        check_batch(model.model_of(name), part.task.collator(tokenizer)(part.train[:_GUARDED_ROWS]))
+    return trainer
 
 
 def report(name: str, metric: str, held_out: str, test: float | None) -> None:
@@ -358,14 +374,17 @@ def _repository(arguments: TrainingArguments, task: str) -> str:
     return f"{arguments.hub_model_id or Path(str(arguments.output_dir)).name}-{task}"
 
 
-def build(recipe: MultiTaskRecipe, tokenizer: PreTrainedTokenizerBase) -> tuple[MultiTaskPrompt, dict[str, Part]]:
-    """Load rows and base of every task; base weights are held once."""
+def build(
+    recipe: MultiTaskRecipe, tokenizer: PreTrainedTokenizerBase, loaded: Mapping[str, Rows] | None = None
+) -> tuple[MultiTaskPrompt, dict[str, Part]]:
+    """Load rows, where none are given by task, and base of every task; base weights are held once."""
     parts: dict[str, Part] = {}
     backbones: dict[str, PreTrainedModel] = {}
     modules: dict[str, list[str]] = {}
     head_states: dict[str, str | None] = {}
     for name, one in recipe.tasks.items():
-        task, rows, config = one.build_task(), load_rows(one), make_config(one)
+        task, config = one.build_task(), make_config(one)
+        rows = load_rows(one) if loaded is None else loaded[name]
         if isinstance(task, GenerationTask):
             let_end(tokenizer)
         train, held_out, test = (

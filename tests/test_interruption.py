@@ -261,7 +261,7 @@ def test_what_does_not_train_takes_no_sigterm(
     evaluation.evaluate(recipe)
     with sweep.HeldInterruptions():
         held = signal.getsignal(signal.SIGTERM)
-        sweep._run(recipe, load_rows(recipe), (1e-2, 2, 0))
+        sweep._run(recipe, {"": load_rows(recipe)}, (1e-2, 2, 0))
     assert found == [signal.SIG_DFL, held, held]
 
 

@@ -50,8 +50,8 @@ LAYERS = [
     {"interop", "info"},
     {"arguments", "convert", "row_checks", "fresh_base", "interruption"},
     {"train"},
-    {"sweep", "train_multitask"},
-    {"evaluation"},
+    {"train_multitask", "sweep_table"},
+    {"sweep", "evaluation"},
     {"cli"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

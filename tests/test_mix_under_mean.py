@@ -387,7 +387,7 @@ def test_a_recipe_of_pairs_trains_its_mix_and_a_sweep_does_so_too(
     seen: list[nn.Module | None] = []
     make = sweep.make_trainer
     silent = replace(recipe, training={})
-    assert sweep._around(sweep._usual_rate(silent, load_rows(recipe))) == [2e-3, 6e-3, 2e-2, 6e-2]
+    assert sweep._around(sweep._usual_rate({"": silent}, {"": load_rows(recipe)})) == [2e-3, 6e-3, 2e-2, 6e-2]
 
     def watched(recipe: Any, arguments: Any, model: Any, *further: Any) -> Any:
         seen.append(model.mix)

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import write_base, write_recipe
+from test_train import ROWS, write_base, write_recipe
 
 import hf_ptune.sweep as module
+from hf_ptune.cards import RunFacts
 from hf_ptune.cli import main
 from hf_ptune.defaults import defaults_of
 from hf_ptune.errors import RecipeError
 from hf_ptune.recipe import Recipe, make_recipe, read_recipe
-from hf_ptune.sweep import Sweep, Trial, report, sweep
+from hf_ptune.sweep import sweep
+from hf_ptune.sweep_table import Sweep, Trial, report, write_table
+from hf_ptune.train_multitask import make_multitask_recipe
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def test_a_grid_from_the_command_line(
     command = ["sweep", path, "--learning-rates", "1e-3", "5e-2", "--lengths", "2", "4", "--folder", str(folder)]
     assert main([*command, "--data.split_seed=1", "--training.num_train_epochs=4"]) == 0
     assert [row[:3] for row in seen] == [(1e-3, 2, 0), (1e-3, 4, 0), (5e-2, 2, 0), (5e-2, 4, 0)]
-    rows = seen[0][3]
+    rows = seen[0][3][""]
     assert len(rows.held_out) > 0 and len(rows.train) + len(rows.held_out) == 30  # 10 of 40 stay unread
     printed = capsys.readouterr().out
     best = printed.splitlines()[-1]
@@ -288,7 +291,7 @@ def test_no_plot_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     found = trials((1e-3, 4, 0, 0.5))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    module._write_table(found, tmp_path, 3)
+    write_table(found, tmp_path, [3])
     assert "sweep.png" not in (tmp_path / "results.md").read_text()
     assert 'no plot: pip install "hf_ptune[plots]"' in report(found, tmp_path)
 
@@ -302,18 +305,67 @@ def test_a_grid_of_which_nothing_succeeds_is_a_failure(
     assert "failed" in said.out and "no run of the grid succeeded" in said.err
 
 
-def test_one_of_several_tasks_is_swept_by_a_variant(
-    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def several(recipe: Recipe, tmp_path: Path) -> Path:
+    """A recipe of two tasks, and of one of them as a variant."""
     path = tmp_path / "recipe.yaml"
     content = json.loads(path.read_text())
     alone = {name: content.pop(name) for name in ("task", "data")}
-    content |= {"tasks": [{"name": "when", **alone}], "variants": {"when": {"tasks": None, **alone}}}
+    rows = "\n".join(json.dumps(ROWS["TOKEN_CLS"](n)) for n in range(24))
+    (tmp_path / "letters.jsonl").write_text(rows)
+    sources = ("source", "eval_source", "test_source")
+    letters = {"name": "letters", "task": "TOKEN_CLS", "data": dict.fromkeys(sources, "letters.jsonl")}
+    alone["data"] |= dict.fromkeys(sources, alone["data"]["source"])
+    content |= {"tasks": [{"name": "when", **alone}, letters], "variants": {"when": {"tasks": None, **alone}}}
     path.write_text(json.dumps(content))
-    assert main(["sweep", str(path)]) == 2
-    assert "names several tasks; " in (said := capsys.readouterr().err)
-    assert "to sweep one of them, put it under task and data in a recipe of its own, or in a variant with" in said
-    assert main(["sweep", str(path), "--variant=when", "--learning-rates", "1e-2", "--lengths", "2"]) == 0
+    return path
+
+
+def test_several_tasks_are_swept_by_their_mean(
+    several: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And measured as the same run of the several tasks measures its held-out rows."""
+    command = ["sweep", str(several), "--learning-rates", "1e-3", "5e-2", "--lengths", "2"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out.splitlines()
+    found = json.loads((tmp_path / "out-sweep" / "results.json").read_text())["trials"]
+    assert [t["error"] for t in found] == [None, None]
+    one = found[1]["metrics"]
+    assert one["mean"] == pytest.approx((one["when_accuracy"] + one["letters_f1"]) / 2)
+    cells = [f"{m['mean']:.3f}({m['when_accuracy']:.3f},{m['letters_f1']:.3f})" for m in (t["metrics"] for t in found)]
+    table = "".join(printed[2].split()).replace("*", "").replace("!", "")
+    assert table == "2" + "".join(cells)
+    title = "mean (when_accuracy, letters_f1)"
+    assert printed[0] == f"validation {title}; learning rates across, virtual tokens down"
+    assert f"{title} of 40 + 24 validation rows" in (tmp_path / "out-sweep" / "results.md").read_text()
+    best = max((t["metrics"] for t in found), key=lambda metrics: metrics["mean"])
+    assert main(printed[-1].removeprefix("best: hf-ptune ").split()) == 0
+    for name in ("when", "letters"):
+        measured = RunFacts.load(tmp_path / "out" / "adapter" / name).metrics[0]
+        assert {k: best[f"{name}_{k}"] for k in measured if not k.startswith("test_")}.items() <= measured.items()
+    several.write_text(several.read_text().replace('"tasks": [', '"temperature": 2, "tasks": [', 1))
+    assert main(command) == 2 and "a sweep of another recipe" in capsys.readouterr().err
+
+
+def test_rates_of_several_tasks_are_those_of_their_run(
+    several: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which asks no task whether its rows are pairs of texts."""
+    content = json.loads(several.read_text()) | {"method": "p_tuning_v2"}
+    del content["variants"], content["training"]["learning_rate"]
+    path, rows = tmp_path / "rows.jsonl", (tmp_path / "rows.jsonl").read_text()
+    path.write_text(rows.replace('"label"', '"text_pair": "b", "label"'))
+    monkeypatch.setattr(module, "_train", lambda *_: ({"mean": 0.5, "when_accuracy": 0.4, "letters_f1": 0.6}, {}))
+    found = sweep(make_multitask_recipe(content, folder=tmp_path), tmp_path / "grid")
+    assert found.rates[2] == defaults_of("p_tuning_v2", "SEQ_CLS").training["learning_rate"]
+    assert found.rates[2] != defaults_of("p_tuning_v2", "SEQ_CLS", pairs=True).training["learning_rate"]
+    assert "0.500* (0.400, 0.600)" in found.table()
+
+
+def test_one_of_several_tasks_is_swept_by_a_variant(
+    several: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", str(several), "--variant=when", "--learning-rates", "1e-2", "--lengths", "2"]) == 0
     best = capsys.readouterr().out.splitlines()[-1]
     assert main(best.removeprefix("best: hf-ptune ").split()) == 0
     assert (tmp_path / "out" / "adapter" / "config.json").is_file()
