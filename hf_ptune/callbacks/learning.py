@@ -35,7 +35,7 @@ _SMALL_CHANGE = 0.05  # below it, a flat loss is the learning rate's fault: prom
 _FAR = 10.0  # a rate so many times the usual one is not too low, however little a loss falls
 _ERRORS, _RISE_ERRORS = 3.0, 4.0  # standard errors that a fall and a rise of losses have to be beyond
 # optimizers whose steps are of another size than Adam's at the same rate, so that no usual rate is known for them
-_OF_OTHER_RATES = ("sgd", "lbfgs", "adadelta", "adagrad", "rprop", "lion", "muon")
+_OF_OTHER_RATES = ("sgd", "lbfgs", "adadelta", "adagrad", "rprop", "lion", "lomo", "muon")
 TASK_LOSS = "loss_"  # and a task's name: mean over its own steps since the last log
 
 
@@ -67,8 +67,8 @@ class LearningCallback(NumbersCallback):
     alone: the prompt is not watched, so that there is no `prompt_change` and no `too_low`.
 
     Args:
-        usual: the learning rate that cures lead to. Unset: what the model's method starts with on its task, under
-            optimizers whose steps are like Adam's; under others none, so that rates are only told apart by tens.
+        usual: the learning rate that cures lead to under optimizers whose steps are like Adam's; under others there is
+            none, so that rates are only told apart by tens. Unset: what the model's method starts with on its task.
 
     Attributes:
         found: name of a finding to its message.
@@ -106,7 +106,7 @@ class LearningCallback(NumbersCallback):
         kind = type(getattr(optimizer, "optimizer", optimizer)).__name__.lower()
         self._like_adam = not any(name in kind for name in _OF_OTHER_RATES)
         if args.distributed_state is not None and args.distributed_state.distributed_type in SHARDING:
-            logger.info("the change of the prompt is not watched: parameters are sharded over ranks.")
+            logger.info(f"the change of the {_what(model)} is not watched: parameters are sharded over ranks.")
         else:
             self._start = _values(model)
 
@@ -226,7 +226,9 @@ class LearningCallback(NumbersCallback):
         return f"{'; '.join(parts)}: no fall beyond its noise"
 
     def _usual(self, model: PTunePreTrainedModel) -> float | None:
-        if self.usual is not None or not self._like_adam:
+        if not self._like_adam:
+            return None
+        if self.usual is not None:
             return self.usual
         found = defaults_of(model.config.method, getattr(model, "task", None), causal=model.config.over_decoder)
         return found.training.get("learning_rate")

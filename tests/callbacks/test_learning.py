@@ -70,7 +70,7 @@ def usual(method: str) -> str:
 
 
 def watched(folder: Path, method: str = "p_tuning_v2", **settings: Any) -> tuple[LearningCallback, Trainer]:
-    callback = LearningCallback()
+    callback = LearningCallback(settings.pop("usual", None))
     model = settings.pop("model", None) or wrap(bert(), method)
     rows = settings.pop("rows", None) or Learnable(64)
     given = {"max_steps": STEPS, "logging_steps": 500, "weight_decay": 0.0, "per_device_train_batch_size": 8}
@@ -239,11 +239,12 @@ def test_a_prompt_that_nothing_updates(tmp_path: Path, warnings: list[str]) -> N
     assert "changed by 0 %" in warnings[0] and "gets no update" in warnings[0]
 
 
+@pytest.mark.parametrize("usual", [None, 2e-2])  # that of a recipe's method
 @pytest.mark.parametrize(("rate", "cure"), [(1e-4, "from 0.0001 to about 0.001"), (0.0, "from 0 above it")])
 def test_rates_of_other_optimizers_are_not_told_by_adams(
-    rate: float, cure: str, tmp_path: Path, warnings: list[str]
+    rate: float, cure: str, usual: float | None, tmp_path: Path, warnings: list[str]
 ) -> None:
-    callback, _ = watched(tmp_path, learning_rate=rate, optim="sgd")
+    callback, _ = watched(tmp_path, learning_rate=rate, optim="sgd", usual=usual)
     assert list(callback.found) == ["too_low"] and f"Raise the learning rate {cure}" in warnings[0]
 
 
