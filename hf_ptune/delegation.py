@@ -3,11 +3,9 @@
 from typing import Any, Self, cast
 
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_ptune.errors import PTuneError
-from hf_ptune.injection import Injector
 from hf_ptune.loading import lost_embeddings
 from hf_ptune.saving import SavedAdapter
 
@@ -16,9 +14,6 @@ logger = logging.get_logger(__name__)
 
 class Delegating(SavedAdapter):
     """Hand settings on to the backbone, and keep the injection where they change what it holds."""
-
-    backbone: PreTrainedModel
-    _injector: Injector | None
 
     def _reattach(self) -> None:
         raise NotImplementedError

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as hf_logging
 from transformers.utils.import_utils import _LazyModule
 
-from hf_ptune.backbone import TASKS, adapter_names, count_parameter, make_backbone
+from hf_ptune.backbone import TASKS, adapter_names, make_backbone
 from hf_ptune.backbone_dropout import BackboneDropout
 from hf_ptune.batch_share import count_labels, with_share
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.cross_entropy import IGNORED
 from hf_ptune.delegation import Delegating
-from hf_ptune.errors import AdapterFileError, ConfigError, InjectionError, PTuneError
+from hf_ptune.errors import ConfigError, InjectionError, PTuneError
 from hf_ptune.generation_checks import NOT_PAGED, check_generation, tokens_at_end
 from hf_ptune.identity import Owner, blank, specialised
 from hf_ptune.injection import (
@@ -43,9 +42,8 @@ from hf_ptune.patching import replaces
 from hf_ptune.placement import choose_head_states, choose_pooling, choose_sites, choose_start, shifts_positions
 from hf_ptune.position_tables import row_length, telling_of_positions
 from hf_ptune.restoring import Before
-from hf_ptune.sharding import in_parts, units_of, whole, write
+from hf_ptune.sharding import in_parts, units_of
 
-logger = hf_logging.get_logger(__name__)
 _OWNER = "_ptune_owner"
 
 
@@ -200,70 +198,6 @@ class PTunePreTrainedModel(Delegating):
             restore_captures(self.backbone)
         self.backbone.__dict__[_OWNER] = Owner(self)
         self.config.follow(self.backbone)
-
-    def adapter_parameter_names(self) -> set[str]:
-        """Names, as in `named_parameters()`, of all that is trained, counted and saved."""
-        config = self.config
-        names = adapter_names(
-            self.backbone, config.method, self.task, config.modules_to_save, whole=config.train_backbone
-        )
-        own = {"prompt": self.prompt, "mix": self.mix}
-        return {f"backbone.{n}" for n in names} | {
-            f"{place}.{n}" for place, part in own.items() if part is not None for n, _ in part.named_parameters()
-        }
-
-    def adapter_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The adapter's tensors by name, buffers of the prompt included; whole ones, where ranks hold parts.
-
-        Args:
-            state_dict: a gathered state dict of the wrapper, or of its adapter. Unset, and with parameters in parts,
-                all ranks have to come.
-        """
-        if state_dict is None:
-            return {n: whole(t) for n, t in self._adapter_tensors().items()}
-        return self._of_the_adapter(state_dict)
-
-    def load_adapter_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Write the adapter's tensors, whole ones, whatever ranks hold of them; where in parts, all ranks come.
-
-        Args:
-            tensors: by name, as `adapter_state_dict` gives them; the same on all ranks.
-
-        Raises:
-            AdapterFileError: one of the adapter's is missing, or another one is there.
-        """
-        targets = self._adapter_tensors()
-        if missing := set(targets) ^ set(tensors):
-            raise AdapterFileError(f"expected the tensors of the adapter; {sorted(missing)[:5]} are not in both.")
-        for name, target in targets.items():
-            write(target, tensors[name])
-        if self._injector is not None:
-            self._injector.kept.forget()
-
-    def _adapter_tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers themselves, in parts where ranks hold parts."""
-        return self._of_the_adapter(self.state_dict(keep_vars=True))
-
-    def _of_the_adapter(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        wanted = self.adapter_parameter_names()
-        return {n: t for n, t in tensors.items() if n in wanted or n.startswith("prompt.")}
-
-    def freeze_backbone(self) -> None:
-        """Let gradients reach the adapter's parameters and no others."""
-        wanted = self.adapter_parameter_names()
-        for name, parameter in self.named_parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(name in wanted)
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Count parameters: (trainable, all)."""
-        trainable = sum(count_parameter(p) for p in self.parameters() if p.requires_grad)
-        return trainable, sum(count_parameter(p) for p in self.parameters())
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, of how many."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable} || all params: {total} || trainable%: {100 * trainable / total}")
 
     def train(self, mode: bool = True) -> "PTunePreTrainedModel":
         if self._injector is not None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_ptune.adapter_file import HUB_KEYS, check_tensors, digest_of, is_foreign, read_tensors, staged, write_tensors
+from hf_ptune.adapter_tensors import AdapterTensors
 from hf_ptune.backbone import POOLER, anchored, check_target, head_names
 from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import AdapterFileError, BackboneError, ConfigError
@@ -27,7 +28,6 @@ from hf_ptune.loading import (
     settle_task,
     tell_settings,
 )
-from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.placement import check_base, choose_sites, settled_reading
 from hf_ptune.publishing import publish
@@ -51,22 +51,15 @@ _NOT_FOR_THE_BASE = (
 )
 
 
-class SavedAdapter(PreTrainedModel):
+class SavedAdapter(AdapterTensors):
     """What a wrapped model saves, pushes and loads: the adapter alone, never its base."""
 
-    task: ClassVar[str]
-    config: Any
-    prompt: PromptEncoder | None
     # reads what another library saved; set by the room that knows its format
     load_foreign: ClassVar[Callable[..., Any] | None] = None
 
     @property
     def architecture(self) -> str:
         """Name of the class that loads it."""
-        raise NotImplementedError
-
-    def adapter_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The adapter's tensors by name."""
         raise NotImplementedError
 
     def save_pretrained(

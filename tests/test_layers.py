@@ -32,7 +32,7 @@ LAYERS = [
     {"option_checks", "renamed_bodies"},
     {"configuration_ptune", "injection", "backbone"},
     {"cards", "placement", "loss_at_labels", "logits_at", "batch_share", "position_tables", "tokenization"},
-    {"generation_checks", "hub", "loading", "pinning", "restoring"},
+    {"generation_checks", "hub", "loading", "pinning", "restoring", "adapter_tensors"},
     {"prompt_transfer", "facts"},
     {"publishing"},
     {"prompt_start", "resuming"},
