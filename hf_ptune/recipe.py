@@ -39,17 +39,8 @@ _BASE_OPTIONS = {
 }
 _LEAST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
 # keys, of any section, that may hold a path
-_PATHS: tuple[str, ...] = (
-    "base",
-    "output_dir",
-    "source",
-    "eval_source",
-    "test_source",
-    "labels",
-    "prompt_tuning_init_adapter",
-    "resume_from_checkpoint",
-)
-_PATHS += ("deepspeed", "fsdp_config", "accelerator_config")
+_PATHS: tuple[str, ...] = ("base", "output_dir", "source", "eval_source", "test_source", "labels")
+_PATHS += ("prompt_tuning_init_adapter", "resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config")
 # keys of the recipe's own
 _NOT_TRAINING = ("output_dir", "seed")
 
