@@ -147,13 +147,11 @@ def run_script(script: str, arguments: Sequence[str]) -> None:
 def run_sweep(given: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Run the grid that the command line describes, and print its table."""
     from hf_ptune.errors import PTuneError
-    from hf_ptune.recipe import read_recipe
     from hf_ptune.sweep import command_of, shared_of, sweep
     from hf_ptune.sweep_table import report
-    from hf_ptune.train_multitask import names_tasks, read_multitask_recipe
+    from hf_ptune.train_multitask import read_any_recipe
 
-    several = names_tasks(given.recipe, overrides)
-    recipe = read_multitask_recipe(given.recipe, overrides) if several else read_recipe(given.recipe, overrides)
+    recipe = read_any_recipe(given.recipe, overrides)
     folder = Path(given.folder or f"{shared_of(recipe).output_dir}-sweep")
     command = command_of(given.recipe, overrides)
     grid = (given.learning_rates, given.lengths, given.seeds)
@@ -277,13 +275,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_sweep(given, further)
         elif given.command == "evaluate":
             from hf_ptune.evaluation import evaluate, evaluate_tasks
-            from hf_ptune.recipe import read_recipe
-            from hf_ptune.train_multitask import names_tasks, read_multitask_recipe
+            from hf_ptune.train_multitask import MultiTaskRecipe, read_any_recipe
 
-            if names_tasks(given.recipe, further):
-                evaluate_tasks(read_multitask_recipe(given.recipe, further), given.adapter)
+            recipe = read_any_recipe(given.recipe, further)
+            if isinstance(recipe, MultiTaskRecipe):
+                evaluate_tasks(recipe, given.adapter)
             else:
-                evaluate(read_recipe(given.recipe, further), given.adapter)
+                evaluate(recipe, given.adapter)
         elif given.command == "run":
             run_script(given.script, given.arguments)
         elif given.command == "presets":

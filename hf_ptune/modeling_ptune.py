@@ -70,9 +70,9 @@ class PTunePreTrainedModel(Delegating):
         for name in ("accepts_loss_kwargs", "hf_device_map"):  # the Trainer asks the outermost model for them
             if hasattr(backbone, name):
                 setattr(self, name, getattr(backbone, name))
-        self.prompt: PromptEncoder | None = None
-        self.mix: ScalarMix | None = None
-        self._injector: Injector | None = None
+        self.prompt = None
+        self.mix = None
+        self._injector = None
         self._loss_at_labels: LossAtLabels | None = None
         self._dropout = BackboneDropout(body_of(backbone), config.backbone_dropout or config.train_backbone)
         # what needs no run of the backbone is refused before it is touched

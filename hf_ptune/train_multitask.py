@@ -49,7 +49,7 @@ from hf_ptune.multitask import (
 )
 from hf_ptune.optimizer import make_optimizer
 from hf_ptune.publishing import finish_folder, save_tokenizer
-from hf_ptune.recipe import Recipe, make_recipe, read_content
+from hf_ptune.recipe import Recipe, make_recipe, read_content, read_recipe
 from hf_ptune.row_checks import check_features
 from hf_ptune.tasks import Feature, Task, TaskTrainer
 from hf_ptune.tasks.generation import GenerationTask
@@ -414,6 +414,12 @@ def names_tasks(recipe: str | Path, overrides: Sequence[str] = ()) -> bool:
         return "tasks" in read_content(recipe, overrides)
     except RecipeError:
         return False
+
+
+def read_any_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe | MultiTaskRecipe:
+    """Read a recipe file, of one task or of several; arguments and errors are those of `read_recipe`."""
+    read = read_multitask_recipe if names_tasks(path, overrides) else read_recipe
+    return read(path, overrides)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
