@@ -2,12 +2,12 @@
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_ptune.backbone import adapter_names, count_parameter
 from hf_ptune.errors import AdapterFileError
-from hf_ptune.injection import Injector, ScalarMix
+from hf_ptune.injection import HeadWindow, Injector, ScalarMix
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.sharding import whole, write
 
@@ -20,7 +20,17 @@ class AdapterTensors(PreTrainedModel):
     backbone: PreTrainedModel
     prompt: PromptEncoder | None
     mix: ScalarMix | None
+    window: HeadWindow | None
     _injector: Injector | None
+
+    def head_parts(self) -> dict[str, nn.Module]:
+        """What the wrapper adds to the base's head, by the name that it has in the wrapper."""
+        parts = {"mix": self.mix, "window": self.window}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def own_parts(self) -> dict[str, nn.Module]:
+        """All that the wrapper adds to its base, by name."""
+        return ({} if self.prompt is None else {"prompt": self.prompt}) | self.head_parts()
 
     def adapter_parameter_names(self) -> set[str]:
         """Names, as in `named_parameters()`, of all that is trained, counted and saved."""
@@ -28,9 +38,8 @@ class AdapterTensors(PreTrainedModel):
         names = adapter_names(
             self.backbone, config.method, self.task, config.modules_to_save, whole=config.train_backbone
         )
-        own = {"prompt": self.prompt, "mix": self.mix}
         return {f"backbone.{n}" for n in names} | {
-            f"{place}.{n}" for place, part in own.items() if part is not None for n, _ in part.named_parameters()
+            f"{place}.{n}" for place, part in self.own_parts().items() for n, _ in part.named_parameters()
         }
 
     def adapter_state_dict(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

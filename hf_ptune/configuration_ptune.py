@@ -39,6 +39,7 @@ STRUCTURE = (
     "position_shift",
     "pooling",
     "head_states",
+    "head_window",
 )
 # how a base is run, and by whose code, is up to whoever loads it
 _UP_TO_THE_LOADER = {
@@ -125,6 +126,11 @@ class PTuneConfig(PreTrainedConfig):
             layers have states of like size, as where each is normalised (BERT and its kin). "auto_pairs": the same,
             and there under the mean too, for rows of two texts. Unset: "last", as in the papers. An adapter that brings
             its head brings this too. `get_ptune_model` makes it one of the first two.
+        head_window: what such a head reads of a row, in encoders and decoders: "token", the state of the token alone;
+            "neighbours", those of the tokens before and after it too (window approach, Collobert et al. 2011, section
+            3.3.1), by weights that start from zero and become part of the adapter. "auto": the neighbours where the
+            head is one linear layer over each token. Unset: "token", as in the papers. An adapter that brings its
+            head brings this too. `get_ptune_model` makes it one of the first two.
         backbone_dropout: whether a frozen backbone keeps its dropout while the prompt trains, as in the papers'
             scripts; heads keep theirs, and so does a backbone that trains along. Recipes of up to five epochs
             take it out: a prompt moves faster without it, and later fits its rows too well.
@@ -165,6 +171,7 @@ class PTuneConfig(PreTrainedConfig):
     position_shift: bool | None = None
     pooling: str | None = None
     head_states: str | None = None
+    head_window: str | None = None
     backbone_dropout: bool = True
     loss_at_labels: bool = True
     modules_to_save: list[str] | None = None

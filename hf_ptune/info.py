@@ -70,7 +70,9 @@ def describe_adapter(source: str, **hub: Any) -> str:
         )
         reads = ["the mean of the own tokens"] if config.pooling == "mean" else []
         reads += ["a mix of all layers"] if config.head_states == "mix" else []
-        read = f", the head reads {' in '.join(reads)}" if reads else ""
+        reads = [" in ".join(reads)] if reads else []
+        reads += ["a token's neighbours too"] if config.head_window == "neighbours" else []
+        read = f", the head reads {', and '.join(reads)}" if reads else ""
         lines.append(f"virtual tokens: {config.num_virtual_tokens}, {state}{read}")
     if config.template is not None:
         lines.append(f"template: {config.template}")

@@ -207,6 +207,11 @@ def prompt_embeds(model: PTunePreTrainedModel) -> Tensor:
             "the head reads a mix of all layers, which is more than prompt embeddings by themselves; train with "
             "head_states='last'."
         )
+    if model.config.head_window == "neighbours":
+        raise ConfigError(
+            "the head reads a token's neighbours, which is more than prompt embeddings by themselves; train with "
+            "head_window='token'."
+        )
     if get_method(model.config.method).kind is not PromptKind.EMBEDDINGS or model.prompt is None:
         raise ConfigError(
             f"{model.config.method} puts nothing among the inputs, so that it has no prompt embeddings. "
@@ -358,6 +363,8 @@ def _exportable(model: PTunePreTrainedModel) -> Injector:
         raise ConfigError("this wrapper no longer holds its backbone: it was unwrapped, or wrapped anew.")
     if config.head_states == "mix":
         raise ConfigError("PEFT has no head_states='mix'; train with head_states='last' what is to go there.")
+    if config.head_window == "neighbours":
+        raise ConfigError("PEFT has no head_window='neighbours'; train with head_window='token' what is to go there.")
     if injector.kind is PromptKind.PREFIX:
         if config.pooling == "mean":
             raise ConfigError("PEFT has no pooling='mean'; train with pooling='cls' what is to go there.")

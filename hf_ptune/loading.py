@@ -18,6 +18,7 @@ from hf_ptune.configuration_ptune import PTuneConfig
 from hf_ptune.errors import BackboneError, ConfigError, TaskError, shorten
 from hf_ptune.injection import body_of, find_geometry, word_embeddings
 from hf_ptune.methods import get_method
+from hf_ptune.option_checks import READINGS
 from hf_ptune.placement import choose_sites
 
 logger = logging.get_logger(__name__)
@@ -84,7 +85,9 @@ def settle_task(config: PTuneConfig, task: str, source: str) -> tuple[PTuneConfi
     config.task = task
     if alike:
         return config, None
-    config.base_class, config.pooling, config.head_states = None, "cls", "last"
+    config.base_class = None
+    for name, (published, _) in READINGS.items():
+        setattr(config, name, published)
     logger.warning(
         f"{source} was trained for {own!r}; its head is left out: what comes are the hidden states that its prompt "
         f"makes of the base. {_loader_name(own)} loads all of it."

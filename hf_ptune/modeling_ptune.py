@@ -21,6 +21,7 @@ from hf_ptune.errors import ConfigError, InjectionError, PTuneError
 from hf_ptune.generation_checks import NOT_PAGED, check_generation, tokens_at_end
 from hf_ptune.identity import Owner, blank, specialised
 from hf_ptune.injection import (
+    HeadWindow,
     Injector,
     ScalarMix,
     bind,
@@ -31,6 +32,7 @@ from hf_ptune.injection import (
     keep_unpacked,
     layers_of,
     restore_captures,
+    token_head,
     word_embeddings,
 )
 from hf_ptune.logits_at import run_with_logits_at
@@ -39,7 +41,14 @@ from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.methods.base import PromptEncoder
 from hf_ptune.methods.base import flatten as fold
 from hf_ptune.patching import replaces
-from hf_ptune.placement import choose_head_states, choose_pooling, choose_sites, choose_start, shifts_positions
+from hf_ptune.placement import (
+    choose_head_states,
+    choose_head_window,
+    choose_pooling,
+    choose_sites,
+    choose_start,
+    shifts_positions,
+)
 from hf_ptune.position_tables import row_length, telling_of_positions
 from hf_ptune.restoring import Before
 from hf_ptune.sharding import in_parts, units_of
@@ -72,6 +81,7 @@ class PTunePreTrainedModel(Delegating):
                 setattr(self, name, getattr(backbone, name))
         self.prompt = None
         self.mix = None
+        self.window = None
         self._injector = None
         self._loss_at_labels: LossAtLabels | None = None
         self._dropout = BackboneDropout(body_of(backbone), config.backbone_dropout or config.train_backbone)
@@ -97,6 +107,7 @@ class PTunePreTrainedModel(Delegating):
         config.prompt_tuning_init = choose_start(config)
         config.pooling = choose_pooling(config, backbone, self.task)
         config.head_states = choose_head_states(config, backbone, self.task, fresh)
+        config.head_window = choose_head_window(config, backbone, self.task, fresh)
         if method.kind is not None:
             self._build_prompt(method.kind)
         self.post_init()
@@ -106,9 +117,8 @@ class PTunePreTrainedModel(Delegating):
         self.freeze_backbone()
         self._dropout.follow(backbone.training)
         self.training = backbone.training
-        for part in (self.prompt, self.mix):
-            if part is not None:
-                part.train(backbone.training)
+        for part in self.own_parts().values():
+            part.train(backbone.training)
 
     def init_weights(self) -> None:
         """Leave the loaded backbone alone: transformers would initialise layers that it did not load itself."""
@@ -140,6 +150,9 @@ class PTunePreTrainedModel(Delegating):
         self.prompt = config.make_encoder(chosen).to(device=device, dtype=dtype)
         if config.head_states == "mix":
             self.mix = ScalarMix(layers_of(body_of(self.backbone))).to(device=device, dtype=dtype)
+        if config.head_window == "neighbours":
+            head = self._token_head()
+            self.window = HeadWindow(head.out_features, head.in_features).to(device=device_of(head), dtype=dtype)
         self._injector = self._attached(self.prompt)
 
     def _attached(self, prompt: PromptEncoder) -> Injector:
@@ -155,7 +168,13 @@ class PTunePreTrainedModel(Delegating):
             config.virtual_token_ids,
             config.pooling == "mean",
             self.mix,
+            None if self.window is None else (self.window, self._token_head()),
         )
+
+    def _token_head(self) -> nn.Linear:
+        head = token_head(self.backbone, self.task)
+        assert head is not None
+        return head
 
     def _watched_head(self) -> LossAtLabels | None:
         return LossAtLabels(self, self.backbone, self.task) if self.config.loss_at_labels else None

@@ -70,7 +70,7 @@ def make_optimizer(
 
 
 def _heads(model: Any) -> set[str]:
-    """Names of the parameters of a model's task head, with a pooler that trains and with the mix that it reads.
+    """Names of the parameters of a model's task head, with a pooler that trains and what is added to the head.
 
     Of several tasks, those of all heads.
     """
@@ -79,5 +79,5 @@ def _heads(model: Any) -> set[str]:
     for place, part in parts.items():
         pooler = [POOLER] if POOLER in (part.config.modules_to_save or []) else []
         found |= {f"{place}backbone.{n}" for n in head_names(part.backbone, part.task, pooler)}
-        found |= {f"{place}mix.{n}" for n, _ in part.mix.named_parameters()} if part.mix is not None else set()
+        found |= {f"{place}{own}.{n}" for own, added in part.head_parts().items() for n, _ in added.named_parameters()}
     return found

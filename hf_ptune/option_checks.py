@@ -9,9 +9,9 @@ from hf_ptune.templates import Template
 
 INITS = ("AUTO", "RANDOM", "SAMPLE_VOCAB", "TEXT", "CLASS_LABELS", "ZERO", "ADAPTER")
 # what a head reads -> as it does in the papers, and what may take the place of that
-READINGS = {"pooling": ("cls", "mean"), "head_states": ("last", "mix")}
+READINGS = {"pooling": ("cls", "mean"), "head_states": ("last", "mix"), "head_window": ("token", "neighbours")}
 # what leaves the choice between them to the base and its task
-ASKED = {"pooling": ("auto",), "head_states": ("auto", "auto_pairs")}
+ASKED = {"pooling": ("auto",), "head_states": ("auto", "auto_pairs"), "head_window": ("auto",)}
 # more than anybody has trained, and little enough that nothing runs out of memory before it is compared with the file
 _MOST = {"num_virtual_tokens": 2**20, "encoder_hidden_size": 2**20, "encoder_num_layers": 64}
 

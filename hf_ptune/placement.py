@@ -13,6 +13,7 @@ from hf_ptune.injection import (
     normalises_embeddings,
     parameters_of,
     reads_first_token,
+    reads_tokens,
     text_of,
 )
 from hf_ptune.methods import PromptKind, get_method
@@ -200,6 +201,33 @@ def choose_head_states(config: PTuneConfig, backbone: PreTrainedModel, task: str
     return "mix" if wanted and gives_layers(body_of(backbone), alike=True, pooled=pooled) else "last"
 
 
+def choose_head_window(config: PTuneConfig, backbone: PreTrainedModel, task: str, fresh: bool) -> str:
+    """What heads over tokens read of a row: a "token" alone, or its two "neighbours" too.
+
+    Args:
+        config: with its geometry.
+        backbone: the task model.
+        task: a key of `TASKS`.
+        fresh: whether the head has to be seen to be one linear layer over each token; a saved adapter's has been.
+
+    Raises:
+        ConfigError: neighbours are asked for where no head reads tokens so.
+    """
+    asked = config.head_window
+    prompted = get_method(config.method).kind is not None and not config.places_tokens
+    able = prompted and task in _OVER_TOKENS and not backbone.config.is_encoder_decoder
+    if asked == "neighbours":
+        if not able or (fresh and not reads_tokens(backbone, task)):
+            raise ConfigError(
+                f"head_window='neighbours' is for encoders and decoders whose head is one linear layer over every "
+                f"token, in {' and '.join(_OVER_TOKENS)}; {type(backbone).__name__} is none of these. Leave it out."
+            )
+        return asked
+    if asked != "token" and able and _brings_head(config):
+        return settled_reading(_source_of(config))["head_window"]
+    return "neighbours" if asked in ASKED["head_window"] and able and reads_tokens(backbone, task) else "token"
+
+
 def settled_reading(config: PTuneConfig) -> dict[str, str]:
     """What the head of a saved adapter reads; unset options are decided for new prompts alone."""
     return {
@@ -215,6 +243,8 @@ def reading_for(config: PTuneConfig, task: str) -> PTuneConfig:
     if config.head_states == "mix" and task not in _OVER_TOKENS and not (task in _POOLED and config.pooling == "mean"):
         # a mean that is still to be chosen may have it
         changes["head_states"] = "auto_pairs" if task in _POOLED else "last"
+    if config.head_window == "neighbours" and task not in _OVER_TOKENS:
+        changes["head_window"] = "token"
     return type(config).from_dict(config.to_dict() | changes) if changes else config
 
 

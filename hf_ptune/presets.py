@@ -60,7 +60,7 @@ _ADAMW: dict[str, Any] = {"optim": "adamw_torch", "lr_scheduler_type": "linear",
 
 _P_TUNING_V2 = "THUDM/P-tuning-v2, run_script"
 _MODELS = {"bert-large": "bert-large-cased"}  # others have the Hub's own name
-_AS_PUBLISHED = {"pooling": "cls", "head_states": "last", "backbone_dropout": True}
+_AS_PUBLISHED = {"pooling": "cls", "head_states": "last", "head_window": "token", "backbone_dropout": True}
 _TAGS = ("conll03", "conll04", "ontonotes", "conll05", "conll12", "squad", "squad_v2")  # and answers
 # task, model -> learning rate, tokens, batch, epochs, dropout, max_length, note
 _P_TUNING_V2_RUNS: dict[tuple[str, str], tuple[float, int, int, int, float, int, str]] = {

@@ -132,14 +132,15 @@ def _copy_head(model: Any, source: PTuneConfig, head: dict[str, Tensor], where: 
             f"the head of {where} has labels {labels[0][:10]}, this one {labels[1][:10]}. Leave "
             "prompt_tuning_init_head out, or load the base with the same labels."
         )
-    reads = settled_reading(source)["head_states"], settled_reading(model.config)["head_states"]
-    if reads[0] != reads[1]:
-        raise ConfigError(
-            f"the head of {where} reads head_states={reads[0]!r}, this one {reads[1]!r}. Leave head_states and "
-            "pooling out, or prompt_tuning_init_head."
-        )
-    ours = {n: t for n, t in model.adapter_state_dict().items() if not n.startswith(_PROMPT)}
-    shapes = [{n: tuple(t.shape) for n, t in part.items()} for part in (head, ours)]
+    theirs, ours = settled_reading(source), settled_reading(model.config)
+    for option, cure in (("head_states", "head_states and pooling"), ("head_window", "head_window")):
+        if theirs[option] != ours[option]:
+            raise ConfigError(
+                f"the head of {where} reads {option}={theirs[option]!r}, this one {ours[option]!r}. Leave {cure} out, "
+                "or prompt_tuning_init_head."
+            )
+    own = {n: t for n, t in model.adapter_state_dict().items() if not n.startswith(_PROMPT)}
+    shapes = [{n: tuple(t.shape) for n, t in part.items()} for part in (head, own)]
     if shapes[0] != shapes[1]:
         raise ConfigError(
             f"the head of {where} has tensors {shapes[0]}, this one {shapes[1]}. Leave prompt_tuning_init_head out, or "

@@ -269,10 +269,10 @@ def _base_of(
 
 def _check_plain(model: Any) -> None:
     """Refuse to write parameters whose names a model that is loaded does not have."""
-    modules = {"prompt": model.prompt, "mix": model.mix, "backbone": model.backbone}
+    modules = model.own_parts() | {"backbone": model.backbone}
     names = model.adapter_parameter_names()
     for place, part in modules.items():
-        for path, module in () if part is None else part.named_modules(prefix=place):
+        for path, module in part.named_modules(prefix=place):
             kinds = _made_of_others(module)
             if kinds and any(n.startswith(f"{path}.") and _PARTS.search(n[len(path) :]) for n in names):
                 raise AdapterFileError(
@@ -292,7 +292,7 @@ def _made_of_others(module: nn.Module) -> list[str]:
 
 def _other_head(found: dict[str, Tensor], expected: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Tensors of a model's head that a file has in another shape, as the model has them."""
-    head = {f"backbone.{n}" for n in head_names(model.backbone, model.task)}
+    head = {f"backbone.{n}" for n in head_names(model.backbone, model.task)} | {"window.weight"}
     return {n: t for n, t in expected.items() if n in head and n in found and found[n].shape != t.shape}
 
 

@@ -50,6 +50,7 @@ from hf_ptune.fresh_base import check_direction, load_base, load_tokenizer
 from hf_ptune.interruption import TerminationCallback, checkpoints_in, how_to_go_on, terminable, without_handler
 from hf_ptune.modeling_ptune import PTunePreTrainedModel
 from hf_ptune.optimizer import make_optimizer
+from hf_ptune.option_checks import READINGS
 from hf_ptune.overrides import split_overrides
 from hf_ptune.publishing import finish_folder, save_tokenizer
 from hf_ptune.recipe import Recipe, read_content, read_recipe
@@ -166,7 +167,7 @@ def make_config(recipe: Recipe, further: Mapping[str, Any] | None = None, pairs:
     """
     usual = recipe.defaults(pairs).options
     if recipe.options.get("prompt_tuning_init") == "ADAPTER" and recipe.options.get("prompt_tuning_init_head"):
-        usual = usual | {"pooling": "auto", "head_states": "auto"}  # a head that comes along reads what it did there
+        usual = usual | dict.fromkeys(READINGS, "auto")  # a head that comes along reads what it did there
     options = usual | recipe.options | dict(further or {})
     named = {
         "base_model_name_or_path": anchored(recipe.base),

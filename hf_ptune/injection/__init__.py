@@ -2,6 +2,7 @@
 
 from hf_ptune.injection.calls import Slot, bind, cache_name, cache_of, parameters_of, this_thread, transformed
 from hf_ptune.injection.embeddings import has_decoder, normalises_embeddings, word_embeddings
+from hf_ptune.injection.head_window import HeadWindow, reads_tokens, token_head
 from hf_ptune.injection.injector import Injector
 from hf_ptune.injection.layer_mix import ScalarMix, forget_captures, gives_layers, layers_of, restore_captures
 from hf_ptune.injection.packed import keep_unpacked
@@ -21,6 +22,7 @@ from hf_ptune.injection.trials import embeddings_agree, prompts_agree
 
 __all__ = [
     "PROBE_TOKENS",
+    "HeadWindow",
     "Injector",
     "ScalarMix",
     "Slot",
@@ -43,9 +45,11 @@ __all__ = [
     "probing",
     "prompts_agree",
     "reads_first_token",
+    "reads_tokens",
     "restore_captures",
     "text_of",
     "this_thread",
+    "token_head",
     "transformed",
     "trying",
     "word_embeddings",

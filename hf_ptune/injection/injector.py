@@ -15,6 +15,7 @@ from hf_ptune.injection import attention, embeddings, joint, own_attention, posi
 from hf_ptune.injection.bridge import bridge, checkpoint_layers, reentrant_layers, without_checkpointing
 from hf_ptune.injection.calls import Slot, Threads, bind, parameters_of, transformed
 from hf_ptune.injection.embeddings import InputPrompt
+from hf_ptune.injection.head_window import HeadWindow, WindowedHead
 from hf_ptune.injection.input_route import InputRoute
 from hf_ptune.injection.interrupts import OnInterrupt
 from hf_ptune.injection.kept_prompt import KeptPrompt
@@ -47,6 +48,7 @@ class Injector:
         virtual_token_ids: where the sequence itself has a place for every virtual token: their ids, in order.
         pools_mean: whether the head of an encoder reads the mean of the own tokens in place of the first one.
         mix: of the states of all layers, where the head reads that in place of the last ones.
+        window: of the states of a token's neighbours, and the head that reads them, too.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Injector:
         virtual_token_ids: list[int] | None = None,
         pools_mean: bool = False,
         mix: ScalarMix | None = None,
+        window: tuple[HeadWindow, nn.Module] | None = None,
     ) -> None:
         self.backbone = backbone
         self.body = body_of(backbone)
@@ -107,6 +110,8 @@ class Injector:
             self.handles += LayerMix(self.body, mix, self._active, pools_mean).handles
         elif pools_mean:
             self.handles += MeanPooling(self.body, self.inputs, num_virtual_tokens, self._active).handles
+        if window is not None:
+            self.handles += WindowedHead(backbone, window[1], window[0], self._active, packs=self.causal).handles
 
     def _site(self, found: dict[str, Any]) -> Site:
         shape = SiteShape(found["heads"], found["key_dim"], found["value_dim"])

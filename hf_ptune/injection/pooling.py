@@ -35,11 +35,12 @@ def _producer(body: nn.Module) -> nn.Module | None:
     return producer
 
 
-def own_tokens(named: dict[str, Any]) -> Tensor | None:
+def own_tokens(named: dict[str, Any], reason: str = "the mean of a row's tokens") -> Tensor | None:
     """Mark the own tokens of a call's rows.
 
     Args:
         named: arguments of a body, from before a prompt is put among them.
+        reason: what needs to know them, for the message.
 
     Returns:
         One for own tokens, zero for pads `[B, S]`; `None` where the call names no tokens.
@@ -49,7 +50,7 @@ def own_tokens(named: dict[str, Any]) -> Tensor | None:
     """
     mask, ids, embeds = (named.get(n) for n in ("attention_mask", "input_ids", "inputs_embeds"))
     if mask is not None and mask.dim() != 2:
-        raise InjectionError(f"attention_mask has {mask.dim()} axes; the mean of a row's tokens needs [B, S].")
+        raise InjectionError(f"attention_mask has {mask.dim()} axes; {reason} needs [B, S].")
     tokens = ids if embeds is None else embeds[..., 0]
     return mask if mask is not None or tokens is None else torch.ones_like(tokens)
 

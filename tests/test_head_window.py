@@ -1,0 +1,401 @@
+"""What heads over tokens read beside a token's own state: those of its two neighbours in the row."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import DECODERS, ENCODERS, assert_checkpoints_change_no_gradient, batch, build, compiles_several_hooks
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForTokenClassification,
+    GPT2Config,
+    TrainingArguments,
+    XLNetConfig,
+    XLNetForQuestionAnswering,
+)
+
+from hf_ptune import PTuneConfig, PTuneModel, PTunePreTrainedModel, get_ptune_model
+from hf_ptune.errors import ConfigError, InjectionError
+from hf_ptune.info import describe_adapter
+from hf_ptune.interop import prompt_embeds, save_peft
+from hf_ptune.multitask import get_multitask_model
+from hf_ptune.optimizer import make_optimizer
+
+Wrap = Callable[..., PTunePreTrainedModel]
+PROMPTED = ["prompt_tuning", "p_tuning", "p_tuning_v2", "prefix_tuning"]
+TASKS = ["TOKEN_CLS", "QUESTION_ANS"]
+# transformers has no head of some tasks for these
+CASES = [(family, "TOKEN_CLS") for family in (*ENCODERS, *DECODERS)]
+CASES += [(family, "QUESTION_ANS") for family in (*ENCODERS, *DECODERS) if family != "gemma2"]
+
+
+def windowed(wrap: Wrap, family: str, method: str, task: str = "TOKEN_CLS", **options: Any) -> PTunePreTrainedModel:
+    """A wrapped model whose window is no longer zero."""
+    model = wrap(family, method, task, head_window="neighbours", **options)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        model.window.weight.normal_()
+    return model
+
+
+def logits_of(output: Any) -> Tensor:
+    if "logits" in output:
+        return output.logits
+    return torch.stack([output.start_logits, output.end_logits], -1)
+
+
+def head_of(model: PTunePreTrainedModel) -> nn.Linear:
+    """The layer that makes a token's logits, found by its name."""
+    names = ("classifier", "score", "qa_outputs")
+    return next(getattr(model.backbone, n) for n in names if hasattr(model.backbone, n))
+
+
+def by_hand(model: PTunePreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits of one row without pads, token by token, and the gradients of their squares.
+
+    The head's own inputs are taken where the head takes them; what it makes of them is made here.
+    """
+    seen: list[Tensor] = []
+    head = head_of(model)
+    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(input_ids=ids[None])
+    handle.remove()
+    (states,) = seen
+    rows = []
+    for place in range(len(ids)):
+        logits = head.weight @ states[0, place] + (0 if head.bias is None else head.bias)
+        if place > 0:
+            logits = logits + model.window.weight[0] @ states[0, place - 1]
+        if place + 1 < len(ids):
+            logits = logits + model.window.weight[1] @ states[0, place + 1]
+        rows.append(logits)
+    logits = torch.stack(rows)
+    return logits, list(torch.autograd.grad(logits.square().sum(), trained(model)))
+
+
+def trained(model: PTunePreTrainedModel) -> list[nn.Parameter]:
+    prompt = [p for p in model.prompt.parameters() if p.requires_grad]
+    return [model.window.weight, head_of(model).weight, *prompt]
+
+
+@pytest.mark.parametrize(("family", "task"), CASES)
+@pytest.mark.parametrize("method", PROMPTED)
+def test_equals_the_window_by_hand(family: str, task: str, method: str, wrap: Wrap) -> None:
+    """Logits and gradients of every row by itself, token by token, and of the batch, whose rows are padded."""
+    model = windowed(wrap, family, method, task)
+    ids = batch(family)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    logits = logits_of(model(input_ids=ids, attention_mask=mask))
+    found = list(torch.autograd.grad(logits[mask.bool()].square().sum(), trained(model)))
+    expected = [torch.zeros_like(g) for g in found]
+    for row, real, own in zip(ids, mask.bool(), logits, strict=True):
+        wanted, gradients = by_hand(model, row[real])
+        assert torch.allclose(own[real], wanted, atol=1e-9)
+        expected = [a + b for a, b in zip(expected, gradients, strict=True)]
+    for mine, theirs in zip(found, expected, strict=True):
+        # norms of decoders compute in float32
+        assert theirs.abs().sum() > 0 and (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(("family", "task"), CASES)
+def test_it_starts_as_without_it(family: str, task: str, wrap: Wrap) -> None:
+    model = wrap(family, "p_tuning_v2", task, head_window="neighbours")
+    plain = wrap(family, "p_tuning_v2", task)
+    tensors = model.adapter_state_dict()
+    assert set(tensors) - set(plain.adapter_state_dict()) == {"window.weight"}
+    plain.load_adapter_state_dict({n: t for n, t in tensors.items() if n != "window.weight"})
+    ids = batch(family)["input_ids"]
+    assert torch.equal(logits_of(model(input_ids=ids)), logits_of(plain(input_ids=ids)))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_the_side_of_padding_changes_nothing(family: str, method: str, wrap: Wrap) -> None:
+    model, ids = windowed(wrap, family, method), batch(family)["input_ids"][:1]
+    pads, own = ids.new_zeros(1, 2), torch.ones_like(ids)
+    alone = model(input_ids=ids).logits
+    for parts in ([(pads, ids), (pads, own)], [(ids, pads), (own, pads)]):
+        row, mask = (torch.cat(p, 1) for p in parts)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        found = model(input_ids=row, attention_mask=mask, position_ids=positions).logits
+        assert torch.allclose(found[mask.bool()], alone[0], atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2"])
+def test_texts_that_share_a_row_are_no_neighbours(method: str, wrap: Wrap) -> None:
+    model = windowed(wrap, "llama", method)
+    texts = [t["input_ids"][:1] for t in (batch("llama", length=3), batch("llama", length=5))]
+    positions = torch.cat([torch.arange(3), torch.arange(5)])[None]
+    packed = model(input_ids=torch.cat(texts, 1), position_ids=positions, use_cache=False).logits
+    assert torch.allclose(packed, torch.cat([model(input_ids=t).logits for t in texts], 1), atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("task", TASKS)
+def test_other_ways_to_call_it(family: str, task: str, wrap: Wrap) -> None:
+    model, ids = windowed(wrap, family, "p_tuning_v2", task), batch(family)["input_ids"]
+    expected = logits_of(model(input_ids=ids))
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.allclose(logits_of(model(inputs_embeds=embedded)), expected, atol=1e-12)
+    listed = model(input_ids=ids, return_dict=False)
+    assert torch.equal(listed[0], expected if task == "TOKEN_CLS" else expected[..., 0])
+    one = ids[:, :1]
+    assert torch.allclose(logits_of(model(input_ids=one)), head_alone(model, one), atol=1e-9)
+    with pytest.raises(InjectionError, match=r"neighbours needs \[B, S\]"):
+        model(input_ids=ids, attention_mask=torch.ones(2, 1, ids.shape[1], ids.shape[1]))
+
+
+def head_alone(model: PTunePreTrainedModel, ids: Tensor) -> Tensor:
+    kept = model.window.weight.detach().clone()
+    with torch.no_grad():
+        model.window.weight.zero_()
+        logits = logits_of(model(input_ids=ids))
+        model.window.weight.copy_(kept)
+    return logits
+
+
+@pytest.mark.parametrize("family", [*ENCODERS, "llama", "gpt2"])
+def test_turned_off_or_taken_away_the_base_reads_as_before(family: str, wrap: Wrap) -> None:
+    model, ids = windowed(wrap, family, "p_tuning_v2"), batch(family)["input_ids"]
+    expected = build(family, "TOKEN_CLS")
+    named = next(n for n, m in model.backbone.named_modules() if m is head_of(model))
+    expected.get_submodule(named).load_state_dict(head_of(model).state_dict())
+    wanted = expected.double().eval()(input_ids=ids).logits
+    with_it = model(input_ids=ids).logits
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-9)
+    assert torch.equal(model(input_ids=ids).logits, with_it)
+    assert torch.allclose(model.unwrap()(input_ids=ids).logits, wanted, atol=1e-9)
+
+
+def test_only_the_adapter_trains_and_all_of_it(wrap: Wrap) -> None:
+    model = wrap("bert", "p_tuning_v2", "TOKEN_CLS", head_window="neighbours", head_states="mix").train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1)
+    model(**inputs_of("bert")).loss.backward()
+    optimizer.step()
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == model.adapter_parameter_names() >= {"mix.weight", "window.weight", "prompt.weight"}
+
+
+def inputs_of(family: str) -> dict[str, Tensor]:
+    """A batch with a tag for every token."""
+    inputs = batch(family)
+    return inputs | {"labels": inputs["input_ids"] % 2}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning_v2", "prefix_tuning"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(family: str, method: str, reentrant: bool, wrap: Wrap) -> None:
+    model = windowed(wrap, family, method).train()
+    model.backbone.dropout.p = 0.0  # of the head, which its family's configuration sets by itself
+    assert_checkpoints_change_no_gradient(model, inputs_of(family), reentrant)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "method", "asked", "has"),
+    [
+        ("bert", "TOKEN_CLS", "p_tuning_v2", None, "token"),
+        ("bert", "TOKEN_CLS", "p_tuning_v2", "token", "token"),
+        ("bert", "TOKEN_CLS", "p_tuning_v2", "auto", "neighbours"),
+        ("roberta", "QUESTION_ANS", "prompt_tuning", "auto", "neighbours"),
+        ("llama", "TOKEN_CLS", "prefix_tuning", "auto", "neighbours"),
+        ("bert", "TOKEN_CLS", "bitfit", "auto", "token"),
+        ("bert", "SEQ_CLS", "p_tuning_v2", "auto", "token"),
+        ("bert", "MULTIPLE_CHOICE", "p_tuning_v2", "auto", "token"),
+        ("bert", "MASKED_LM", "p_tuning_v2", "auto", "token"),
+        ("llama", None, "p_tuning_v2", "auto", "token"),
+        ("bart", "QUESTION_ANS", "p_tuning_v2", "auto", "token"),
+    ],
+)
+def test_who_has_it(family: str, task: str | None, method: str, asked: Any, has: str, wrap: Wrap) -> None:
+    model = wrap(family, method, task, head_window=asked)
+    assert model.config.head_window == has and (model.window is None) == (has == "token")
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "options"),
+    [
+        ("bart", "QUESTION_ANS", {"method": "p_tuning_v2"}),
+        ("t5", None, {"method": "prompt_tuning"}),
+        ("bert", "SEQ_CLS", {"method": "p_tuning_v2"}),
+        ("bert", "TOKEN_CLS", {"method": "bitfit"}),
+    ],
+)
+def test_refused_where_no_head_reads_tokens(family: str, task: str | None, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="head_window='neighbours'"):
+        get_ptune_model(build(family, task), PTuneConfig(**options, head_window="neighbours"))
+
+
+def test_a_head_of_several_layers_reads_as_it_does() -> None:
+    """XLNet's own head for answers looks for the start, and for the end given the start."""
+    small = {"vocab_size": 99, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 37}
+    backbone = XLNetForQuestionAnswering(XLNetConfig(**small, start_n_top=2, end_n_top=2))
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_window="auto")
+    model = get_ptune_model(backbone, config)
+    assert model.config.head_window == "token"
+    with pytest.raises(ConfigError, match="XLNetForQuestionAnswering is none of these"):
+        get_ptune_model(model.unwrap(), PTuneConfig(method="p_tuning_v2", head_window="neighbours"))
+
+
+@pytest.mark.parametrize(("task", "field"), [("TOKEN_CLS", "logits"), ("QUESTION_ANS", "end_logits")])
+def test_what_comes_behind_the_layer_is_seen(task: str, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = build("bert", task)
+    forward = type(backbone).forward
+
+    def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output[field] = output[field] * 2
+        return output
+
+    monkeypatch.setattr(type(backbone), "forward", scaled)
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_window="auto")
+    assert get_ptune_model(backbone, config).config.head_window == "token"
+
+
+def test_a_word_that_is_none_of_its_values() -> None:
+    with pytest.raises(ConfigError, match="expected 'token', 'neighbours', 'auto'"):
+        PTuneConfig(head_window="sentence")
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "TOKEN_CLS"), ("llama", "QUESTION_ANS")])
+@pytest.mark.parametrize("method", PROMPTED)
+@pytest.mark.parametrize("flatten", [False, True])
+def test_survives_the_disk(family: str, task: str, method: str, flatten: bool, wrap: Wrap, tmp_path: Path) -> None:
+    model, ids = windowed(wrap, family, method, task), batch(family)["input_ids"]
+    model.save_pretrained(tmp_path, flatten=flatten)
+    auto = AutoModelForTokenClassification if task == "TOKEN_CLS" else AutoModelForQuestionAnswering
+    loaded = auto.from_pretrained(tmp_path, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(logits_of(loaded(input_ids=ids)), logits_of(model(input_ids=ids)), atol=1e-5)
+    assert "the head reads a token's neighbours too" in describe_adapter(str(tmp_path))
+    if task == "QUESTION_ANS":
+        return
+    body = PTuneModel.from_pretrained(tmp_path)
+    assert body.config.head_window == "token" and body.window is None
+
+
+def test_adapters_that_do_not_name_it_read_tokens_alone(wrap: Wrap, tmp_path: Path) -> None:
+    wrap("bert", "p_tuning_v2", "TOKEN_CLS").save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    for other in ('"head_window": "auto"', '"pooling_of_old": null'):
+        (tmp_path / "config.json").write_text(text.replace('"head_window": "token"', other))
+        assert AutoModelForTokenClassification.from_pretrained(tmp_path).config.head_window == "token"
+        text = (tmp_path / "config.json").read_text()
+
+
+def test_other_labels_start_a_window_anew(wrap: Wrap, tmp_path: Path) -> None:
+    model = windowed(wrap, "bert", "p_tuning_v2")
+    model.save_pretrained(tmp_path)
+    load = AutoModelForTokenClassification.from_pretrained
+    fresh = load(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert fresh.window.weight.shape == (2, 5, 32) and not fresh.window.weight.any()
+    assert torch.allclose(fresh.prompt.weight.double(), model.prompt.weight, atol=1e-6)
+    assert torch.isfinite(fresh(input_ids=batch("bert")["input_ids"]).logits).all()
+
+
+@pytest.mark.parametrize("asked", [None, "auto", "neighbours"])
+def test_a_head_that_comes_along_brings_it(asked: str | None, wrap: Wrap, tmp_path: Path) -> None:
+    source, ids = windowed(wrap, "bert", "p_tuning_v2"), batch("bert")["input_ids"]
+    source.save_pretrained(tmp_path)
+    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path)}
+    start |= {"prompt_tuning_init_head": True, "head_window": asked}
+    model = wrap("bert", "p_tuning_v2", "TOKEN_CLS", strong=False, **start)
+    assert torch.allclose(model(input_ids=ids).logits, source(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(("had", "asked"), [("neighbours", "token"), ("token", "neighbours")])
+def test_a_head_that_reads_something_else(had: str, asked: str, wrap: Wrap, tmp_path: Path) -> None:
+    wrap("bert", "p_tuning_v2", "TOKEN_CLS", head_window=had).save_pretrained(tmp_path)
+    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path)}
+    with pytest.raises(ConfigError, match=f"reads head_window='{had}', this one '{asked}'. Leave head_window out"):
+        wrap("bert", "p_tuning_v2", "TOKEN_CLS", prompt_tuning_init_head=True, head_window=asked, **start)
+    model = wrap("bert", "p_tuning_v2", "TOKEN_CLS", head_window=asked, **start)
+    assert model.config.head_window == asked
+
+
+@pytest.mark.parametrize("asked", [None, "auto", "neighbours"])
+def test_tasks_that_share_a_prompt_have_it_for_themselves(asked: str | None, tmp_path: Path) -> None:
+    first, second = build("bert"), build("bert", "TOKEN_CLS")
+    second.base_model.load_state_dict(first.base_model.state_dict(), strict=False)
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_window=asked)
+    model = get_multitask_model({"topic": first, "tags": second}, config)
+    assert model.model_of("topic").config.head_window == "token"
+    assert model.model_of("tags").config.head_window == ("token" if asked is None else "neighbours")
+    if asked is None:
+        return
+    assert "tasks.tags.window.weight" in model.adapter_parameter_names()
+    with torch.no_grad():
+        model.model_of("tags").window.weight.normal_()
+    model.save_pretrained(tmp_path)
+    kept = model.model_of("tags").window.weight.clone()
+    with torch.no_grad():
+        model.model_of("tags").window.weight.zero_()
+    model.load_adapters(tmp_path)
+    assert torch.equal(model.model_of("tags").window.weight, kept)
+
+
+def test_it_takes_the_rate_of_the_head(wrap: Wrap, tmp_path: Path) -> None:
+    model = windowed(wrap, "bert", "prefix_tuning")
+    made = make_optimizer(TrainingArguments(str(tmp_path), learning_rate=1e-3), model, head_learning_rate=2e-2)
+    assert made is not None
+    rates = {id(p): group["lr"] for group in made[1]["params"] for p in group["params"]}
+    assert rates[id(model.window.weight)] == 2e-2
+
+
+def test_other_formats_have_no_such_head(wrap: Wrap, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="head_window='token'"):
+        save_peft(wrap("bert", "p_tuning_v2", "TOKEN_CLS", head_window="neighbours"), tmp_path / "peft")
+    with pytest.raises(ConfigError, match="head_window='token'"):
+        prompt_embeds(wrap("bert", "prompt_tuning", "TOKEN_CLS", head_window="neighbours"))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_copies_have_their_own(family: str, wrap: Wrap) -> None:
+    model, ids = windowed(wrap, family, "p_tuning_v2"), batch(family)["input_ids"]
+    expected = model(input_ids=ids).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.allclose(twin(input_ids=ids).logits, expected, atol=1e-12)
+        with torch.no_grad():
+            twin.window.weight.zero_()
+        assert not torch.allclose(twin(input_ids=ids).logits, expected, atol=1e-3)
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+@compiles_several_hooks
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_it_is_compiled_whole(family: str, wrap: Wrap) -> None:
+    model, ids = windowed(wrap, family, "p_tuning_v2"), batch(family)["input_ids"]
+    expected = model(input_ids=ids).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(input_ids=ids).logits, expected, atol=1e-9)
+
+
+def test_half_precision_keeps_its_weights_whole() -> None:
+    backbone = build("bert", "TOKEN_CLS").to(torch.bfloat16)
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_window="neighbours")
+    model = get_ptune_model(backbone, config)
+    assert model.window.weight.dtype == torch.float32
+    assert model(input_ids=batch("bert")["input_ids"]).logits.dtype == torch.bfloat16
+
+
+def test_a_head_that_reads_fewer_states_than_tokens(wrap: Wrap) -> None:
+    model = windowed(wrap, "bert", "p_tuning_v2")
+    model.backbone.dropout.register_forward_hook(lambda module, args, output: output[:, 1:])
+    with pytest.raises(InjectionError, match="Train with head_window='token'"):
+        model(input_ids=batch("bert")["input_ids"])
+
+
+def test_presets_of_papers_read_tokens_alone() -> None:
+    from hf_ptune.presets import preset, preset_names
+
+    assert {preset(name).options["head_window"] for name in preset_names()} == {"token"}
+    small = GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4)
+    assert PTuneConfig(base_config=small.to_dict()).head_window is None
