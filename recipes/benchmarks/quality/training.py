@@ -13,7 +13,7 @@ from transformers import get_scheduler
 
 _CLIP = 1.0
 _LONGEST_ANSWER = 20  # tokens
-_HEADS = ("classifier", "score", "qa_outputs")
+_HEADS = ("classifier", "score", "qa_outputs", "window")
 _PADDING = {"labels": IGNORED}
 
 
