@@ -27,6 +27,7 @@ _PROMPT: dict[str, Any] = {
     "prefix_dropout": 0.0,
     "pooling": "auto",
     "head_states": "auto",
+    "head_window": "auto",
 }
 # passes over the rows after which a prompt fits them too well beside a base without dropout, and heads that tag tokens
 # are better off with the last layer than with a mix of all

@@ -62,7 +62,7 @@ def test_the_recipe_s_own_keys_win() -> None:
     recipe = make_recipe(SILENT | given | {"data": {"source": "rows.jsonl", "max_length": 64}})
     assert recipe.base == "roberta-base" and recipe.data.max_length == 64
     published = {"prompt_tuning_init": "RANDOM", "prefix_dropout": 0.1, "backbone_dropout": True}
-    published |= {"pooling": "cls", "head_states": "last"}
+    published |= {"pooling": "cls", "head_states": "last", "head_window": "token"}
     assert recipe.options == {"num_virtual_tokens": 16} | published
     assert recipe.training["learning_rate"] == 1e-3 and recipe.training["num_train_epochs"] == 100
     falls = {"preset": "p_tuning_v2/conll05/roberta-large"}

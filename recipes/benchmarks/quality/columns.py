@@ -37,7 +37,7 @@ class Column:
     Args:
         title: its name in the table.
         library: "head", "peft", "hf_ptune" or "full".
-        method: the method, or what a head reads ("cls", "mean").
+        method: the method, or what a head reads ("cls", "mean", "neighbours").
         rates: learning rates to choose from, the same for columns of one kind.
         further: settings that are tried at the best rate, one after the other.
         defaults: settings that the rates are tried with.
@@ -81,6 +81,7 @@ COLUMNS: dict[str, Column] = {
         (1e-4, 3e-4, 1e-3),
         others={"decoder": (5e-5, 1e-4, 2e-4), "long": (5e-5, 1e-4, 3e-4, 1e-3)},
     ),
+    "full_window": Column("the same, head over neighbours", "full", "neighbours", (3e-4,)),
 }
 
 
@@ -140,7 +141,7 @@ def build(column: Column, setting: Setting, task: Task, labels: list[str], token
     if column.library != "hf_ptune" and setting.get("backbone_dropout") is False:
         BackboneDropout(model.base_model).follow(training=True)
     if column.library == "full":
-        if setting.get("head_window") == "neighbours":
+        if column.method == "neighbours":
             _read_neighbours(model, task)
         return model.requires_grad_(True)
     if column.library == "peft":

@@ -230,10 +230,11 @@ def fitting(name: str) -> list[str]:
 
     if TASKS[name].kind == "CAUSAL_LM":
         return ["peft_prompt_tuning", "prompt_tuning", "peft_prefix", "prefix_tuning", "p_tuning_v2", "lora"]
+    rows = TASKS[name].kind == "SEQ_CLS"
     if TASKS[name].base == "smollm2":
-        return ["head_mean", "peft_prompt_tuning", "prompt_tuning", "peft_prefix", "p_tuning_v2", "lora", "full"]
-    heads = [] if TASKS[name].kind == "SEQ_CLS" else ["head_mean"]
-    return [c for c in COLUMNS if c not in ("lora", *heads)]
+        usual = ["head_mean", "peft_prompt_tuning", "prompt_tuning", "peft_prefix", "p_tuning_v2", "lora", "full"]
+        return usual if rows else [*usual, "full_window"]
+    return [c for c in COLUMNS if c not in ("lora", "full_window" if rows else "head_mean")]
 
 
 def main() -> None:
