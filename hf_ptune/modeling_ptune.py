@@ -281,7 +281,8 @@ class PTunePreTrainedModel(Delegating):
     def unwrap(self) -> PreTrainedModel:
         """Give the backbone back as it was before it was wrapped, with the head that has been trained.
 
-        BitFit's biases are those of before, too; modules of `modules_to_save`, and a base that was trained along, stay
+        BitFit's biases are those of before, too; what the head read beside its own input (a mix of layers, neighbours)
+        it reads no more; modules of `modules_to_save`, and a base that was trained along, stay
         as they have been trained.
         """
         return self._give_back(trained=True)

@@ -269,11 +269,19 @@ def test_it_can_be_pickled_and_its_base_too(family: str, wrap: Wrap) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"head_states": "mix"}, {"pooling": "mean"}, {"head_states": "mix", "pooling": "mean"}]
+    "option",
+    [
+        {"head_states": "mix"},
+        {"pooling": "mean"},
+        {"head_states": "mix", "pooling": "mean"},
+        {"head_window": "neighbours"},
+    ],
 )
 def test_threads_do_not_disturb_each_other(option: dict[str, str], wrap: Wrap) -> None:
     task = "SEQ_CLS" if "pooling" in option else "TOKEN_CLS"
     model = wrap("bert", "p_tuning_v2", task, **option)
+    if model.window is not None:
+        torch.nn.init.normal_(model.window.weight)
     rows = [batch("bert", length=length)["input_ids"] for length in (5, 7, 9)]
     with torch.no_grad():
         alone = [model(input_ids=ids).logits for ids in rows]

@@ -162,7 +162,7 @@ def test_a_run_of_more_than_ten_labels_goes_on(tmp_path: Path) -> None:
 def test_checkpoints_go_on_that_are_older_than_an_option(content: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "out" / "checkpoint-3" / "config.json"
     settings = json.loads(path.read_text())
-    assert settings.pop("head_states") == "last"
+    assert settings.pop("head_states") == "last" and settings.pop("head_window") == "token"
     path.write_text(json.dumps(settings))
     told = path.with_name("ptune_run.json")
     facts = json.loads(told.read_text())
@@ -173,7 +173,10 @@ def test_checkpoints_go_on_that_are_older_than_an_option(content: dict[str, Any]
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
 
 
-@pytest.mark.parametrize(("option", "old", "new"), [("head_states", "last", "mix"), ("head_states", "mix", "last")])
+@pytest.mark.parametrize(
+    ("option", "old", "new"),
+    [("head_states", "last", "mix"), ("head_states", "mix", "last"), ("head_window", "token", "neighbours")],
+)
 def test_a_head_that_reads_something_else_is_refused(option: str, old: str, new: str, tmp_path: Path) -> None:
     models = [
         get_ptune_model(build("bert", "TOKEN_CLS"), PTuneConfig(num_virtual_tokens=4, **{option: value}))

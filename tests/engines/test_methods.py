@@ -35,10 +35,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     ("engine", "methods"),
     [
         ("ddp", tuple(CASES)),
-        ("fsdp2", ("prompt_tuning", "p_tuning", "layer_mix", "mix_under_mean")),
-        pytest.param("zero2", ("p_tuning", "bitfit", "layer_mix"), marks=needs_deepspeed),
+        ("fsdp2", ("prompt_tuning", "p_tuning", "layer_mix", "head_window", "mix_under_mean")),
+        pytest.param("zero2", ("p_tuning", "bitfit", "layer_mix", "head_window"), marks=needs_deepspeed),
         pytest.param(
-            "zero3", ("prompt_tuning", "p_tuning", "bitfit", "layer_mix", "mix_under_mean"), marks=needs_deepspeed
+            "zero3",
+            ("prompt_tuning", "p_tuning", "bitfit", "layer_mix", "head_window", "mix_under_mean"),
+            marks=needs_deepspeed,
         ),
     ],
 )
