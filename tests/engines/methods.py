@@ -19,7 +19,7 @@ FAMILY = "gpt2"  # has biases, and counts in float32 throughout
 # what is trained -> family, method, and its options
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {m: (FAMILY, m, {}) for m in METHODS}
 CASES["layer_mix"] = ("bert/TOKEN_CLS", "p_tuning_v2", {"head_states": "mix"})
-CASES["head_window"] = (f"{FAMILY}/TOKEN_CLS", "p_tuning_v2", {"head_window": "neighbours"})
+CASES["head_window"] = ("bert/TOKEN_CLS", "p_tuning_v2", {"head_window": "neighbours"})
 CASES["mix_under_mean"] = ("bert", "p_tuning_v2", {"head_states": "mix", "pooling": "mean"})
 STEPS = 3
 # a single step of Adam divides by the gradient's own size, noise of the last bit included
