@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import DECODERS, ENCODERS, assert_checkpoints_change_no_gradient, batch, build, compiles_several_hooks
+from test_train import write_base, write_recipe
 from torch import Tensor, nn
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -25,6 +26,8 @@ from hf_ptune.info import describe_adapter
 from hf_ptune.interop import prompt_embeds, save_peft
 from hf_ptune.multitask import get_multitask_model
 from hf_ptune.optimizer import make_optimizer
+from hf_ptune.recipe import make_recipe
+from hf_ptune.train import run
 
 Wrap = Callable[..., PTunePreTrainedModel]
 PROMPTED = ["prompt_tuning", "p_tuning", "p_tuning_v2", "prefix_tuning"]
@@ -399,3 +402,19 @@ def test_presets_of_papers_read_tokens_alone() -> None:
     assert {preset(name).options["head_window"] for name in preset_names()} == {"token"}
     small = GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4)
     assert PTuneConfig(base_config=small.to_dict()).head_window is None
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "TOKEN_CLS"), ("llama", "TOKEN_CLS"), ("bert", "QUESTION_ANS")])
+def test_recipes_train_it(family: str, task: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", family, task)
+    content = write_recipe(tmp_path, task, base, "p_tuning_v2")
+    content["training"] |= {"max_steps": 3}
+    outcome = run(make_recipe(content, folder=tmp_path))
+    auto = AutoModelForTokenClassification if task == "TOKEN_CLS" else AutoModelForQuestionAnswering
+    model = auto.from_pretrained(outcome.folder)
+    assert model.config.head_window == "neighbours" and model.window.weight.abs().sum() > 0
+    card = (outcome.folder / "README.md").read_text()
+    assert "| `head_window` | neighbours |" in card
+    content["options"] |= {"head_window": "token"}
+    plain = auto.from_pretrained(run(make_recipe(content, folder=tmp_path)).folder)
+    assert plain.config.head_window == "token" and plain.window is None
