@@ -42,7 +42,7 @@ def windowed(wrap: Wrap, family: str, method: str, task: str = "TOKEN_CLS", **op
     model = wrap(family, method, task, head_window="neighbours", **options)
     torch.manual_seed(5)
     with torch.no_grad():
-        model.window.weight.normal_()
+        model.window.weight.normal_(std=4)
     return model
 
 
@@ -73,9 +73,9 @@ def by_hand(model: PTunePreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Tens
     for place in range(len(ids)):
         logits = head.weight @ states[0, place] + (0 if head.bias is None else head.bias)
         if place > 0:
-            logits = logits + model.window.weight[0] @ states[0, place - 1]
+            logits = logits + model.window.weight[0] @ states[0, place - 1] / 4
         if place + 1 < len(ids):
-            logits = logits + model.window.weight[1] @ states[0, place + 1]
+            logits = logits + model.window.weight[1] @ states[0, place + 1] / 4
         rows.append(logits)
     logits = torch.stack(rows)
     return logits, list(torch.autograd.grad(logits.square().sum(), trained(model)))
