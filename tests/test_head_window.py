@@ -11,6 +11,7 @@ import torch
 from families import DECODERS, ENCODERS, assert_checkpoints_change_no_gradient, batch, build, compiles_several_hooks
 from test_train import write_base, write_recipe
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForTokenClassification,
@@ -418,3 +419,31 @@ def test_recipes_train_it(family: str, task: str, tmp_path: Path) -> None:
     content["options"] |= {"head_window": "token"}
     plain = auto.from_pretrained(run(make_recipe(content, folder=tmp_path)).folder)
     assert plain.config.head_window == "token" and plain.window is None
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_an_export_leaves_the_batch_open(family: str, wrap: Wrap) -> None:
+    model = windowed(wrap, family, "p_tuning_v2")
+    model.backbone.config.use_cache = False  # torch.export knows no outputs of that type
+    inputs = {n: t for n, t in batch(family).items() if n in ("input_ids", "attention_mask")}
+    rows = torch.export.Dim("rows", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs, dynamic_shapes={n: {0: rows} for n in inputs}, strict=False)
+        more = {n: t for n, t in batch(family, rows=3).items() if n in inputs}
+        more["attention_mask"][1, -2:] = 0
+        assert torch.allclose(program.module()(**more).logits, model(**more).logits, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_vmap_over_rows_gives_the_gradients_of_each(family: str, wrap: Wrap) -> None:
+    model, ids = windowed(wrap, family, "p_tuning_v2"), batch(family)["input_ids"]
+    weights = {"window.weight": model.window.weight.detach()}
+
+    def size(given: dict[str, Tensor], row: Tensor) -> Tensor:
+        output: Tensor = functional_call(model, given, (), {"input_ids": row[None]}).logits
+        return output.square().sum()
+
+    found = vmap(grad(size), in_dims=(None, 0))(weights, ids)["window.weight"]
+    for row, mine in zip(ids, found, strict=True):
+        (expected,) = torch.autograd.grad(model(input_ids=row[None]).logits.square().sum(), model.window.weight)
+        assert torch.allclose(mine, expected, rtol=1e-5)
