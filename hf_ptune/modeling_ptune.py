@@ -151,8 +151,7 @@ class PTunePreTrainedModel(Delegating):
         if config.head_states == "mix":
             self.mix = ScalarMix(layers_of(body_of(self.backbone))).to(device=device, dtype=dtype)
         if config.head_window == "neighbours":
-            head = self._token_head()
-            self.window = HeadWindow(head.out_features, head.in_features).to(device=device_of(head), dtype=dtype)
+            self.window = self._make_window().to(dtype=dtype)
         self._injector = self._attached(self.prompt)
 
     def _attached(self, prompt: PromptEncoder) -> Injector:
@@ -168,13 +167,15 @@ class PTunePreTrainedModel(Delegating):
             config.virtual_token_ids,
             config.pooling == "mean",
             self.mix,
-            None if self.window is None else (self.window, self._token_head()),
+            self.window,
         )
 
-    def _token_head(self) -> nn.Linear:
-        head = token_head(self.backbone, self.task)
-        assert head is not None
-        return head
+    def _make_window(self) -> HeadWindow:
+        name = token_head(self.backbone, self.task)
+        if name is None:
+            raise ConfigError(f"head_window='neighbours', but {type(self.backbone).__name__} has no head over tokens.")
+        head: Any = self.backbone.get_submodule(name)
+        return HeadWindow(name, head.out_features, head.in_features).to(device_of(head))
 
     def _watched_head(self) -> LossAtLabels | None:
         return LossAtLabels(self, self.backbone, self.task) if self.config.loss_at_labels else None
@@ -266,7 +267,10 @@ class PTunePreTrainedModel(Delegating):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Let the backbone answer as if it had no prompt; trained heads and biases stay."""
+        """Let the backbone answer as if it had no prompt; trained heads and biases stay.
+
+        What heads read beside their own input (a mix of layers, neighbours) belongs to the prompt, and goes with it.
+        """
         injector = self._injector
         if injector is None:
             yield

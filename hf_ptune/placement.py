@@ -13,8 +13,8 @@ from hf_ptune.injection import (
     normalises_embeddings,
     parameters_of,
     reads_first_token,
-    reads_tokens,
     text_of,
+    why_no_window,
 )
 from hf_ptune.methods import PromptKind, get_method
 from hf_ptune.option_checks import ASKED, READINGS
@@ -215,17 +215,22 @@ def choose_head_window(config: PTuneConfig, backbone: PreTrainedModel, task: str
     """
     asked = config.head_window
     prompted = get_method(config.method).kind is not None and not config.places_tokens
-    able = prompted and task in _OVER_TOKENS and not backbone.config.is_encoder_decoder
+    able = prompted and task in _OVER_TOKENS
     if asked == "neighbours":
-        if not able or (fresh and not reads_tokens(backbone, task)):
+        if not able:
             raise ConfigError(
-                f"head_window='neighbours' is for encoders and decoders whose head is one linear layer over every "
-                f"token, in {' and '.join(_OVER_TOKENS)}; {type(backbone).__name__} is none of these. Leave it out."
+                f"head_window='neighbours' is for {' and '.join(_OVER_TOKENS)}, not {task}. Leave it out."
+            )
+        if fresh and (why := why_no_window(backbone, task)):
+            raise ConfigError(
+                "head_window='neighbours' is for encoders and decoders whose head is one linear layer over every "
+                f"token: {why.rstrip('.')}. Leave it out."
             )
         return asked
     if asked != "token" and able and _brings_head(config):
         return settled_reading(_source_of(config))["head_window"]
-    return "neighbours" if asked in ASKED["head_window"] and able and reads_tokens(backbone, task) else "token"
+    wanted = able and asked in ASKED["head_window"]
+    return "neighbours" if wanted and why_no_window(backbone, task) is None else "token"
 
 
 def settled_reading(config: PTuneConfig) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What heads over tokens read beside a token's own state: those of its two neighbours in the row."""
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,19 @@ from typing import Any
 import pytest
 import torch
 from families import DECODERS, ENCODERS, assert_checkpoints_change_no_gradient, batch, build, compiles_several_hooks
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_train import write_base, write_recipe
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForTokenClassification,
+    BigBirdConfig,
+    DynamicCache,
     GPT2Config,
     TrainingArguments,
+    UMT5Config,
     XLNetConfig,
     XLNetForQuestionAnswering,
 )
@@ -24,6 +30,7 @@ from transformers import (
 from hf_ptune import PTuneConfig, PTuneModel, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.errors import ConfigError, InjectionError
 from hf_ptune.info import describe_adapter
+from hf_ptune.injection import HeadWindow
 from hf_ptune.interop import prompt_embeds, save_peft
 from hf_ptune.multitask import get_multitask_model
 from hf_ptune.optimizer import make_optimizer
@@ -245,7 +252,7 @@ def test_a_head_of_several_layers_reads_as_it_does() -> None:
     config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_window="auto")
     model = get_ptune_model(backbone, config)
     assert model.config.head_window == "token"
-    with pytest.raises(ConfigError, match="XLNetForQuestionAnswering is none of these"):
+    with pytest.raises(ConfigError, match="XLNetForQuestionAnswering has no such head"):
         get_ptune_model(model.unwrap(), PTuneConfig(method="p_tuning_v2", head_window="neighbours"))
 
 
@@ -261,7 +268,82 @@ def test_what_comes_behind_the_layer_is_seen(task: str, field: str, monkeypatch:
 
     monkeypatch.setattr(type(backbone), "forward", scaled)
     config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_window="auto")
-    assert get_ptune_model(backbone, config).config.head_window == "token"
+    model = get_ptune_model(backbone, config)
+    assert model.config.head_window == "token"
+    with pytest.raises(ConfigError, match="does not answer what its (classifier|qa_outputs) gives. Leave it out"):
+        get_ptune_model(model.unwrap(), PTuneConfig(method="p_tuning_v2", head_window="neighbours"))
+
+
+def test_sparse_attention_stays_sparse() -> None:
+    """BigBird turns to full attention for good where it meets a short row, as a trial is."""
+    small = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sparse = BigBirdConfig(**small, intermediate_size=37, attention_type="block_sparse", block_size=4)
+    config = PTuneConfig(method="prompt_tuning", num_virtual_tokens=4, head_window="auto")
+    model = get_ptune_model(AutoModelForTokenClassification.from_config(sparse), config)
+    assert model.config.head_window == "neighbours" and model.backbone.bert.attention_type == "block_sparse"
+
+
+def test_encoders_of_a_family_with_decoders_have_it() -> None:
+    """UMT5's encoders say of themselves that they have a decoder."""
+    small = UMT5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_window="neighbours")
+    assert get_ptune_model(AutoModelForTokenClassification.from_config(small), config).window is not None
+
+
+def test_xlnet_s_own_mask_is_read() -> None:
+    small = XLNetConfig(vocab_size=99, d_model=32, n_layer=2, n_head=4, d_inner=37)
+    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_window="neighbours")
+    model = get_ptune_model(AutoModelForTokenClassification.from_config(small).double(), config).eval()
+    torch.nn.init.normal_(model.window.weight, std=4)
+    ids, mask = torch.randint(5, 99, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :2] = 0
+    named, inverted = model(input_ids=ids, attention_mask=mask), model(input_ids=ids, input_mask=1 - mask)
+    assert torch.allclose(named.logits, inverted.logits, atol=1e-9)
+
+
+def test_rows_that_cannot_have_neighbours_are_refused(wrap: Wrap) -> None:
+    model, ids = windowed(wrap, "llama", "p_tuning_v2"), batch("llama")["input_ids"]
+    cache = DynamicCache(config=model.backbone.config)
+    first = model(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)  # an empty one holds nothing
+    assert torch.isfinite(first.logits).all() and cache.get_seq_length() > 0
+    with pytest.raises(InjectionError, match="goes on from a cache .* Train with head_window='token'"):
+        model(input_ids=ids[:, 4:], past_key_values=cache, use_cache=True)
+    masks = {"full_attention": None, "sliding_attention": None}
+    with pytest.raises(InjectionError, match=r"attention_mask is a dict; .* Train with head_window='token'"):
+        model(input_ids=ids, attention_mask=masks)
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        model(attention_mask=torch.ones_like(ids))
+
+
+def test_a_head_that_takes_another_one_s_place_has_it(wrap: Wrap, tmp_path: Path) -> None:
+    model, ids = windowed(wrap, "bert", "p_tuning_v2"), batch("bert")["input_ids"]
+    expected, old = model(input_ids=ids).logits, model.backbone.classifier
+    model.backbone.classifier = copy.deepcopy(old)
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert not old._forward_hooks
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForTokenClassification.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.allclose(loaded(input_ids=ids).logits, expected, atol=1e-5)
+    model.backbone.classifier = nn.Linear(32, 5).double()
+    with pytest.raises(InjectionError, match="classifier gives 5 logits of 32 .* gives 2 of 32.*head_window='token'"):
+        model(input_ids=ids)
+    model.backbone.classifier = old
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert not model.unwrap().classifier._forward_hooks
+
+
+def test_a_head_is_copied_alone(wrap: Wrap) -> None:
+    head = windowed(wrap, "bert", "p_tuning_v2").backbone.classifier
+    states = torch.randn(2, 7, 32, dtype=torch.float64)
+    for twin in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        assert torch.equal(twin(states), head(states))
+
+
+def test_a_head_on_another_device_than_the_ids(wrap: Wrap) -> None:
+    """Only shapes: `meta` stands for a second device."""
+    window = HeadWindow("classifier", 3, 8).to("meta")
+    adjacent = torch.ones(2, 4, dtype=torch.bool)
+    assert window(torch.zeros(2, 5, 8, device="meta"), adjacent).shape == (2, 5, 3)
 
 
 def test_a_word_that_is_none_of_its_values() -> None:
@@ -286,13 +368,21 @@ def test_survives_the_disk(family: str, task: str, method: str, flatten: bool, w
     assert body.config.head_window == "token" and body.window is None
 
 
-def test_adapters_that_do_not_name_it_read_tokens_alone(wrap: Wrap, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ["auto", None])
+def test_adapters_that_do_not_name_it_read_tokens_alone(value: str | None, wrap: Wrap, tmp_path: Path) -> None:
     wrap("bert", "p_tuning_v2", "TOKEN_CLS").save_pretrained(tmp_path)
-    text = (tmp_path / "config.json").read_text()
-    for other in ('"head_window": "auto"', '"pooling_of_old": null'):
-        (tmp_path / "config.json").write_text(text.replace('"head_window": "token"', other))
-        assert AutoModelForTokenClassification.from_pretrained(tmp_path).config.head_window == "token"
-        text = (tmp_path / "config.json").read_text()
+    weights, settings = tmp_path / "model.safetensors", tmp_path / "config.json"
+    tensors = load_file(weights)
+    with safe_open(weights, "pt") as file:
+        beside = file.metadata()
+    structure, config = json.loads(beside["ptune"]), json.loads(settings.read_text())
+    for place in (structure, config):
+        assert place.pop("head_window") == "token"
+        place |= {} if value is None else {"head_window": value}
+    save_file(tensors, weights, beside | {"ptune": json.dumps(structure)})
+    settings.write_text(json.dumps(config))
+    model = AutoModelForTokenClassification.from_pretrained(tmp_path)
+    assert model.config.head_window == "token" and model.window is None
 
 
 def test_other_labels_start_a_window_anew(wrap: Wrap, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Injector:
         virtual_token_ids: where the sequence itself has a place for every virtual token: their ids, in order.
         pools_mean: whether the head of an encoder reads the mean of the own tokens in place of the first one.
         mix: of the states of all layers, where the head reads that in place of the last ones.
-        window: of the states of a token's neighbours, and the head that reads them, too.
+        window: of the states of a token's neighbours, where the head reads them too.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Injector:
         virtual_token_ids: list[int] | None = None,
         pools_mean: bool = False,
         mix: ScalarMix | None = None,
-        window: tuple[HeadWindow, nn.Module] | None = None,
+        window: HeadWindow | None = None,
     ) -> None:
         self.backbone = backbone
         self.body = body_of(backbone)
@@ -111,7 +111,7 @@ class Injector:
         elif pools_mean:
             self.handles += MeanPooling(self.body, self.inputs, num_virtual_tokens, self._active).handles
         if window is not None:
-            self.handles += WindowedHead(backbone, window[1], window[0], self._active, packs=self.causal).handles
+            self.handles.append(WindowedHead(backbone, window, self._active, packs=self.causal))
 
     def _site(self, found: dict[str, Any]) -> Site:
         shape = SiteShape(found["heads"], found["key_dim"], found["value_dim"])

@@ -35,22 +35,23 @@ def _producer(body: nn.Module) -> nn.Module | None:
     return producer
 
 
-def own_tokens(named: dict[str, Any], reason: str = "the mean of a row's tokens") -> Tensor | None:
+def own_tokens(named: dict[str, Any], reason: str = "the mean of a row's tokens needs [B, S].") -> Tensor | None:
     """Mark the own tokens of a call's rows.
 
     Args:
         named: arguments of a body, from before a prompt is put among them.
-        reason: what needs to know them, for the message.
+        reason: why the mask must tell them, for the message.
 
     Returns:
         One for own tokens, zero for pads `[B, S]`; `None` where the call names no tokens.
 
     Raises:
-        InjectionError: the mask has other axes.
+        InjectionError: the mask is another one.
     """
     mask, ids, embeds = (named.get(n) for n in ("attention_mask", "input_ids", "inputs_embeds"))
-    if mask is not None and mask.dim() != 2:
-        raise InjectionError(f"attention_mask has {mask.dim()} axes; {reason} needs [B, S].")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        found = f"has {mask.dim()} axes" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
+        raise InjectionError(f"attention_mask {found}; {reason}")
     tokens = ids if embeds is None else embeds[..., 0]
     return mask if mask is not None or tokens is None else torch.ones_like(tokens)
 

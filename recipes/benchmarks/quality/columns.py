@@ -155,11 +155,12 @@ def build(column: Column, setting: Setting, task: Task, labels: list[str], token
 
 def _read_neighbours(model: PreTrainedModel, task: Task) -> None:
     """Let the head of a base that trains whole read what ours does."""
-    head = token_head(model, task.kind)
-    assert head is not None
-    window = HeadWindow(head.out_features, head.in_features).to(DEVICE)
+    name = token_head(model, task.kind)
+    assert name is not None
+    head: Any = model.get_submodule(name)
+    window = HeadWindow(name, head.out_features, head.in_features).to(DEVICE)
     model.add_module("window", window)
-    WindowedHead(model, head, window, lambda: True, packs=False)
+    WindowedHead(model, window, lambda: True, packs=False)
 
 
 def _peft(column: Column, setting: Setting, task: Task, model: PreTrainedModel) -> Any:
