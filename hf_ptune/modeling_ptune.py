@@ -21,7 +21,6 @@ from hf_ptune.errors import ConfigError, InjectionError, PTuneError
 from hf_ptune.generation_checks import NOT_PAGED, check_generation, tokens_at_end
 from hf_ptune.identity import Owner, blank, specialised
 from hf_ptune.injection import (
-    HeadWindow,
     Injector,
     ScalarMix,
     bind,
@@ -31,8 +30,8 @@ from hf_ptune.injection import (
     forget_captures,
     keep_unpacked,
     layers_of,
+    make_window,
     restore_captures,
-    token_head,
     word_embeddings,
 )
 from hf_ptune.logits_at import run_with_logits_at
@@ -151,7 +150,7 @@ class PTunePreTrainedModel(Delegating):
         if config.head_states == "mix":
             self.mix = ScalarMix(layers_of(body_of(self.backbone))).to(device=device, dtype=dtype)
         if config.head_window == "neighbours":
-            self.window = self._make_window().to(dtype=dtype)
+            self.window = make_window(self.backbone, self.task).to(dtype=dtype)
         self._injector = self._attached(self.prompt)
 
     def _attached(self, prompt: PromptEncoder) -> Injector:
@@ -169,13 +168,6 @@ class PTunePreTrainedModel(Delegating):
             self.mix,
             self.window,
         )
-
-    def _make_window(self) -> HeadWindow:
-        name = token_head(self.backbone, self.task)
-        if name is None:
-            raise ConfigError(f"head_window='neighbours', but {type(self.backbone).__name__} has no head over tokens.")
-        head: Any = self.backbone.get_submodule(name)
-        return HeadWindow(name, head.out_features, head.in_features).to(device_of(head))
 
     def _watched_head(self) -> LossAtLabels | None:
         return LossAtLabels(self, self.backbone, self.task) if self.config.loss_at_labels else None

@@ -179,8 +179,7 @@ def choose_head_states(config: PTuneConfig, backbone: PreTrainedModel, task: str
         ConfigError: the mix is asked for where there is none.
     """
     asked, pooled = config.head_states, task in _POOLED
-    prompted = get_method(config.method).kind is not None and not config.places_tokens
-    encoder = prompted and _is_encoder(config, backbone)
+    encoder = _before_the_text(config) and _is_encoder(config, backbone)
     able = encoder and (task in _OVER_TOKENS or (pooled and config.pooling == "mean"))
     if asked == "mix":
         if encoder and pooled and not able and reads_first_token(body_of(backbone)):
@@ -214,8 +213,7 @@ def choose_head_window(config: PTuneConfig, backbone: PreTrainedModel, task: str
         ConfigError: neighbours are asked for where no head reads tokens so.
     """
     asked = config.head_window
-    prompted = get_method(config.method).kind is not None and not config.places_tokens
-    able = prompted and task in _OVER_TOKENS
+    able = _before_the_text(config) and task in _OVER_TOKENS
     if asked == "neighbours":
         if not able:
             raise ConfigError(
@@ -256,6 +254,11 @@ def reading_for(config: PTuneConfig, task: str) -> PTuneConfig:
 def _brings_head(config: PTuneConfig) -> bool:
     """Whether the head comes along with the adapter that a prompt starts from: it reads what it has learnt to read."""
     return config.prompt_tuning_init == "ADAPTER" and config.prompt_tuning_init_head
+
+
+def _before_the_text(config: PTuneConfig) -> bool:
+    """Whether there is a prompt, and it is not a template that places it."""
+    return get_method(config.method).kind is not None and not config.places_tokens
 
 
 def _is_encoder(config: PTuneConfig, backbone: PreTrainedModel) -> bool:

@@ -12,6 +12,7 @@ import torch
 from families import DECODERS, ENCODERS, assert_checkpoints_change_no_gradient, batch, build, compiles_several_hooks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_layer_mix import inputs_of
 from test_train import write_base, write_recipe
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -21,7 +22,6 @@ from transformers import (
     BigBirdConfig,
     DynamicCache,
     GPT2Config,
-    TrainingArguments,
     UMT5Config,
     XLNetConfig,
     XLNetForQuestionAnswering,
@@ -32,8 +32,6 @@ from hf_ptune.errors import ConfigError, InjectionError
 from hf_ptune.info import describe_adapter
 from hf_ptune.injection import HeadWindow
 from hf_ptune.interop import prompt_embeds, save_peft
-from hf_ptune.multitask import get_multitask_model
-from hf_ptune.optimizer import make_optimizer
 from hf_ptune.recipe import make_recipe
 from hf_ptune.train import run
 
@@ -193,12 +191,6 @@ def test_only_the_adapter_trains_and_all_of_it(wrap: Wrap) -> None:
     optimizer.step()
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == model.adapter_parameter_names() >= {"mix.weight", "window.weight", "prompt.weight"}
-
-
-def inputs_of(family: str) -> dict[str, Tensor]:
-    """A batch with a tag for every token."""
-    inputs = batch(family)
-    return inputs | {"labels": inputs["input_ids"] % 2}
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -393,55 +385,6 @@ def test_other_labels_start_a_window_anew(wrap: Wrap, tmp_path: Path) -> None:
     assert fresh.window.weight.shape == (2, 5, 32) and not fresh.window.weight.any()
     assert torch.allclose(fresh.prompt.weight.double(), model.prompt.weight, atol=1e-6)
     assert torch.isfinite(fresh(input_ids=batch("bert")["input_ids"]).logits).all()
-
-
-@pytest.mark.parametrize("asked", [None, "auto", "neighbours"])
-def test_a_head_that_comes_along_brings_it(asked: str | None, wrap: Wrap, tmp_path: Path) -> None:
-    source, ids = windowed(wrap, "bert", "p_tuning_v2"), batch("bert")["input_ids"]
-    source.save_pretrained(tmp_path)
-    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path)}
-    start |= {"prompt_tuning_init_head": True, "head_window": asked}
-    model = wrap("bert", "p_tuning_v2", "TOKEN_CLS", strong=False, **start)
-    assert torch.allclose(model(input_ids=ids).logits, source(input_ids=ids).logits, atol=1e-5)
-
-
-@pytest.mark.parametrize(("had", "asked"), [("neighbours", "token"), ("token", "neighbours")])
-def test_a_head_that_reads_something_else(had: str, asked: str, wrap: Wrap, tmp_path: Path) -> None:
-    wrap("bert", "p_tuning_v2", "TOKEN_CLS", head_window=had).save_pretrained(tmp_path)
-    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path)}
-    with pytest.raises(ConfigError, match=f"reads head_window='{had}', this one '{asked}'. Leave head_window out"):
-        wrap("bert", "p_tuning_v2", "TOKEN_CLS", prompt_tuning_init_head=True, head_window=asked, **start)
-    model = wrap("bert", "p_tuning_v2", "TOKEN_CLS", head_window=asked, **start)
-    assert model.config.head_window == asked
-
-
-@pytest.mark.parametrize("asked", [None, "auto", "neighbours"])
-def test_tasks_that_share_a_prompt_have_it_for_themselves(asked: str | None, tmp_path: Path) -> None:
-    first, second = build("bert"), build("bert", "TOKEN_CLS")
-    second.base_model.load_state_dict(first.base_model.state_dict(), strict=False)
-    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_window=asked)
-    model = get_multitask_model({"topic": first, "tags": second}, config)
-    assert model.model_of("topic").config.head_window == "token"
-    assert model.model_of("tags").config.head_window == ("token" if asked is None else "neighbours")
-    if asked is None:
-        return
-    assert "tasks.tags.window.weight" in model.adapter_parameter_names()
-    with torch.no_grad():
-        model.model_of("tags").window.weight.normal_()
-    model.save_pretrained(tmp_path)
-    kept = model.model_of("tags").window.weight.clone()
-    with torch.no_grad():
-        model.model_of("tags").window.weight.zero_()
-    model.load_adapters(tmp_path)
-    assert torch.equal(model.model_of("tags").window.weight, kept)
-
-
-def test_it_takes_the_rate_of_the_head(wrap: Wrap, tmp_path: Path) -> None:
-    model = windowed(wrap, "bert", "prefix_tuning")
-    made = make_optimizer(TrainingArguments(str(tmp_path), learning_rate=1e-3), model, head_learning_rate=2e-2)
-    assert made is not None
-    rates = {id(p): group["lr"] for group in made[1]["params"] for p in group["params"]}
-    assert rates[id(model.window.weight)] == 2e-2
 
 
 def test_other_formats_have_no_such_head(wrap: Wrap, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from transformers import (
     FunnelConfig,
     MPNetConfig,
     PretrainedConfig,
-    TrainingArguments,
     XLNetConfig,
 )
 
@@ -27,8 +26,6 @@ from hf_ptune import PTuneConfig, PTunePreTrainedModel, get_ptune_model
 from hf_ptune.errors import ConfigError, InjectionError
 from hf_ptune.info import describe_adapter
 from hf_ptune.interop import prompt_embeds, save_peft
-from hf_ptune.multitask import get_multitask_model
-from hf_ptune.optimizer import make_optimizer
 
 Wrap = Callable[..., PTunePreTrainedModel]
 PROMPTED = ["prompt_tuning", "p_tuning", "p_tuning_v2", "prefix_tuning"]
@@ -337,56 +334,6 @@ def test_adapters_that_do_not_name_it_read_the_last_states(wrap: Wrap, tmp_path:
     assert '"head_states": "last"' in text
     (tmp_path / "config.json").write_text(text.replace('"head_states": "last"', '"head_states": "auto"'))
     assert AutoModelForTokenClassification.from_pretrained(tmp_path).config.head_states == "last"
-
-
-@pytest.mark.parametrize("asked", [None, "auto", "mix"])
-def test_a_head_that_comes_along_brings_its_mix(asked: str | None, wrap: Wrap, tmp_path: Path) -> None:
-    source, ids = mixed(wrap, "bert", "p_tuning_v2"), batch("bert")["input_ids"]
-    source.save_pretrained(tmp_path)
-    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path)}
-    start |= {"prompt_tuning_init_head": True, "head_states": asked}
-    model = wrap("bert", "p_tuning_v2", "TOKEN_CLS", strong=False, **start)
-    assert torch.allclose(model(input_ids=ids).logits, source(input_ids=ids).logits, atol=1e-5)
-
-
-@pytest.mark.parametrize(("had", "asked"), [("mix", "last"), ("last", "mix")])
-def test_a_head_that_reads_something_else(had: str, asked: str, wrap: Wrap, tmp_path: Path) -> None:
-    wrap("bert", "p_tuning_v2", "TOKEN_CLS", head_states=had).save_pretrained(tmp_path)
-    start = {"prompt_tuning_init": "ADAPTER", "prompt_tuning_init_adapter": str(tmp_path)}
-    with pytest.raises(ConfigError, match=f"reads head_states='{had}', this one '{asked}'"):
-        wrap("bert", "p_tuning_v2", "TOKEN_CLS", prompt_tuning_init_head=True, head_states=asked, **start)
-    model = wrap("bert", "p_tuning_v2", "TOKEN_CLS", head_states=asked, **start)
-    assert model.config.head_states == asked
-
-
-@pytest.mark.parametrize("asked", [None, "auto", "mix"])
-def test_tasks_that_share_a_prompt_mix_for_themselves(asked: str | None, tmp_path: Path) -> None:
-    first, second = build("bert"), build("bert", "TOKEN_CLS")
-    second.base_model.load_state_dict(first.base_model.state_dict(), strict=False)
-    config = PTuneConfig(method="p_tuning_v2", num_virtual_tokens=4, head_states=asked)
-    model = get_multitask_model({"topic": first, "tags": second}, config)
-    assert model.model_of("topic").config.head_states == "last"
-    assert model.model_of("tags").config.head_states == ("last" if asked is None else "mix")
-    if asked is None:
-        return
-    assert "tasks.tags.mix.weight" in model.adapter_parameter_names()
-    with torch.no_grad():
-        model.model_of("tags").mix.weight.normal_()
-    model.save_pretrained(tmp_path)
-    kept = model.model_of("tags").mix.weight.clone()
-    with torch.no_grad():
-        model.model_of("tags").mix.weight.zero_()
-    model.load_adapters(tmp_path)
-    assert torch.equal(model.model_of("tags").mix.weight, kept)
-
-
-def test_it_takes_the_rate_of_the_head(wrap: Wrap, tmp_path: Path) -> None:
-    model = mixed(wrap, "bert", "prefix_tuning")
-    made = make_optimizer(TrainingArguments(str(tmp_path), learning_rate=1e-3), model, head_learning_rate=2e-2)
-    assert made is not None
-    rates = {id(p): group["lr"] for group in made[1]["params"] for p in group["params"]}
-    assert {rates[id(p)] for p in model.mix.parameters()} == {2e-2}
-    assert {rates[id(p)] for p in model.prompt.parameters() if p.requires_grad} == {1e-3}
 
 
 def test_other_formats_have_no_such_mix(wrap: Wrap, tmp_path: Path) -> None:

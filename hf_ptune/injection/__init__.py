@@ -2,7 +2,7 @@
 
 from hf_ptune.injection.calls import Slot, bind, cache_name, cache_of, parameters_of, this_thread, transformed
 from hf_ptune.injection.embeddings import has_decoder, normalises_embeddings, word_embeddings
-from hf_ptune.injection.head_window import HeadWindow, token_head, why_no_window
+from hf_ptune.injection.head_window import HeadWindow, make_window, why_no_window
 from hf_ptune.injection.injector import Injector
 from hf_ptune.injection.layer_mix import ScalarMix, forget_captures, gives_layers, layers_of, restore_captures
 from hf_ptune.injection.packed import keep_unpacked
@@ -40,6 +40,7 @@ __all__ = [
     "has_decoder",
     "keep_unpacked",
     "layers_of",
+    "make_window",
     "normalises_embeddings",
     "parameters_of",
     "probing",
@@ -48,7 +49,6 @@ __all__ = [
     "restore_captures",
     "text_of",
     "this_thread",
-    "token_head",
     "transformed",
     "trying",
     "why_no_window",

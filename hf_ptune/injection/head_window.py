@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_ptune.errors import BackboneError, InjectionError
+from hf_ptune.errors import BackboneError, ConfigError, InjectionError
 from hf_ptune.injection.calls import Slot, bind, cache_of
 from hf_ptune.injection.embeddings import has_decoder
 from hf_ptune.injection.pooling import own_tokens
-from hf_ptune.injection.probe import PROBE_TOKENS, body_of, close, probing, run_on_tokens, sparse_as_it_was
+from hf_ptune.injection.probe import PROBE_TOKENS, body_of, close, device_of, probing, run_on_tokens, sparse_as_it_was
 
 _BOUNDS = 2  # start and end of an answer
 _CURE = "Train with head_window='token'."
@@ -73,6 +73,23 @@ def token_head(backbone: PreTrainedModel, task: str) -> str | None:
         if isinstance(module, nn.Linear) and module not in inside and module.out_features == count
     ]
     return heads[-1] if heads else None
+
+
+def make_window(backbone: PreTrainedModel, task: str) -> HeadWindow:
+    """The window of a task model's head, where the head is.
+
+    Args:
+        backbone: the task model.
+        task: TOKEN_CLS or QUESTION_ANS.
+
+    Raises:
+        ConfigError: it has no head over tokens.
+    """
+    name = token_head(backbone, task)
+    if name is None:
+        raise ConfigError(f"head_window='neighbours', but {type(backbone).__name__} has no head over tokens.")
+    head: Any = backbone.get_submodule(name)
+    return HeadWindow(name, head.out_features, head.in_features).to(device_of(head))
 
 
 def why_no_window(backbone: PreTrainedModel, task: str) -> str | None:

